@@ -1,0 +1,73 @@
+"""GenLoRA for PyTorch Lightning: low-rank adapters whose matrices are generated, not stored.
+
+Names are imported when they are first used, so that the adapter itself (config, layers, injection, files) is at hand
+without importing Lightning.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from genlora_lightning.adapter_io import load_adapter as load_adapter
+    from genlora_lightning.adapter_io import save_adapter as save_adapter
+    from genlora_lightning.analysis import effective_rank as effective_rank
+    from genlora_lightning.analysis import effective_ranks as effective_ranks
+    from genlora_lightning.callback import GenLoRAFinetuning as GenLoRAFinetuning
+    from genlora_lightning.config import GenLoRAConfig as GenLoRAConfig
+    from genlora_lightning.coverage import CoverageReport as CoverageReport
+    from genlora_lightning.data import InstructionDataModule as InstructionDataModule
+    from genlora_lightning.data import TextClassificationDataModule as TextClassificationDataModule
+    from genlora_lightning.generator import RBFGenerator as RBFGenerator
+    from genlora_lightning.injection import adapter_parameters as adapter_parameters
+    from genlora_lightning.injection import adapters_disabled as adapters_disabled
+    from genlora_lightning.injection import inject_adapters as inject_adapters
+    from genlora_lightning.injection import merge_adapters as merge_adapters
+    from genlora_lightning.injection import remove_adapters as remove_adapters
+    from genlora_lightning.injection import unmerge_adapters as unmerge_adapters
+    from genlora_lightning.layers import GenLoRALinear as GenLoRALinear
+    from genlora_lightning.modules import CausalLMModule as CausalLMModule
+    from genlora_lightning.modules import GenLoRAModule as GenLoRAModule
+    from genlora_lightning.modules import SequenceClassificationModule as SequenceClassificationModule
+    from genlora_lightning.optim import OptimizerConfig as OptimizerConfig
+
+_HOME = {
+    "CausalLMModule": "modules",
+    "CoverageReport": "coverage",
+    "GenLoRAConfig": "config",
+    "GenLoRAFinetuning": "callback",
+    "GenLoRALinear": "layers",
+    "GenLoRAModule": "modules",
+    "InstructionDataModule": "data",
+    "OptimizerConfig": "optim",
+    "RBFGenerator": "generator",
+    "SequenceClassificationModule": "modules",
+    "TextClassificationDataModule": "data",
+    "adapter_parameters": "injection",
+    "adapters_disabled": "injection",
+    "effective_rank": "analysis",
+    "effective_ranks": "analysis",
+    "inject_adapters": "injection",
+    "load_adapter": "adapter_io",
+    "merge_adapters": "injection",
+    "remove_adapters": "injection",
+    "save_adapter": "adapter_io",
+    "unmerge_adapters": "injection",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

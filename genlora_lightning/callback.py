@@ -1,0 +1,345 @@
+"""The callback that fine-tunes any LightningModule with GenLoRA: inject, watch, and save only the adapters."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from genlora_lightning.adapter_io import base_model_name, save_adapter
+from genlora_lightning.checks import (
+    check_gradients_arrived,
+    check_optimizers_hold,
+    check_writable,
+    prune_frozen,
+    set_train_mode,
+)
+from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.coverage import CoverageReport
+from genlora_lightning.injection import adapter_config, adapter_layers, inject_adapters
+from genlora_lightning.state import adapter_state_dict, check_adapter_state
+
+CHECKPOINT_KEY = "genlora"
+_WRAPPED_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint")
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient is NaN or infinite; the step was not made, so the weights are the last good ones."""
+
+
+class GenLoRAFinetuning(Callback):
+    """Fine-tune a LightningModule with generated low-rank adapters.
+
+    Give it to the trainer; the module need not know of it. Before the optimizer is configured it freezes the model,
+    injects the adapters and, when training starts, sets train mode (normalisation layers with frozen running
+    statistics stay in evaluation mode: their statistics belong to the base, which is not saved). Checkpoints hold the
+    adapters, what else is trained, and what is needed to resume; never the base. When fitting ends, or is interrupted,
+    an adapter folder is written.
+
+    What it checks: that the optimizer holds exactly the trainable parameters (frozen ones are taken out of it), that
+    the first step brings a gradient to the adapters, and that every step's gradient is finite.
+
+    The adapters go into ``pl_module.adapter_root()`` if the module has such a method
+    (:class:`~genlora_lightning.GenLoRAModule` has), else into the whole LightningModule. If it has a method
+    ``resolve_adapter_config(config)``, this may complete the configuration once the model is known.
+
+    Args:
+        config: What to adapt, and how; the defaults if ``None``.
+        adapter_dir: Where to save the adapter folder when fitting ends; ``<log dir>/adapter`` if ``None``. After an
+            error or Ctrl-C it is ``<adapter_dir>-interrupted``, so that a finished adapter is never replaced by an
+            unfinished one.
+        save_adapter: Whether to save the folder. Checkpoints are Lightning's matter and not concerned.
+        train_mode: Whether to set the module to train mode when fitting starts (``from_pretrained`` returns models in
+            evaluation mode, in which their dropout does nothing).
+        check_finite_every_n_steps: How often gradients are checked to be finite, in optimizer steps; 0: never. The
+            check waits for the device; raise the number if a GPU's step is very short.
+
+    Raises:
+        ValueError: From the trainer's run: given twice, a strategy it does not support, a configuration that does not
+            fit the model, a checkpoint that does not.
+    """
+
+    def __init__(
+        self,
+        config: GenLoRAConfig | None = None,
+        *,
+        adapter_dir: str | None = None,
+        save_adapter: bool = True,
+        train_mode: bool = True,
+        check_finite_every_n_steps: int = 1,
+    ) -> None:
+        self.config = config if config is not None else GenLoRAConfig()
+        self.adapter_dir = adapter_dir
+        self.save_adapter = save_adapter
+        self.train_mode = train_mode
+        self.check_finite_every_n_steps = check_finite_every_n_steps
+        self.report: CoverageReport | None = None
+        self._folder: Path | None = None
+        self._saved_after_error = False
+        self._gradients_checked = False
+        self._last_loss: Tensor | None = None
+
+    # -- setting up -------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks = getattr(trainer, "callbacks", [])
+        if sum(isinstance(callback, GenLoRAFinetuning) for callback in callbacks) > 1:
+            raise ValueError(
+                "The trainer has more than one GenLoRAFinetuning callback. Give one: either in the trainer's "
+                "`callbacks`, or by the module's `adapter` argument."
+            )
+        _check_strategy(trainer)
+        self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
+        self.report = None
+        self._wrap(pl_module)
+
+    def _wrap(self, pl_module: LightningModule) -> None:
+        # Instance attributes, because the class is the user's. `functools.wraps` must not be used: Lightning looks
+        # through `__wrapped__` and would find that the hook is not overridden.
+        original_configure = pl_module.configure_model
+        original_save = pl_module.on_save_checkpoint
+        original_load = pl_module.on_load_checkpoint
+
+        def configure_model() -> None:
+            original_configure()
+            self._inject(pl_module)
+
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+            # Here and not in the callback's own hook, which Lightning skips with `save_weights_only=True`.
+            original_save(checkpoint)
+            self._keep_adapters_only(pl_module, checkpoint)
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            original_load(checkpoint)
+            self._check_checkpoint(pl_module, checkpoint)
+
+        for hook in (configure_model, on_save_checkpoint, on_load_checkpoint):
+            setattr(pl_module, hook.__name__, hook)
+        # Lightning must accept a checkpoint without the base; `_check_checkpoint` is strict about all the rest.
+        self._strict_loading = pl_module._strict_loading
+        pl_module.strict_loading = False
+
+    def _unwrap(self, pl_module: LightningModule) -> None:
+        if "configure_model" in vars(pl_module):
+            for name in _WRAPPED_HOOKS:
+                vars(pl_module).pop(name, None)
+            pl_module._strict_loading = getattr(self, "_strict_loading", None)
+
+    def _inject(self, pl_module: LightningModule) -> None:
+        resolve: Callable[[GenLoRAConfig], GenLoRAConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
+        config = resolve(self.config) if resolve is not None else self.config
+        self.report = inject_adapters(_adapter_root(pl_module), config)
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.report is None or not adapter_layers(pl_module):
+            raise RuntimeError(
+                "The adapters were not injected before fitting started: `configure_model` of "
+                f"{type(pl_module).__name__} was not called. Do not replace `configure_model` on the instance."
+            )
+        rank_zero_info(self.report.summary())
+        self._gradients_checked = False
+        self._saved_after_error = False
+        self._last_loss = None
+        # The trainer's log directory is agreed between the ranks, so that each of them must ask here.
+        self._folder = self._choose_folder(trainer)
+        if self._folder is not None and trainer.is_global_zero:
+            check_writable(self._folder, needed=2 * _state_bytes(pl_module))
+        # Before the optimizer's state is restored: the state refers to parameters by their place in the groups.
+        pruned = prune_frozen(trainer.optimizers)
+        if pruned:
+            rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
+        check_optimizers_hold(trainer.optimizers, pl_module)
+        if self.train_mode:
+            set_train_mode(pl_module)
+
+    def _choose_folder(self, trainer: Trainer) -> Path | None:
+        if not self.save_adapter or getattr(trainer, "fast_dev_run", False):
+            return None
+        if self.adapter_dir is not None:
+            return Path(self.adapter_dir)
+        return Path(trainer.log_dir or trainer.default_root_dir) / "adapter"
+
+    # -- while training ---------------------------------------------------------------------------------------------
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._last_loss = loss.detach()
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if not self._gradients_checked:
+            without = check_gradients_arrived(pl_module)
+            self._gradients_checked = True
+            if without:
+                rank_zero_warn(
+                    f"{len(without)} adapters got no gradient in the first step, {without[0]} among them. That is "
+                    "right for modules that this batch did not use (experts); else name them in `exclude_modules`."
+                )
+        # With a gradient scaler (float16) overflows are expected, and the scaler skips the step by itself.
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        every = self.check_finite_every_n_steps
+        if every and not scaled and trainer.global_step % every == 0:
+            self._check_finite(trainer, pl_module, optimizer)
+
+    def _check_finite(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not gradients:
+            return
+        # Gradients and not only the loss: after the reduction they are the same on all ranks, so that all ranks stop.
+        if bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite()):
+            return
+        names = [n for n, p in pl_module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        loss = "unknown" if self._last_loss is None else f"{float(self._last_loss):.4g}"
+        saved = self._save_after_error(trainer, pl_module)
+        raise NonFiniteGradientError(
+            f"The gradient is NaN or infinite at optimizer step {trainer.global_step + 1}, epoch "
+            f"{trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}, in {len(names)} tensors ({names[0]} first); "
+            f"the last loss was {loss}. The step was not made: the weights are those before it. {saved} Lower the "
+            "learning rate, set `gradient_clip_val`, or look at that batch."
+        )
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    def _keep_adapters_only(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        kept = _checkpoint_state(pl_module)
+        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in kept}
+        missing = [name for name in kept if name not in checkpoint["state_dict"]]
+        if missing:
+            raise RuntimeError(
+                f"{len(missing)} trained tensors, {missing[0]} among them, are missing in the state dict to be saved: "
+                f"{type(pl_module).__name__} changes its `state_dict` or `on_save_checkpoint`. No checkpoint was "
+                "written that could not be resumed from."
+            )
+        root = _adapter_root(pl_module)
+        checkpoint[CHECKPOINT_KEY] = {
+            "format_version": 1,
+            "config": adapter_config(root).to_dict(),
+            "base_model": base_model_name(root),
+        }
+
+    def _check_checkpoint(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not adapter_layers(pl_module):
+            raise RuntimeError("The adapters were not injected before the checkpoint was loaded.")
+        described = checkpoint.get(CHECKPOINT_KEY)
+        if described is None:
+            raise ValueError(
+                "The checkpoint holds no GenLoRA adapters: it was written by a run without GenLoRAFinetuning. To start "
+                "from its weights load them into the model yourself, and give no `ckpt_path`."
+            )
+        if described["format_version"] != 1:
+            raise ValueError(
+                f"The checkpoint's adapters have format version {described['format_version']!r}; this release reads "
+                "version 1. It was probably written by a newer release: update genlora-lightning."
+            )
+        present = adapter_config(pl_module).to_dict()
+        stored = described["config"]
+        differences = [
+            f"{name}: {stored.get(name)!r} in the checkpoint, {value!r} here"
+            for name, value in present.items()
+            if stored.get(name) != value and name != "dropout"
+        ]
+        if differences:
+            raise ValueError(
+                f"The checkpoint's adapters were made with another configuration ({'; '.join(differences)}). Use the "
+                "configuration of the run that wrote it."
+            )
+        # Base weights may be there (a full checkpoint); they are the base's matter, not the adapters'.
+        expected = _checkpoint_state(pl_module)
+        base = set(pl_module.state_dict()) - set(expected)
+        state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in base}
+        check_adapter_state(expected, state, "the checkpoint")
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._folder is None or not trainer.is_global_zero:
+            return
+        try:
+            folder = save_adapter(_adapter_root(pl_module), self._folder, training=_facts(trainer))
+        except OSError as error:
+            # Hours of training must not end in a full disk: any other place is better than none.
+            rank_zero_warn(str(error))
+            folder = save_adapter(_adapter_root(pl_module), _spare_folder(), training=_facts(trainer))
+        rank_zero_info(f"The adapter is saved in {folder}.")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self._folder is not None and trainer.training and not self._saved_after_error:
+            rank_zero_info(f"Stopped at step {trainer.global_step}. {self._save_after_error(trainer, pl_module)}")
+        self._unwrap(pl_module)
+
+    def _save_after_error(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Save what there is, without hiding the error that is being handled; returns a sentence on what was done."""
+        self._saved_after_error = True
+        if self._folder is None:
+            return "No adapter was saved (`save_adapter` is off)."
+        if trainer.global_step == 0:
+            return "No step had been made, so there is no adapter to save."
+        if not trainer.is_global_zero:
+            return "The adapter is saved by rank 0."
+        folder = self._folder.with_name(f"{self._folder.name}-interrupted")
+        problems = []
+        for place in (folder, _spare_folder()):
+            try:
+                save_adapter(_adapter_root(pl_module), place, training=_facts(trainer))
+            except (OSError, ValueError) as error:
+                problems.append(str(error))
+            else:
+                return f"The adapter after {trainer.global_step} steps is saved in {place}."
+        return f"The adapter could not be saved: {' '.join(problems)}"
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._unwrap(pl_module)
+
+
+def _adapter_root(pl_module: LightningModule) -> nn.Module:
+    find: Callable[[], nn.Module] | None = getattr(pl_module, "adapter_root", None)
+    return find() if find is not None else pl_module
+
+
+def _check_strategy(trainer: Trainer) -> None:
+    strategy = trainer.strategy
+    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+        raise ValueError(
+            f"GenLoRAFinetuning does not support {type(strategy).__name__} in this release: it trains on one device "
+            'and with DDP. Set `strategy="auto"` or `strategy="ddp"`.'
+        )
+
+
+def _checkpoint_state(pl_module: LightningModule) -> dict[str, Tensor]:
+    """What a checkpoint must hold: the adapter's state, and whatever else of the module is trained."""
+    state = adapter_state_dict(pl_module)
+    for name, parameter in pl_module.named_parameters():
+        if parameter.requires_grad:
+            state.setdefault(name, parameter.detach())
+    return state
+
+
+def _state_bytes(pl_module: LightningModule) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in adapter_state_dict(pl_module).values())
+
+
+def _spare_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="genlora-adapter-"))
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    return {
+        "global_step": trainer.global_step,
+        "epoch": trainer.current_epoch,
+        "metrics": {name: value for name, value in metrics.items() if value == value and abs(value) != float("inf")},
+    }

@@ -1,0 +1,264 @@
+"""Injection: put adapters into a model, freeze the rest, and merge, switch off or remove them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.coverage import CoverageReport, CoverageRow
+from genlora_lightning.layers import GenLoRALinear, linear_shape
+from genlora_lightning.targets import match_modules, select_targets
+
+# Marks a module that `modules_to_train` named: the mark goes where the module goes, while a name depends on the root.
+_TRAINED_MARK = "_genlora_trained_in_full"
+_FAST_PATH_MARK = "_genlora_fast_path"
+
+
+def adapter_layers(model: nn.Module) -> dict[str, GenLoRALinear]:
+    """The adapted linears of a model by name, each once; empty if the model has none."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, GenLoRALinear)}
+
+
+def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that ``modules_to_train`` named, by name, each once."""
+    return {name: module for name, module in model.named_modules() if getattr(module, _TRAINED_MARK, False)}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by their full names, without those of modules trained in full."""
+    return {
+        f"{layer_name}.{name}" if layer_name else name: parameter
+        for layer_name, layer in adapter_layers(model).items()
+        for name, parameter in layer.adapter_parameters().items()
+    }
+
+
+def adapter_config(model: nn.Module) -> GenLoRAConfig:
+    """The configuration the model's adapters were made with.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    return next(iter(require_adapters(model).values())).config
+
+
+def require_adapters(model: nn.Module) -> dict[str, GenLoRALinear]:
+    """Like :func:`adapter_layers`, but a model without adapters is an error."""
+    layers = adapter_layers(model)
+    if not layers:
+        raise ValueError(
+            f"This {type(model).__name__} has no GenLoRA adapters. Call `inject_adapters(model, config)` first; with "
+            "Lightning the GenLoRAFinetuning callback does so when `trainer.fit` starts."
+        )
+    return layers
+
+
+def inject_adapters(
+    model: nn.Module, config: GenLoRAConfig, *, generator: torch.Generator | None = None
+) -> CoverageReport:
+    """Freeze a model and put an adapter on each linear that the configuration names, in place.
+
+    Nothing is changed if an error is raised. A second call with an equal configuration changes nothing and reports
+    again. A linear that stands in several places gets one adapter; weights that are tied stay tied.
+
+    Args:
+        model: Any module whose linears are ``nn.Linear`` or transformers' ``Conv1D``.
+        config: Which linears are adapted, and how. ``"all-linear"`` leaves out output heads (what a transformers model
+            has outside its ``base_model``, and linears tied to an embedding), modules trained in full, and linears
+            whose module reads their weight without calling them (``nn.MultiheadAttention``'s ``out_proj``).
+        generator: Random number generator for the initial values; torch's default one if ``None``.
+
+    Returns:
+        What was adapted, trained in full, and left alone.
+
+    Raises:
+        ValueError: A name matches nothing (the message lists names that are near), the model has no linear at all, a
+            named module is no linear, there are more groups than entries, or other adapters are already there.
+
+    Note:
+        In a process group, every rank must start from the same values: use the same seed, or broadcast afterwards
+        (the GenLoRAFinetuning callback sees to it).
+    """
+    existing = adapter_layers(model)
+    if existing:
+        present = adapter_config(model)
+        if present != config:
+            raise ValueError(
+                f"The model already has adapters made with another configuration ({_differences(present, config)}). "
+                "Call `remove_adapters(model)` first."
+            )
+        return _report(model, {})
+    if linear_shape(model) is not None:
+        raise ValueError("The model is itself a linear layer, which cannot be replaced in place: put it into a module.")
+
+    linears = {name: module for name, module in model.named_modules() if linear_shape(module) is not None}
+    if not linears:
+        raise ValueError(
+            f"This {type(model).__name__} has no nn.Linear or Conv1D to adapt. If its backbone is built later "
+            "(`configure_model`), inject after that."
+        )
+    trained = match_modules(model, config.modules_to_train, "modules_to_train")
+    targets, skipped = select_targets(model, linears, config, trained)
+    for name, module in targets.items():
+        shape = linear_shape(module)
+        assert shape is not None
+        if config.num_groups > min(shape):
+            raise ValueError(
+                f"`num_groups` is {config.num_groups}, but {name} has only {shape[0]} inputs and {shape[1]} outputs to "
+                f"divide into groups. Lower `num_groups` to {min(shape)} or add {name.rsplit('.', 1)[-1]!r} to "
+                "`exclude_modules`."
+            )
+
+    model.requires_grad_(False)
+    replacements = {id(module): GenLoRALinear(module, config, generator) for module in targets.values()}
+    _replace(model, replacements)
+    for module in trained.values():
+        module.requires_grad_(True)
+        setattr(module, _TRAINED_MARK, True)
+    _disable_fast_paths(model)
+    return _report(model, skipped)
+
+
+def merge_adapters(model: nn.Module) -> None:
+    """Add each update into its base weight (see :meth:`GenLoRALinear.merge`); the outputs stay, to rounding.
+
+    Raises:
+        ValueError: The model has no adapters, or a weight is not an ordinary matrix; then nothing is merged.
+    """
+    done: list[GenLoRALinear] = []
+    try:
+        for layer in require_adapters(model).values():
+            if not layer.merged:
+                layer.merge()
+                done.append(layer)
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        raise
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Put the original weights back, bit for bit, after :func:`merge_adapters`."""
+    for layer in require_adapters(model).values():
+        layer.unmerge()
+
+
+def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
+    """Take the adapters off a model, in place: its linears are the ones it had. Parameters stay frozen.
+
+    Args:
+        model: A model with adapters.
+        keep_merged: Leave merged weights in the model (what one wants after :func:`merge_adapters`), instead of
+            restoring the original ones.
+
+    Raises:
+        ValueError: The model has no adapters, or ``keep_merged`` is asked for and a layer is not merged.
+    """
+    layers = require_adapters(model)
+    unmerged = [name for name, layer in layers.items() if not layer.merged]
+    if keep_merged and unmerged:
+        raise ValueError(
+            f"`keep_merged` needs merged adapters, but {len(unmerged)} are not merged, {unmerged[0]} among them. "
+            "Call `merge_adapters(model)` first."
+        )
+    for layer in layers.values():
+        if not keep_merged:
+            layer.unmerge()
+    _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
+    for module in model.modules():
+        if hasattr(module, _TRAINED_MARK):
+            delattr(module, _TRAINED_MARK)
+        for name, value in getattr(module, _FAST_PATH_MARK, {}).items():
+            setattr(module, name, value)
+        if hasattr(module, _FAST_PATH_MARK):
+            delattr(module, _FAST_PATH_MARK)
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Context manager in which the model computes as if it had no adapters, merged ones included.
+
+    Modules trained in full keep their trained weights.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    layers = list(require_adapters(model).values())
+    before = [(layer.enabled, layer.merged) for layer in layers]
+    try:
+        for layer in layers:
+            layer.unmerge()
+            layer.enabled = False
+        yield
+    finally:
+        for layer, (enabled, merged) in zip(layers, before, strict=True):
+            layer.enabled = enabled
+            if merged:
+                layer.merge()
+
+
+def _replace(model: nn.Module, replacements: dict[int, Any]) -> None:
+    """Put modules in the place of others (by id), wherever they stand, also in several places."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+
+
+def _disable_fast_paths(model: nn.Module) -> None:
+    """Make torch's transformer layers call their linears.
+
+    In evaluation they hand the linears' weights to one fused kernel, which would leave out the adapters, silently.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            off: dict[str, Any] = {"activation_relu_or_gelu": 0}
+        elif isinstance(module, nn.TransformerEncoder):
+            off = {"use_nested_tensor": False}
+        else:
+            continue
+        if adapter_layers(module):
+            setattr(module, _FAST_PATH_MARK, {name: getattr(module, name) for name in off})
+            for name, value in off.items():
+                setattr(module, name, value)
+
+
+def _differences(present: GenLoRAConfig, wanted: GenLoRAConfig) -> str:
+    a, b = present.to_dict(), wanted.to_dict()
+    return ", ".join(f"{key}: {a[key]!r} there, {b[key]!r} asked for" for key in a if a[key] != b[key])
+
+
+def _report(model: nn.Module, skipped: dict[str, str]) -> CoverageReport:
+    adapted = tuple(
+        CoverageRow(
+            module=name,
+            kind=type(layer.base_layer).__name__,
+            shape=f"({layer.out_features}, {layer.in_features})",
+            trainable_parameters=sum(p.numel() for p in layer.adapter_parameters().values() if p.requires_grad),
+            lora_parameters=layer.config.rank * (layer.in_features + layer.out_features),
+        )
+        for name, layer in adapter_layers(model).items()
+    )
+    trained = tuple(
+        CoverageRow(
+            module=name,
+            kind=type(module).__name__,
+            shape="trained in full",
+            trainable_parameters=sum(p.numel() for p in module.parameters()),
+            lora_parameters=0,
+        )
+        for name, module in trained_modules(model).items()
+    )
+    return CoverageReport(
+        adapted=adapted,
+        trained=trained,
+        skipped=skipped,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        lora_parameters=sum(row.lora_parameters for row in adapted),
+    )

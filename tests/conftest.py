@@ -1,0 +1,34 @@
+"""Helpers that several test files share."""
+
+from __future__ import annotations
+
+import os
+
+# Tests run small models, where more threads cost more than they bring; multi-process tests need a core per rank.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from torch import nn
+
+from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.injection import adapter_parameters
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+
+
+def small_config(**changes: object) -> GenLoRAConfig:
+    """A configuration for models of a few dozen features."""
+    return GenLoRAConfig(**{"rank": 4, "num_groups": 2, **changes})  # type: ignore[arg-type]
+
+
+def perturb(model: nn.Module, scale: float = 0.3) -> None:
+    """Move every adapter parameter off its initial value, so that the update is not zero."""
+    with torch.no_grad():
+        for parameter in adapter_parameters(model).values():
+            parameter.add_(scale * torch.randn_like(parameter))

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from genlora_lightning import GenLoRAConfig
+from genlora_lightning.generator import RBFGenerator
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 0}, r"`rank` must be at least 1, got 0"),
+        ({"rank": -3}, r"`rank` must be at least 1, got -3"),
+        ({"num_groups": 0}, r"`num_groups` must be at least 1, got 0"),
+        ({"num_centers": -1}, r"`num_centers` must be at least 1, got -1"),
+        ({"alpha": 0.0}, r"`alpha` must be finite and not zero, got 0.0"),
+        ({"alpha": float("nan")}, r"`alpha` must be finite"),
+        ({"width": 0}, r"`width` must be finite and greater than 0, got 0"),
+        ({"width": float("inf")}, r"`width` must be finite"),
+        ({"dropout": 1.0}, r"`dropout` must be at least 0 and less than 1, got 1.0"),
+        ({"dropout": -0.1}, r"`dropout` must be at least 0 and less than 1, got -0.1"),
+        ({"kernel": "cubic"}, r"`kernel` must be one of 'gaussian', .*, got 'cubic'"),
+        ({"init": "random"}, r"`init` must be one of 'zero_latent', 'zero_weight', got 'random'"),
+        ({"scaling": "none"}, r"`scaling` must be one of 'sqrt_rank', 'rank', got 'none'"),
+        ({"target_modules": ""}, r"`target_modules` is empty"),
+        ({"target_modules": []}, r"`target_modules` is an empty list"),
+        ({"target_modules": "q_proj("}, r"neither 'all-linear' nor a valid regular expression"),
+        ({"target_modules": ["q", "v"], "exclude_modules": ["v"]}, r"\['v'\] stand both"),
+    ],
+)
+def test_value_out_of_range_is_an_error_that_names_it(changes, message):
+    with pytest.raises(ValueError, match=message):
+        GenLoRAConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": 4.0}, r"`rank` must be an integer, got 4.0 of type float"),
+        ({"rank": True}, r"`rank` must be an integer, got True"),
+        ({"alpha": "2"}, r"`alpha` must be a number, got '2'"),
+        ({"learn_centers": 1}, r"`learn_centers` must be true or false, got 1"),
+        ({"modules_to_train": "head"}, r"`modules_to_train` must be a list of module names, got 'head'"),
+        ({"exclude_modules": [3]}, r"`exclude_modules` must hold non-empty module names, got 3"),
+        ({"target_modules": 3}, r"`target_modules` must be a list"),
+    ],
+)
+def test_value_of_wrong_type_is_an_error_that_names_it(changes, message):
+    with pytest.raises(TypeError, match=message):
+        GenLoRAConfig(**changes)
+
+
+def test_dict_round_trip_goes_through_json_unchanged():
+    config = GenLoRAConfig(rank=7, target_modules=["q", "v"], modules_to_train=["head"], kernel="inverse_quadratic")
+    assert GenLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_unknown_field_is_an_error_that_lists_the_fields():
+    with pytest.raises(ValueError, match=r"Unknown GenLoRAConfig fields \['r'\]. The fields are \['rank'"):
+        GenLoRAConfig.from_dict({"r": 8})
+
+
+def test_scaling_factor_follows_the_rule():
+    assert GenLoRAConfig(rank=16, alpha=2.0).scaling_factor == 0.5
+    assert GenLoRAConfig(rank=16, alpha=2.0, scaling="rank").scaling_factor == 0.125
+
+
+@pytest.mark.parametrize("learn", [(True, True), (False, True), (True, False), (False, False)])
+@pytest.mark.parametrize(("rank", "groups", "centers"), [(16, 8, 1), (3, 5, 4), (1, 1, 1)])
+def test_counted_parameters_are_those_that_train(learn, rank, groups, centers):
+    config = GenLoRAConfig(
+        rank=rank, num_groups=groups, num_centers=centers, learn_centers=learn[0], learn_widths=learn[1]
+    )
+    pair = [
+        RBFGenerator(
+            n, rank=rank, num_groups=groups, num_centers=centers, learn_centers=learn[0], learn_widths=learn[1]
+        )
+        for n in (40, 24)
+    ]
+    trained = sum(p.numel() for g in pair for p in g.parameters() if p.requires_grad)
+    assert config.count_parameters(40, 24) == trained
+
+
+def test_published_count_of_the_method_notes():
+    # n + G·R·K + 2·R·K for n = 4096, R = 64, G = 8, K = 1, of one matrix
+    assert GenLoRAConfig(rank=64, num_groups=8).count_parameters(4096, 4096) == 2 * 4736
+
+
+def test_every_field_is_documented():
+    assert GenLoRAConfig.__doc__ is not None
+    for field in dataclasses.fields(GenLoRAConfig):
+        assert f"        {field.name}: " in GenLoRAConfig.__doc__

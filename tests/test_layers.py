@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from genlora_lightning import GenLoRALinear
+from tests.conftest import perturb, small_config
+
+
+def conv1d(in_features: int, out_features: int) -> nn.Module:
+    from transformers.pytorch_utils import Conv1D
+
+    layer = Conv1D(out_features, in_features)
+    nn.init.normal_(layer.bias)
+    return layer
+
+
+def base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    layers = {
+        "linear": lambda: nn.Linear(12, 20),
+        "no_bias": lambda: nn.Linear(12, 20, bias=False),
+        "conv1d": lambda: conv1d(12, 20),
+    }
+    return layers[kind]().to(dtype)
+
+
+def weight_of(layer: GenLoRALinear) -> torch.Tensor:
+    """The base weight as (out, in)."""
+    return layer.weight if isinstance(layer.base_layer, nn.Linear) else layer.weight.T
+
+
+KINDS = ["linear", "no_bias", "conv1d"]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("init", ["zero_latent", "zero_weight"])
+def test_new_adapter_changes_no_bit_of_the_output(kind, dtype, init):
+    layer = base(kind, dtype)
+    x = torch.randn(3, 5, 12, dtype=dtype)
+    expected = layer(x)
+    assert torch.equal(GenLoRALinear(layer, small_config(init=init))(x), expected)
+
+
+def test_new_adapter_changes_no_bit_of_the_output_under_autocast():
+    layer, x = base("linear"), torch.randn(3, 12)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = layer(x)
+        output = GenLoRALinear(layer, small_config())(x)
+    assert output.dtype == torch.bfloat16
+    assert torch.equal(output, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("scaling", ["sqrt_rank", "rank"])
+def test_forward_equals_a_linear_with_the_updated_weight(kind, dtype, scaling):
+    layer = GenLoRALinear(base(kind, dtype), small_config(scaling=scaling, alpha=1.5, num_centers=2))
+    if dtype == torch.float64:
+        layer.double()
+    perturb(layer)
+    x = torch.randn(3, 5, 12, dtype=dtype)
+    updated = weight_of(layer).to(torch.float64) + layer.delta_weight().double()
+    bias = None if layer.bias is None else layer.bias.double()
+    expected = F.linear(x.double(), updated, bias)
+    assert not torch.allclose(layer(x).double(), layer.base_layer(x).double(), atol=0.1)
+    torch.testing.assert_close(layer(x).double(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_merged_layer_computes_the_same_and_unmerging_restores_every_bit(kind, dtype):
+    layer = GenLoRALinear(base(kind, dtype), small_config())
+    perturb(layer)
+    x, before = torch.randn(7, 12, dtype=dtype), layer.weight.clone()
+    expected = layer(x)
+    layer.merge()
+    assert layer.merged
+    assert not torch.equal(layer.weight, before)
+    tolerance = max(TOLERANCE[dtype], 1e-5)  # a float64 base still has a float32 adapter
+    torch.testing.assert_close(layer(x), expected, rtol=tolerance, atol=tolerance)
+    merged_once = layer.weight.clone()
+    layer.merge()
+    assert torch.equal(layer.weight, merged_once)
+    layer.unmerge()
+    assert not layer.merged
+    assert torch.equal(layer.weight, before)
+    assert torch.equal(layer(x), expected)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before)
+
+
+def test_merging_rounds_once_from_float32():
+    layer = GenLoRALinear(base("linear", torch.bfloat16), small_config())
+    perturb(layer)
+    expected = (layer.weight.float() + layer.delta_weight()).bfloat16()
+    layer.merge()
+    assert torch.equal(layer.weight, expected)
+
+
+def test_merging_leaves_a_module_that_shares_the_weight_alone():
+    embedding, linear = nn.Embedding(20, 12), nn.Linear(12, 20, bias=False)
+    linear.weight = embedding.weight
+    layer = GenLoRALinear(linear, small_config())
+    perturb(layer)
+    before = embedding.weight.clone()
+    layer.merge()
+    assert torch.equal(embedding.weight, before)
+    layer.unmerge()
+    assert linear.weight is embedding.weight
+
+
+def test_unmerge_after_a_cast_restores_the_cast_weight():
+    layer = GenLoRALinear(base("linear"), small_config())
+    perturb(layer)
+    before = layer.weight.clone()
+    layer.merge()
+    layer.to(torch.bfloat16)
+    layer.unmerge()
+    assert torch.equal(layer.weight, before.bfloat16())
+
+
+def test_merging_into_a_quantized_weight_is_an_error_that_says_so():
+    layer = GenLoRALinear(base("linear"), small_config())
+    layer.base_layer.weight = nn.Parameter(torch.zeros(120, 1, dtype=torch.uint8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"weight is stored as \(120, 1\) torch.uint8.*quantized or sharded"):
+        layer.merge()
+    assert not layer.merged
+
+
+def test_factors_give_the_same_update_as_a_lora_layer_bit_for_bit():
+    layer = GenLoRALinear(base("linear"), small_config())
+    perturb(layer)
+    A, B = layer.factors()
+    assert A.shape == (4, 12)
+    assert B.shape == (20, 4)
+    assert torch.equal(layer.scaling * (B @ A), layer.delta_weight())
+
+
+def test_every_parameter_has_a_gradient_after_two_steps():
+    for init in ("zero_latent", "zero_weight"):
+        layer = GenLoRALinear(base("linear"), small_config(init=init, num_centers=2))
+        optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
+        x, target = torch.randn(16, 12), torch.randn(16, 20)
+        for _ in range(2):
+            optimizer.zero_grad()
+            F.mse_loss(layer(x), target).backward()
+            optimizer.step()
+        for name, parameter in layer.adapter_parameters().items():
+            assert parameter.grad is not None, name
+            assert (parameter.grad != 0).all(), name
+        assert layer.base_layer.weight.grad is None
+
+
+def test_fixed_centers_and_widths_are_not_trained_but_are_the_adapters():
+    layer = GenLoRALinear(base("linear"), small_config(learn_centers=False, learn_widths=False))
+    trained = {name for name, p in layer.adapter_parameters().items() if p.requires_grad}
+    assert trained == {"generator_A.latent", "generator_A.weight", "generator_B.latent", "generator_B.weight"}
+    assert "generator_A.centers" in layer.adapter_parameters()
+
+
+def test_backward_does_not_keep_a_float32_copy_of_a_bfloat16_input():
+    layer = GenLoRALinear(base("linear", torch.bfloat16), small_config())
+    x = torch.randn(64, 12, dtype=torch.bfloat16)
+    large = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: large.append((t.dtype, t.shape)) or t, lambda t: t):
+        layer(x)
+    assert (torch.float32, x.shape) not in large
+
+
+def test_dropout_acts_in_training_only_and_on_the_adapter_only():
+    layer = GenLoRALinear(base("linear"), small_config(dropout=0.5))
+    x = torch.randn(4, 12)
+    torch.testing.assert_close(layer(x), layer.base_layer(x))
+    perturb(layer)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
+def test_disabled_layer_is_its_base():
+    layer = GenLoRALinear(base("linear"), small_config())
+    perturb(layer)
+    layer.enabled = False
+    x = torch.randn(4, 12)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_cast_of_the_model_leaves_the_adapter_in_float32():
+    layer = GenLoRALinear(base("linear"), small_config()).to(torch.bfloat16)
+    assert layer.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in layer.adapter_parameters().values()} == {torch.float32}
+    assert layer(torch.randn(2, 12, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_layer_can_be_copied_and_put_on_the_meta_device():
+    layer = GenLoRALinear(base("linear"), small_config())
+    perturb(layer)
+    x = torch.randn(4, 12)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    with torch.device("meta"):
+        on_meta = GenLoRALinear(nn.Linear(12, 20), small_config())
+    assert all(p.is_meta for p in on_meta.parameters())
+    assert on_meta(torch.empty(4, 12, device="meta")).shape == (4, 20)
+
+
+def test_other_modules_are_refused():
+    with pytest.raises(TypeError, match=r"adapts nn.Linear and transformers' Conv1D, got a Embedding"):
+        GenLoRALinear(nn.Embedding(3, 4), small_config())
