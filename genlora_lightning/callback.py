@@ -29,6 +29,7 @@ from genlora_lightning.injection import adapter_config, adapter_layers, inject_a
 from genlora_lightning.state import adapter_state_dict, check_adapter_state
 
 CHECKPOINT_KEY = "genlora"
+SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 _WRAPPED_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint")
 
 
@@ -312,7 +313,7 @@ def _adapter_root(pl_module: LightningModule) -> nn.Module:
 
 def _check_strategy(trainer: Trainer) -> None:
     strategy = trainer.strategy
-    if not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy)):
+    if not isinstance(strategy, SUPPORTED_STRATEGIES):
         raise ValueError(
             f"GenLoRAFinetuning does not support {type(strategy).__name__} in this release: it trains on one device "
             'and with DDP. Set `strategy="auto"` or `strategy="ddp"`.'

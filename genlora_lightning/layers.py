@@ -83,6 +83,7 @@ class GenLoRALinear(nn.Module):
         self.generator_B = make(self.out_features, zero_start=True)
         self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
         self.enabled = True
+        self.train(base_layer.training)  # dropout follows the mode of the model it is put into
         # The weight as it was before `merge`, kept out of the module's parameters so that no state dict holds it.
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()
 

@@ -183,6 +183,11 @@ def test_dropout_acts_in_training_only_and_on_the_adapter_only():
     assert torch.equal(layer(x), layer(x))
 
 
+def test_adapter_is_in_the_mode_of_the_layer_it_is_put_on():
+    assert not GenLoRALinear(base("linear").eval(), small_config(dropout=0.5)).dropout.training
+    assert GenLoRALinear(base("linear").train(), small_config(dropout=0.5)).dropout.training
+
+
 def test_disabled_layer_is_its_base():
     layer = GenLoRALinear(base("linear"), small_config())
     perturb(layer)

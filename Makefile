@@ -1,0 +1,74 @@
+# One command each for newcomers and for CI; `make` alone lists them.
+#
+# Settings, given as `make test NAME=value`:
+#   PYTHON          the interpreter (3.10 or newer) that makes the environment      [python3]
+#   VENV            the environment's folder                                        [.venv]
+#   PYTEST_ARGS     more arguments for pytest, such as `-k merge -x`
+#   UV_ARGS         more arguments for uv in `make lock`
+# pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, …) are honoured.
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+UV_ARGS ?=
+
+ifeq ($(OS),Windows_NT)
+  BIN := $(VENV)/Scripts
+else
+  BIN := $(VENV)/bin
+endif
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+CHECK_VERSION = import sys; v = sys.version.split()[0]; sys.version_info >= (3, 10) or sys.exit( \
+  "error: %s is Python %s, but 3.10 or newer is needed: make PYTHON=python3.12 (or where yours is)" % (sys.executable, v))
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help quickstart test lint format lock clean
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+quickstart: $(STAMP) ## fetch a real model and real data, fine-tune, evaluate, report
+	@$(BIN)/python examples/quickstart/prepare.py
+	@$(BIN)/python examples/quickstart/run.py
+
+test: $(STAMP) ## run the whole test suite
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP) ## run what else CI runs: ruff check, ruff format --check, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP) ## let ruff fix and format what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# uv keeps the versions that the file has, as far as they fit. What torch brings for CUDA is left to torch's own metadata.
+lock: $(STAMP) ## bring requirements.lock in line with pyproject.toml (UV_ARGS=--upgrade: newer releases)
+	@$(PIP) install --quiet uv
+	@cp requirements.lock requirements.lock.partial
+	@$(BIN)/uv pip compile pyproject.toml --universal --python-version 3.10 --all-extras --no-annotate --no-header \
+	  --quiet --output-file requirements.lock.partial $(UV_ARGS) >/dev/null
+	@{ grep '^#' requirements.lock; grep -vE '^(nvidia-|cuda-|triton=)' requirements.lock.partial; } >requirements.lock.new
+	@mv requirements.lock.new requirements.lock && rm requirements.lock.partial
+
+clean: ## remove caches and build outputs; .venv, data and runs stay
+	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# The stamp is made last, so that a failed set-up is tried again, and is older than a changed lock or pyproject.toml.
+# A terminal shows pip's progress (torch alone can be gigabytes); a log gets one line.
+$(STAMP): requirements.lock pyproject.toml
+	@rm -f $@
+	@command -v $(PYTHON) >/dev/null || { echo "error: no '$(PYTHON)' here: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c '$(CHECK_VERSION)'
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	  echo "Creating $(VENV) with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear $(VENV); fi
+	@$(BIN)/python -c '$(CHECK_VERSION)'
+	@echo "Installing requirements.lock into $(VENV) (once; a minute or more)"
+	@if [ -t 1 ]; then quiet=; else quiet=--quiet; fi; $(PIP) install $$quiet -r requirements.lock
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
