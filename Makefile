@@ -31,7 +31,6 @@ help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(STAMP) ## fetch a real model and real data, fine-tune, evaluate, report
-	@$(BIN)/python examples/quickstart/prepare.py
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(STAMP) ## run the whole test suite

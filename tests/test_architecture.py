@@ -23,7 +23,7 @@ ROWS = [
     ["state", "analysis", "optim"],
     ["adapter_io", "checks"],
     ["callback", "data", "throughput"],
-    ["modules", "progress", "predictions"],
+    ["modules", "progress", "predictions", "cli_errors"],
     ["cli"],
 ]
 WITHOUT_LIGHTNING = {name for row in ROWS[:7] for name in row}

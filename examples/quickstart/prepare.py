@@ -91,7 +91,8 @@ class SplitSettings:
     """Everything that decides which sentence lands where, and how it is asked. A change makes the files anew.
 
     Args:
-        template: The prompt; `{text}` is the sentence.
+        template: The prompt; `{text}` is the sentence. Of seven wordings this is the one that the untrained model does
+            best with (72 % of 300 training sentences by likelihood, others 49 to 67 %), for a fair "before".
         min_abs_rating: Sentences whose mean rating (-4 to 4) is nearer to zero than this are left out. The standard
             error of a sentence's mean is 0.22 on average (15 to 29 raters, standard deviation 0.92), so within about
             two of them, 0.5, the raters did not settle on a side and "positive" or "negative" would be a coin's label.
@@ -101,11 +102,11 @@ class SplitSettings:
         val_size: Sentences in `val.jsonl`. The rest is for training.
     """
 
-    template: str = "Review: {text}\nSentiment:"
+    template: str = "Is this review positive or negative? Answer with one word.\n{text}"
     min_abs_rating: float = 0.5
     seed: int = 0
-    test_size: int = 1000
-    val_size: int = 300
+    test_size: int = 500
+    val_size: int = 200
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,197 @@
+"""Reads JSONL and CSV files record by record, checks them, and splits them without leakage.
+
+Nothing here knows of tokenizers, torch or Lightning. Every complaint names the file and the line it is about.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+SUFFIXES = (".jsonl", ".csv")
+
+
+class DataFileError(ValueError):
+    """A data file holds something that cannot be used; the message is ``file:line: reason``."""
+
+    def __init__(self, where: str, reason: str) -> None:
+        super().__init__(f"{where}: {reason}")
+
+
+class Record(NamedTuple):
+    """One line of a data file: its place (``file:line``) and its fields as they were read."""
+
+    where: str
+    fields: dict[str, Any]
+
+
+def check_file(path: str, argument: str) -> None:
+    """Checks in no time that a data file can be read at all.
+
+    Args:
+        path: The file as the user gave it.
+        argument: The argument it was given as, for the message.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DataFileError: It is a folder, it is empty, or its name ends neither in ``.jsonl`` nor in ``.csv``.
+    """
+    file = Path(path)
+    if not file.exists():
+        raise FileNotFoundError(f"{argument}: there is no file {path!r} (looked in {Path.cwd()})")
+    if not file.is_file():
+        raise DataFileError(path, f"{argument} is not a file; give one .jsonl or .csv file")
+    if file.suffix.lower() not in SUFFIXES:
+        raise DataFileError(
+            path,
+            f"unknown file extension {file.suffix!r} for {argument}; allowed are {' and '.join(SUFFIXES)} "
+            "(JSON with one object a line belongs in a .jsonl file)",
+        )
+    if file.stat().st_size == 0:
+        raise DataFileError(path, f"{argument} is empty (0 bytes)")
+
+
+def read_records(path: str, argument: str) -> list[Record]:
+    """Reads a whole JSONL or CSV file; blank lines are skipped.
+
+    Args:
+        path: The file, UTF-8, its format told by its extension.
+        argument: The argument it was given as, for the messages.
+
+    Returns:
+        The records in file order; at least one.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        DataFileError: The file is empty, not UTF-8, or a line is malformed; the message has file, line and reason.
+    """
+    check_file(path, argument)
+    reader = _read_csv if Path(path).suffix.lower() == ".csv" else _read_jsonl
+    records = list(reader(path))
+    if not records:
+        raise DataFileError(path, f"{argument} holds no records")
+    return records
+
+
+def text_field(record: Record, name: str) -> str:
+    """Returns a text field that must be there, be a string and not be blank; otherwise raises DataFileError."""
+    if name not in record.fields:
+        found = ", ".join(repr(key) for key in record.fields) or "none"
+        raise DataFileError(record.where, f"field {name!r} is missing; fields found: {found}")
+    return checked_text(record.fields[name], record.where, f"field {name!r}")
+
+
+def checked_text(value: object, where: str, what: str, *, may_be_blank: bool = False) -> str:
+    """Returns ``value`` if it is a usable string; otherwise raises DataFileError with ``what`` as the subject."""
+    if not isinstance(value, str):
+        raise DataFileError(where, f"{what} must be a string, got {type(value).__name__}: {value!r:.80}")
+    if not may_be_blank and not value.strip():
+        raise DataFileError(where, f"{what} is empty")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataFileError(where, f"{what} is not valid Unicode text: {error.reason}") from error
+    return value
+
+
+def normalized(text: str) -> str:
+    """Returns the form in which two texts count as equal: case and runs of white space make no difference."""
+    return " ".join(text.split()).casefold()
+
+
+def held_out_indices(
+    keys: Sequence[str], fraction: float, seed: int, strata: Sequence[str] | None = None
+) -> tuple[list[int], list[int]]:
+    """Splits examples into two parts so that equal keys are always on the same side.
+
+    The order in which keys are drawn comes from a hash of seed and key alone, so the same examples are held out
+    whatever their order in the file, on every machine and in every process.
+
+    Args:
+        keys: What makes an example a duplicate of another one, for each example.
+        fraction: The share of examples to hold out, between 0 and 1.
+        seed: Another seed gives another split.
+        strata: A class for each example; each class is held out at about the same rate.
+
+    Returns:
+        The indices that stay and the indices held out, both in file order. The second list is empty only if there are
+        fewer than two distinct keys.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    if len(groups) < 2:
+        return list(range(len(keys))), []
+
+    digests = {key: hashlib.sha256(f"{seed}\0{key}".encode()).hexdigest() for key in groups}
+    members: dict[str, list[str]] = {}
+    for key in sorted(groups, key=digests.__getitem__):
+        members.setdefault("" if strata is None else strata[groups[key][0]], []).append(key)
+    # The place of a key within its class, between 0 and 1: drawing by place takes the same share of every class.
+    place = {key: (rank + 0.5) / len(peers) for peers in members.values() for rank, key in enumerate(peers)}
+    order = sorted(groups, key=lambda key: (place[key], digests[key]))
+
+    target = min(max(1, round(fraction * len(keys))), len(keys) - 1)
+    held: list[int] = []
+    for key in order:
+        if len(held) + len(groups[key]) <= target:
+            held += groups[key]
+    if not held:  # every group is larger than the target
+        held = groups[min(order, key=lambda key: len(groups[key]))]
+    held_set = set(held)
+    return [index for index in range(len(keys)) if index not in held_set], sorted(held)
+
+
+def _decoded_lines(path: str) -> Iterator[str]:
+    """Yields the lines of a UTF-8 file, with or without a byte order mark."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                reason = f"not UTF-8 text at byte {error.start + 1} of the line ({error.reason}); save it as UTF-8"
+                raise DataFileError(f"{path}:{number}", reason) from error
+
+
+def _read_jsonl(path: str) -> Iterator[Record]:
+    for number, line in enumerate(_decoded_lines(path), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            fields = json.loads(line)
+        except json.JSONDecodeError as error:
+            reason = f"not valid JSON: {error.msg} at column {error.colno}; a .jsonl file has one JSON object a line"
+            raise DataFileError(where, reason) from error
+        except RecursionError as error:
+            raise DataFileError(where, "not usable JSON: nested too deeply") from error
+        if not isinstance(fields, dict):
+            raise DataFileError(where, f"must be a JSON object, got {type(fields).__name__}")
+        yield Record(where, fields)
+
+
+def _read_csv(path: str) -> Iterator[Record]:
+    reader = csv.reader(_decoded_lines(path), strict=True)
+    header: list[str] | None = None
+    while True:
+        where = f"{path}:{reader.line_num + 1}"  # a record may span lines: name its first
+        try:
+            row = next(reader, None)
+        except csv.Error as error:
+            raise DataFileError(where, f"not valid CSV: {error}") from error
+        if row is None:
+            return
+        if not row:
+            continue
+        if header is None:
+            header = [name.strip() for name in row]
+            if len(set(header)) < len(header) or "" in header:
+                raise DataFileError(where, f"column names must be distinct and not empty, got {header}")
+        elif len(row) != len(header):
+            raise DataFileError(where, f"{len(row)} values in a file of {len(header)} columns {header}")
+        else:
+            yield Record(where, dict(zip(header, row, strict=True)))

@@ -1,0 +1,201 @@
+"""What both data modules need from other libraries: the tokenizer, a tokenized dataset, batches and their order."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from genlora_lightning.data._chat import IGNORE_INDEX
+
+#: Batches that are sorted by length together: more waste less padding, fewer mix better.
+POOL_BATCHES = 50
+
+
+def import_datasets() -> Any:
+    """Returns the module `datasets`, or raises an ImportError that says how to install it."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError("reading data needs 'datasets': pip install 'genlora-lightning[data]'") from error
+    return datasets
+
+
+def load_tokenizer(source: Any) -> Any:
+    """Returns a tokenizer from a Hugging Face id, a local folder, or a tokenizer object.
+
+    Raises:
+        TypeError: It is something else.
+        ValueError: The folder is missing or holds no tokenizer, or the id cannot be fetched.
+    """
+    if not isinstance(source, str):
+        if not callable(source) or not hasattr(source, "pad_token_id"):
+            raise TypeError(f"tokenizer must be an id, a folder or a tokenizer, got {type(source).__name__}")
+        return source
+    if source.startswith((".", "/", "~")) and not Path(source).is_dir():
+        raise ValueError(f"tokenizer: there is no folder {source!r} (looked in {Path.cwd()})")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(
+            f"tokenizer {source!r} is neither a folder with a tokenizer nor an id that can be fetched (no network, "
+            f"no such id, or no access): {reason}"
+        ) from error
+
+
+def padding_id(tokenizer: Any) -> int:
+    """Returns the token that fills batches; any will do, because the attention mask hides it."""
+    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if candidate is not None:
+            return int(candidate)
+    return 0
+
+
+def map_examples(
+    examples: list[dict[str, Any]],
+    encode: Callable[[dict[str, Any]], dict[str, Any]],
+    columns: dict[str, Any],
+    outputs: dict[str, Any],
+    *,
+    description: str,
+    cache_dir: str | None,
+    identity: Callable[[], str],
+) -> Any:
+    """Applies `encode` to each example, with a progress bar on a terminal.
+
+    Everything stays in memory, and nothing is ever taken from a cache, unless `cache_dir` is given. Then the result is
+    kept there under the digest of the examples themselves and of `identity()`, not of names and times of files: what
+    was made from other contents can never be taken for it.
+
+    Args:
+        examples: The examples, as checked rows.
+        encode: Makes the output row of an example.
+        columns: The `datasets` features of the examples.
+        outputs: The `datasets` features of the output rows.
+        description: The label of the progress bar.
+        cache_dir: A folder for tokenized data, or None.
+        identity: Returns a text that differs whenever `encode` would give another result.
+
+    Returns:
+        The `datasets.Dataset` of the output rows.
+    """
+    datasets = import_datasets()
+    options: dict[str, Any] = {"keep_in_memory": True, "new_fingerprint": uuid.uuid4().hex}
+    if cache_dir is not None:
+        digest = hashlib.sha256(identity().encode())
+        digest.update(json.dumps(examples, sort_keys=True).encode())
+        Path(cache_dir).mkdir(parents=True, exist_ok=True)
+        file = Path(cache_dir) / f"{digest.hexdigest()[:40]}.arrow"
+        options = {"cache_file_name": str(file), "load_from_cache_file": True, "new_fingerprint": file.stem}
+    rows = datasets.Dataset.from_list(examples, features=datasets.Features(columns))
+    with _bars_on_terminals_only(datasets):
+        return rows.map(
+            encode,
+            remove_columns=rows.column_names,
+            features=datasets.Features(outputs),
+            desc=description,
+            **options,
+        )
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Returns a text that differs between tokenizers that tokenize differently."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return f"{type(tokenizer).__name__} {tokenizer.special_tokens_map} {state}"
+
+
+@contextmanager
+def _bars_on_terminals_only(datasets: Any) -> Iterator[None]:
+    """Hides the bars of `datasets` where they would fill a log file."""
+    hide = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()
+
+
+@dataclass(frozen=True)
+class PadCollator:
+    """Pads rows to the longest of their batch, rounded up to a multiple.
+
+    Args:
+        keys: The fields that go into a batch.
+        pad_token_id: Fills `input_ids`; `attention_mask` is 0 there and token labels are -100.
+        multiple: Lengths are rounded up to a multiple of it.
+        side: "right" for training, "left" where the model is to go on writing at the end.
+    """
+
+    keys: tuple[str, ...]
+    pad_token_id: int
+    multiple: int
+    side: Literal["left", "right"] = "right"
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """Returns a batch: tensors (batch, length) for tokens, (batch,) for numbers, lists for texts."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        length = -(-longest // self.multiple) * self.multiple
+        batch: dict[str, Any] = {}
+        for key in self.keys:
+            values = [row[key] for row in rows]
+            if isinstance(values[0], list):
+                batch[key] = self._pad(values, length, self.pad_token_id if key == "input_ids" else IGNORE_INDEX)
+            elif isinstance(values[0], str):
+                batch[key] = values
+            else:
+                batch[key] = torch.tensor(values)
+        batch["attention_mask"] = self._pad([[1] * len(row["input_ids"]) for row in rows], length, 0)
+        return batch
+
+    def _pad(self, rows: list[list[int]], length: int, fill: int) -> Tensor:
+        padded = torch.full((len(rows), length), fill)
+        for target, row in zip(padded, rows, strict=True):
+            target[slice(0, len(row)) if self.side == "right" else slice(length - len(row), length)] = torch.tensor(row)
+        return padded
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A shuffled order in which the members of a batch have similar lengths, so that little is padded.
+
+    Args:
+        lengths: The length of each example.
+        batch_size: Consecutive indices that form a batch.
+        generator: The source of randomness; every epoch draws a new order from it.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, generator: torch.Generator) -> None:
+        self.lengths = lengths
+        self.batch_size = batch_size
+        self.generator = generator
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        order = torch.randperm(len(self.lengths), generator=self.generator).tolist()
+        # Only the last batch may be smaller, so what does not fill a batch is set aside before batches are shuffled.
+        whole = len(order) - len(order) % self.batch_size
+        pool_size = POOL_BATCHES * self.batch_size
+        batches: list[list[int]] = []
+        for start in range(0, whole, pool_size):
+            pool = sorted(order[start : min(start + pool_size, whole)], key=self.lengths.__getitem__)
+            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
+        for index in torch.randperm(len(batches), generator=self.generator).tolist():
+            yield from batches[index]
+        yield from order[whole:]

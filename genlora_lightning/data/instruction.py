@@ -1,0 +1,189 @@
+"""Instruction data: conversations, or prompts with completions, with the loss on the answers only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from genlora_lightning.data._base import FileDataModule
+from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Truncation, parse_conversation
+from genlora_lightning.data._files import Record, normalized
+from genlora_lightning.data._loading import import_datasets
+
+
+class InstructionDataModule(FileDataModule):
+    """Instruction data from JSONL or CSV files, tokenized with the model's own chat template.
+
+    A record has either ``messages``, a list of ``{"role": ..., "content": ...}`` (in CSV: the same as JSON text; other
+    keys are ignored), or ``prompt`` and ``completion``. Every answer of the assistant is learned, its end-of-turn token
+    included; all other tokens have the label -100.
+
+    Batches are dictionaries of ``input_ids``, ``attention_mask`` and ``labels`` (batch, length), padded on the right to
+    the longest of the batch. Batches for prediction are padded on the left and hold prompts only: the last message is
+    left out where it is an answer. Beside ``input_ids`` and ``attention_mask`` they have ``prompt``, the texts of the
+    last questions, and ``completion``, the expected answers, where all are known.
+
+    Args:
+        tokenizer: A Hugging Face id, a local folder, or a tokenizer.
+        train_file: Training data, .jsonl or .csv.
+        val_file: Validation data.
+        test_file: Test data.
+        predict_file: Prompts for prediction; ``completion`` is optional. Without it, those of ``test_file`` are taken.
+        val_fraction: The share of ``train_file`` to hold out for validation when there is no ``val_file``. Examples
+            whose prompts differ at most in case and white space stay on one side.
+        batch_size: Examples in a training batch, per device.
+        eval_batch_size: Examples in a batch of validation, test and prediction; ``batch_size`` if not given.
+        max_length: The longest sequence, in tokens.
+        truncation: What to do with longer ones. "left" cuts the start of the prompt, never the last answer (earlier
+            answers that the cut reaches are not learned); an answer that leaves no room for any of its prompt is an
+            error. "drop" leaves the example out. "error" stops. What was cut or dropped is counted and reported.
+        chat_template: Replaces the tokenizer's chat template: a file or a template's text. "none" means plain text:
+            prompt, completion and the end-of-sequence token, joined with nothing between.
+        system_prompt: A system message for conversations that have none.
+        train_on: Learn "all" answers of a conversation, or the "last" one only. Some templates (those that remove the
+            reasoning of earlier turns) allow only "last".
+        seed: Decides the split and the order of training examples.
+        num_workers: Processes that make batches. The data are tokenized once, in memory, so 0 is rarely slow.
+        pad_to_multiple_of: Batches are padded to a multiple of so many tokens.
+        group_by_length: Make training batches of examples of similar length, which saves padding. It has no effect
+            where Lightning puts its distributed sampler in place.
+        cache_dir: A folder in which tokenized data are kept for the next run. By default nothing is written.
+
+    Raises:
+        ValueError: An argument is out of its range, or arguments exclude each other; the message names both.
+    """
+
+    def __init__(
+        self,
+        tokenizer: str | Any,
+        train_file: str,
+        val_file: str | None = None,
+        test_file: str | None = None,
+        predict_file: str | None = None,
+        val_fraction: float = 0.0,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        max_length: int = 1024,
+        truncation: Literal["error", "drop", "left"] = "left",
+        chat_template: str | None = None,
+        system_prompt: str | None = None,
+        train_on: Literal["all", "last"] = "all",
+        seed: int = 42,
+        num_workers: int = 0,
+        pad_to_multiple_of: int = 8,
+        group_by_length: bool = False,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__(
+            tokenizer=tokenizer,
+            files={"train": train_file, "val": val_file, "test": test_file, "predict": predict_file},
+            val_fraction=val_fraction,
+            batch_size=batch_size,
+            eval_batch_size=eval_batch_size,
+            max_length=max_length,
+            seed=seed,
+            num_workers=num_workers,
+            pad_to_multiple_of=pad_to_multiple_of,
+            group_by_length=group_by_length,
+            cache_dir=cache_dir,
+        )
+        for name, value, allowed in (
+            ("truncation", truncation, ("error", "drop", "left")),
+            ("train_on", train_on, ("all", "last")),
+        ):
+            if value not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if chat_template == "none" and system_prompt is not None:
+            raise ValueError("system_prompt needs a chat template, but chat_template='none' was set")
+        self.truncation: Truncation = truncation
+        self.chat_template = chat_template
+        self.system_prompt = system_prompt
+        self.train_on: Literal["all", "last"] = train_on
+        self._chat: ChatEncoder | None = None
+
+    @property
+    def chat(self) -> ChatEncoder:
+        """Renders and tokenizes conversations; made when it is first asked for."""
+        if self._chat is None:
+            self._chat = ChatEncoder(
+                self.tokenizer, self.chat_template, self.max_length, self.truncation, self.train_on
+            )
+        return self._chat
+
+    @override
+    def prepare_data(self) -> None:
+        """Checks on one process that files, tokenizer and chat template are there."""
+        super().prepare_data()
+        _ = self.chat
+
+    @override
+    def _parse(self, record: Record, split: str) -> dict[str, Any]:
+        messages, answered = parse_conversation(
+            record,
+            plain=self.chat_template == "none",
+            system_prompt=self.system_prompt,
+            needs_answer=split != "predict",
+        )
+        if split != "predict":
+            return {"where": record.where, "messages": messages}
+        completion = messages.pop()["content"] if answered else None
+        return {"where": record.where, "messages": messages, "completion": completion}
+
+    @override
+    def _duplicate_key(self, example: dict[str, Any]) -> str:
+        prompt = []
+        for message in example["messages"]:
+            if message["role"] == "assistant":
+                break
+            prompt.append(f"{message['role']} {normalized(message['content'])}")
+        return "\n".join(prompt)
+
+    @override
+    def _encoder(self, split: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        chat = self.chat
+
+        def encode(example: dict[str, Any]) -> dict[str, Any]:
+            row = chat.encode(example["messages"], example["where"])
+            answer_tokens = sum(label != IGNORE_INDEX for label in row["labels"])
+            return {**row, "length": len(row["input_ids"]), "answer_tokens": answer_tokens}
+
+        def encode_prompt(example: dict[str, Any]) -> dict[str, Any]:
+            messages, completion = example["messages"], example["completion"]
+            row = chat.encode_prompt(messages, example["where"])
+            prompt = next(message["content"] for message in reversed(messages) if message["role"] != "assistant")
+            return {**row, "length": len(row["input_ids"]), "prompt": prompt, "completion": completion}
+
+        return encode_prompt if split == "predict" else encode
+
+    @override
+    def _features(self, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        datasets = import_datasets()
+        text, number = datasets.Value("string"), datasets.Value("int64")
+        tokens = datasets.Sequence(datasets.Value("int32"))
+        columns = {"where": text, "messages": [{"role": text, "content": text}]}
+        outputs = {"input_ids": tokens, "length": number, "cut_tokens": number}
+        if split == "predict":
+            return {**columns, "completion": text}, {**outputs, "prompt": text, "completion": text}
+        return columns, {**outputs, "labels": tokens, "answer_tokens": number, "lost_answers": number}
+
+    @override
+    def _identity(self) -> str:
+        return f"{self.chat.template!r} {self.max_length} {self.truncation} {self.train_on}"
+
+    @override
+    def _finished(self, split: str, rows: Any) -> None:
+        if split == "train" and rows[0]["labels"][-1] not in {*self.chat.control_ids, self.tokenizer.eos_token_id}:
+            rank_zero_info(
+                "The chat template ends answers with no special token: the model cannot learn where to stop. Let the "
+                "template write the tokenizer's end-of-turn token after each answer."
+            )
+
+    @override
+    def _batch_keys(self, split: str, rows: Any) -> tuple[str, ...]:
+        if split != "predict":
+            return "input_ids", "labels"
+        known = all(completion is not None for completion in rows["completion"])
+        return ("input_ids", "prompt", "completion") if known else ("input_ids", "prompt")
