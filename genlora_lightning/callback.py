@@ -201,7 +201,8 @@ class GenLoRAFinetuning(Callback):
         if bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite()):
             return
         names = [n for n, p in pl_module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
-        loss = "unknown" if self._last_loss is None else f"{float(self._last_loss):.4g}"
+        # Not its value: a module may scale what it returns.
+        loss = "unknown" if self._last_loss is None else "finite" if self._last_loss.isfinite().all() else "not finite"
         saved = self._save_after_error(trainer, pl_module)
         raise NonFiniteGradientError(
             f"The gradient is NaN or infinite at optimizer step {trainer.global_step + 1}, epoch "

@@ -319,7 +319,7 @@ def test_nan_stops_the_run_before_the_step_and_keeps_the_last_good_adapter(tmp_p
     breaker = BreakAt(2, "nan")
     with pytest.raises(
         NonFiniteGradientError,
-        match=r"NaN or infinite at optimizer step 3, epoch 0, batch 2, in 16 tensors .*the last loss was nan.*"
+        match=r"NaN or infinite at optimizer step 3, epoch 0, batch 2, in 16 tensors .*the last loss was not finite.*"
         r"The adapter after 2 steps is saved in .*adapter-interrupted",
     ):
         trainer(tmp_path, finetuning(), breaker).fit(PlainMLP(), mlp_loader())

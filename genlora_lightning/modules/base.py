@@ -1,0 +1,270 @@
+"""The LightningModule around a transformers model: loading, optimizer, and losses weighted by tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from typing_extensions import override
+
+from genlora_lightning.callback import GenLoRAFinetuning
+from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.modules.pretrained import enable_gradient_checkpointing, load_pretrained, load_tokenizer
+from genlora_lightning.optim import OptimizerConfig, build_optimizer, build_scheduler
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+# Losses are divided by this before the backward pass where the right divisor is known only after it. A power of two, so
+# that the division is exact and nothing depends on it but the range of float16 gradients.
+_LOSS_UNIT = 256.0
+
+
+class GenLoRAModule(LightningModule):
+    r"""Base of the modules for fine-tuning a transformers model with generated adapters.
+
+    A subclass says how its model is loaded (:meth:`load_backbone`) and what its steps do. The model is loaded in
+    ``configure_model``, when the trainer runs, so that making the module costs nothing. The adapters are injected by a
+    :class:`~genlora_lightning.GenLoRAFinetuning` callback: the trainer's, or else one that the module brings along.
+
+    A training step returns ``self.training_loss(loss_sum, count)``. The gradient of an optimizer step is then that of
+
+    .. math:: L = \sum_b \ell_b \,/\, \sum_b n_b
+
+    over all micro-batches b of the accumulation window and all ranks, with the sum ℓ of the losses of b's n tokens (or
+    examples): the mean over tokens, however they are spread over micro-batches. (A mean of the means of micro-batches,
+    which is what accumulation gives by itself, weighs a token of a short answer more than one of a long answer.)
+
+    Args:
+        model: Local folder or name on the Hugging Face Hub.
+        adapter: What to adapt, and how; the defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
+            callback.
+        optimizer: AdamW and its schedule; the defaults if ``None``.
+        dtype: Dtype of the frozen base's weights; ``"auto"``: the one they are stored in. Adapters are always float32.
+        revision: Branch, tag or commit on the Hub.
+        attn_implementation: transformers' attention, such as ``"sdpa"`` or ``"eager"``; its choice if ``None``.
+        trust_remote_code: Run the Python code that comes with the model.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        model_kwargs: More arguments for ``from_pretrained``; plain values, because checkpoints hold them.
+
+    Raises:
+        TypeError: An argument holds something else than plain values.
+        ValueError: An argument is out of its range.
+
+    Note:
+        Between the backward pass and the module's ``on_before_optimizer_step`` gradients have a scale of their own
+        where micro-batches are accumulated or ranks are several. They are the true ones when they are clipped.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        adapter: GenLoRAConfig | dict[str, Any] | None = None,
+        optimizer: OptimizerConfig | dict[str, Any] | None = None,
+        dtype: Dtype = "auto",
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        gradient_checkpointing: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, str) or not model:
+            raise TypeError(f"`model` must be a folder or a name on the Hugging Face Hub, got {model!r}.")
+        if dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
+        check_plain("model_kwargs", model_kwargs)
+        self.source = model
+        self.adapter = GenLoRAConfig.from_dict(adapter) if isinstance(adapter, dict) else adapter
+        if isinstance(optimizer, dict):
+            optimizer = OptimizerConfig.from_dict(optimizer)
+        self.optimizer_config = optimizer if optimizer is not None else OptimizerConfig()
+        self.gradient_checkpointing = gradient_checkpointing
+        self.tokenizer_options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.loading_options: dict[str, Any] = {
+            **self.tokenizer_options,
+            "dtype": dtype if dtype == "auto" else getattr(torch, dtype),
+            "attn_implementation": attn_implementation,
+            **(model_kwargs or {}),
+        }
+        self.model: Any = None
+        self._tokenizer: Any = None
+        self._own_callback: GenLoRAFinetuning | None = None
+        self._window_loss: Tensor | None = None
+        self._window_count: Tensor | None = None
+
+        # First everything, subclasses' arguments included, as Lightning collects it; then dictionaries in place of
+        # dataclasses, which torch refuses to load from a checkpoint under its safe default.
+        self.save_hyperparameters()
+        self.save_hyperparameters(
+            {
+                name: value.to_dict()
+                for name, value in self.hparams.items()
+                if isinstance(value, (GenLoRAConfig, OptimizerConfig))
+            }
+        )
+
+    # -- the model --------------------------------------------------------------------------------------------------
+
+    def load_backbone(self) -> nn.Module:
+        """Load the transformers model; called once."""
+        raise NotImplementedError(f"{type(self).__name__} must define `load_backbone`.")
+
+    def load_with(self, auto_class: str, **options: Any) -> tuple[Any, list[str]]:
+        """Load the model with a class of transformers and the module's options.
+
+        Returns:
+            The model, and the names of parameters that its checkpoint lacks.
+        """
+        return load_pretrained(auto_class, self.source, **{**self.loading_options, **options})
+
+    @override
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        model = self.load_backbone()
+        if self.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        self.model = model
+
+    def adapter_root(self) -> nn.Module:
+        """The module that adapters are injected into: the transformers model, so that names are the model's own."""
+        if self.model is None:
+            raise RuntimeError(
+                f"The model of this {type(self).__name__} is not loaded yet. The trainer loads it; without a trainer "
+                "call `configure_model()`."
+            )
+        model: nn.Module = self.model
+        return model
+
+    def resolve_adapter_config(self, config: GenLoRAConfig) -> GenLoRAConfig:
+        """Complete an adapter configuration with what is known once the model is loaded."""
+        return config
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer, loaded when it is first asked for."""
+        if self._tokenizer is None:
+            self._tokenizer = load_tokenizer(self.source, **self.tokenizer_options)
+        return self._tokenizer
+
+    @override
+    def forward(self, **inputs: Any) -> Any:
+        return self.adapter_root()(**inputs)
+
+    @override
+    def configure_callbacks(self) -> list[Callback]:
+        callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
+        given = [callback for callback in callbacks if isinstance(callback, GenLoRAFinetuning)]
+        for callback in given:
+            if callback is not self._own_callback and self.adapter is not None and callback.config != self.adapter:
+                raise ValueError(
+                    "The trainer's GenLoRAFinetuning callback and the module's `adapter` differ "
+                    f"({_differences(callback.config, self.adapter)}). Give the configuration once, to one of them."
+                )
+        if given:
+            return []
+        self._own_callback = GenLoRAFinetuning(self.adapter)
+        return [self._own_callback]
+
+    # -- the optimizer ----------------------------------------------------------------------------------------------
+
+    @override
+    def configure_optimizers(self) -> Any:
+        config = self.optimizer_config
+        has_scaler = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        optimizer = build_optimizer(self, config, fused=False if has_scaler else None)
+        # Lightning refuses to clip what a fused optimizer might unscale by itself, also under bfloat16, where nothing
+        # is scaled. Only a gradient scaler reads this mark.
+        optimizer._step_supports_amp_scaling = False
+        # Counting the steps loads the data, so it is left out where nothing depends on it.
+        total_steps = self.trainer.estimated_stepping_batches if config.needs_total_steps else None
+        scheduler = build_scheduler(optimizer, config, total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    # -- losses -----------------------------------------------------------------------------------------------------
+
+    def count_tokens(self, batch: dict[str, Any]) -> int:
+        """Tokens of a batch that are not padding."""
+        return int(batch["attention_mask"].sum())
+
+    def training_loss(self, loss_sum: Tensor, count: Tensor) -> Tensor:
+        """What a training step returns, so that each token counts the same; logs ``train_loss``.
+
+        Args:
+            loss_sum: Sum of the losses of the micro-batch's tokens (or examples); a scalar with a graph.
+            count: How many they are; a scalar.
+
+        Returns:
+            A scalar to be back-propagated. The logged ``train_loss`` is the mean per token of the optimizer step so far
+            on this rank.
+        """
+        trainer = self._trainer_or_none()
+        if trainer is None:
+            return loss_sum / count
+        self._window_loss = loss_sum.detach() + (0 if self._window_loss is None else self._window_loss)
+        self._window_count = count + (0 if self._window_count is None else self._window_count)
+        self.log("train_loss", self._window_loss / self._window_count, prog_bar=True, batch_size=1)
+        return loss_sum / (_LOSS_UNIT if _is_divided(trainer) else count)
+
+    @override
+    def on_train_start(self) -> None:
+        self._window_loss = self._window_count = None
+
+    @override
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Turn gradients of loss sums into those of the mean over the window's tokens on all ranks."""
+        count = self._window_count
+        self._window_loss = self._window_count = None
+        if count is None or not _is_divided(self.trainer):
+            return
+        total = self.trainer.strategy.reduce(count.float(), reduce_op="sum")
+        # Lightning has divided each loss by the window's nominal length (also in a shorter one at an epoch's end), and
+        # the strategy the sum of the ranks' gradients by their number.
+        scale = _LOSS_UNIT * self.trainer.accumulate_grad_batches * self.trainer.world_size / total
+        by_kind: dict[tuple[type, torch.device], list[Tensor]] = {}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    kind = (type(parameter.grad), parameter.grad.device)
+                    by_kind.setdefault(kind, []).append(parameter.grad)
+        for (_, device), gradients in by_kind.items():
+            torch._foreach_mul_(gradients, scale.to(device))
+
+    def _trainer_or_none(self) -> Trainer | None:
+        """The trainer, or ``None`` if a step is called without one."""
+        return self._trainer
+
+
+def check_plain(name: str, value: Any) -> None:
+    """Check that a value is made of numbers, strings, lists and dictionaries, as YAML and checkpoints hold them.
+
+    Raises:
+        TypeError: It is not; the message names the entry.
+    """
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise TypeError(f"The keys of `{name}` must be strings, got {key!r}.")
+            check_plain(f"{name}.{key}", item)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            check_plain(f"{name}[{index}]", item)
+    elif not (value is None or isinstance(value, (bool, int, float, str))):
+        raise TypeError(
+            f"`{name}` must be a plain value (number, string, list, dictionary), because checkpoints hold it; got a "
+            f"{type(value).__name__}. transformers takes most of its objects as dictionaries, and dtypes by name."
+        )
+
+
+def _is_divided(trainer: Trainer) -> bool:
+    """Whether one optimizer step sums gradients of several losses."""
+    return trainer.accumulate_grad_batches > 1 or trainer.world_size > 1
+
+
+def _differences(first: GenLoRAConfig, second: GenLoRAConfig) -> str:
+    pairs = zip(dataclasses.asdict(first).items(), dataclasses.asdict(second).values(), strict=True)
+    return ", ".join(f"{name}: {a!r} and {b!r}" for (name, a), b in pairs if a != b)

@@ -1,0 +1,204 @@
+"""Fine-tuning a causal language model on prompts and answers."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.modules.base import Dtype, GenLoRAModule, check_plain
+from genlora_lightning.modules.metrics import Perplexity, WeightedMean
+from genlora_lightning.optim import OptimizerConfig
+
+IGNORED_LABEL = -100
+
+
+class CausalLMModule(GenLoRAModule):
+    """Fine-tune a causal language model; the loss is on the answers' tokens alone.
+
+    Batches are dictionaries of ``input_ids``, ``attention_mask`` and ``labels``, each (examples, tokens); ``labels``
+    are the input ids where an answer stands and -100 elsewhere. Prediction takes prompts padded on the left, without
+    labels, and optionally lists ``prompt`` and ``completion`` of texts.
+
+    Logged for the training: ``train_loss``. For validation and test, over the whole split: ``val_loss`` (mean per
+    answer token), ``val_perplexity`` (its exponential), ``val_token_accuracy`` (share of answer tokens that are most
+    probable given the true text before them) and ``val_answer_accuracy`` (share of examples in which all answer tokens
+    are); ``test_…`` alike.
+
+    Args:
+        model: Local folder or name on the Hugging Face Hub.
+        adapter: What to adapt, and how; the defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
+            callback.
+        optimizer: AdamW and its schedule; the defaults if ``None``.
+        dtype: Dtype of the frozen base's weights; ``"auto"``: the one they are stored in. Adapters are always float32.
+        revision: Branch, tag or commit on the Hub.
+        attn_implementation: transformers' attention, such as ``"sdpa"`` or ``"eager"``; its choice if ``None``.
+        trust_remote_code: Run the Python code that comes with the model.
+        gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        model_kwargs: More arguments for ``from_pretrained``; plain values, because checkpoints hold them.
+        generation: Arguments of transformers' ``generate`` for prediction, over ``max_new_tokens: 64`` and
+            ``do_sample: false``.
+
+    Raises:
+        TypeError: An argument holds something else than plain values.
+        ValueError: An argument is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        adapter: GenLoRAConfig | dict[str, Any] | None = None,
+        optimizer: OptimizerConfig | dict[str, Any] | None = None,
+        dtype: Dtype = "auto",
+        revision: str | None = None,
+        attn_implementation: str | None = None,
+        trust_remote_code: bool = False,
+        gradient_checkpointing: bool = False,
+        model_kwargs: dict[str, Any] | None = None,
+        generation: dict[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            model,
+            adapter=adapter,
+            optimizer=optimizer,
+            dtype=dtype,
+            revision=revision,
+            attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+            gradient_checkpointing=gradient_checkpointing,
+            model_kwargs=model_kwargs,
+        )
+        check_plain("generation", generation)
+        self.generation: dict[str, Any] = {"max_new_tokens": 64, "do_sample": False, **(generation or {})}
+        if self.generation.get("num_return_sequences", 1) != 1:
+            raise ValueError(
+                f"`generation.num_return_sequences` must be 1, got {self.generation['num_return_sequences']}: each "
+                "prompt has one completion."
+            )
+        self._takes_logits_to_keep: bool | None = None
+        self.val_metrics, self.test_metrics = _metrics(), _metrics()
+
+    @override
+    def load_backbone(self) -> nn.Module:
+        model, absent = self.load_with("AutoModelForCausalLM")
+        if absent:
+            raise ValueError(
+                f"The checkpoint {self.source!r} lacks {len(absent)} weights of a {type(model).__name__}, "
+                f"{', '.join(absent[:3])} among them; they would be random, and stay so. It was probably saved from "
+                "another kind of model (an encoder, or a body without its language-model head)."
+            )
+        loaded: nn.Module = model
+        return loaded
+
+    def answer_logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """Compute the logits from which answer tokens are predicted, and only these.
+
+        Args:
+            batch: ``input_ids``, ``attention_mask``, ``labels``, each (examples, tokens).
+
+        Returns:
+            Logits (examples, positions, vocabulary) and the labels they are to predict (examples, positions), at the
+            positions in which at least one example has an answer token; -100 where another one has none.
+
+        Raises:
+            ValueError: No label is an answer token.
+        """
+        labels = batch["labels"][:, 1:]  # the logits at t predict the token at t + 1
+        positions = (labels != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
+        if positions.numel() == 0:
+            raise ValueError(
+                f"This batch of {len(labels)} examples has no answer token: all its labels are {IGNORED_LABEL}. The "
+                "answers were probably cut away by truncation, or the loss mask does not fit the chat template."
+            )
+        model = self.adapter_root()
+        if self._takes_logits_to_keep is None:
+            self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        if self._takes_logits_to_keep:
+            logits = model(**inputs, logits_to_keep=positions).logits
+        else:
+            logits = model(**inputs).logits[:, positions]
+        return logits, labels[:, positions]
+
+    @override
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        logits, labels = self.answer_logits(batch)
+        return self.training_loss(_summed_loss(logits, labels), (labels != IGNORED_LABEL).sum())
+
+    @override
+    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "val", self.val_metrics)
+
+    @override
+    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
+        self._evaluate(batch, "test", self.test_metrics)
+
+    def _evaluate(self, batch: dict[str, Any], split: Literal["val", "test"], metrics: nn.ModuleDict) -> None:
+        logits, labels = self.answer_logits(batch)
+        answer = labels != IGNORED_LABEL
+        has_answer = answer.any(dim=1)
+        correct = (logits.argmax(dim=-1) == labels) & answer
+        whole = (correct | ~answer).all(dim=1) & has_answer
+        loss, tokens = _summed_loss(logits, labels), answer.sum()
+        sums = {
+            "loss": (loss, tokens),
+            "perplexity": (loss, tokens),
+            "token_accuracy": (correct.sum(), tokens),
+            "answer_accuracy": (whole.sum(), has_answer.sum()),
+        }
+        for name, (total, count) in sums.items():
+            metric = metrics[name]
+            assert isinstance(metric, WeightedMean)
+            metric.update(total, count)
+            self.log(f"{split}_{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss", batch_size=1)
+
+    @override
+    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:
+        """Generate a completion for each prompt.
+
+        Returns:
+            For each example ``prompt`` and ``generated``, and ``completion`` (the reference) if the batch has it.
+        """
+        input_ids, tokenizer = batch["input_ids"], self.tokenizer
+        model: Any = self.adapter_root()
+        arguments = {**_special_tokens(model, tokenizer), **self.generation}
+        with torch.no_grad():
+            tokens = model.generate(input_ids=input_ids, attention_mask=batch["attention_mask"], **arguments)
+        generated = tokenizer.batch_decode(tokens[:, input_ids.shape[1] :], skip_special_tokens=True)
+        prompts = batch.get("prompt") or tokenizer.batch_decode(input_ids, skip_special_tokens=True)
+        results = [{"prompt": prompt, "generated": text} for prompt, text in zip(prompts, generated, strict=True)]
+        for result, completion in zip(results, batch.get("completion") or [], strict=False):
+            if completion is not None:
+                result["completion"] = completion
+        return results
+
+
+def _metrics() -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "loss": WeightedMean(),
+            "perplexity": Perplexity(),
+            "token_accuracy": WeightedMean(),
+            "answer_accuracy": WeightedMean(),
+        }
+    )
+
+
+def _special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Where a completion ends: at the model's end-of-text tokens and at the tokenizer's, which need not be the same."""
+    of_model = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(of_model if isinstance(of_model, (list, tuple)) else [of_model])} - {None}
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else min(ends, default=None)
+    return {"eos_token_id": sorted(ends) or None, "pad_token_id": pad}
+
+
+def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sum of the cross entropies of the answer tokens, in float32."""
+    answer = labels != IGNORED_LABEL
+    return F.cross_entropy(logits[answer].float(), labels[answer], reduction="sum")
