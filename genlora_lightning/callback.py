@@ -278,7 +278,7 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self._folder is not None and trainer.training and not self._saved_after_error:
+        if self._folder is not None and trainer.state.fn == "fit" and not self._saved_after_error:
             rank_zero_info(f"Stopped at step {trainer.global_step}. {self._save_after_error(trainer, pl_module)}")
         self._unwrap(pl_module)
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
-from genlora_lightning.injection import adapter_layers, trained_modules
+from genlora_lightning.full_training import trained_modules
+from genlora_lightning.injection import adapter_layers
 
 
 def check_writable(folder: Path, needed: int) -> None:

@@ -11,22 +11,16 @@ from torch import nn
 
 from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.coverage import CoverageReport, CoverageRow
+from genlora_lightning.full_training import stop_training_in_full, train_in_full, trained_modules
 from genlora_lightning.layers import GenLoRALinear, linear_shape
 from genlora_lightning.targets import match_modules, select_targets
 
-# Marks a module that `modules_to_train` named: the mark goes where the module goes, while a name depends on the root.
-_TRAINED_MARK = "_genlora_trained_in_full"
 _FAST_PATH_MARK = "_genlora_fast_path"
 
 
 def adapter_layers(model: nn.Module) -> dict[str, GenLoRALinear]:
     """The adapted linears of a model by name, each once; empty if the model has none."""
     return {name: module for name, module in model.named_modules() if isinstance(module, GenLoRALinear)}
-
-
-def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that ``modules_to_train`` named, by name, each once."""
-    return {name: module for name, module in model.named_modules() if getattr(module, _TRAINED_MARK, False)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -117,9 +111,7 @@ def inject_adapters(
     model.requires_grad_(False)
     replacements = {id(module): GenLoRALinear(module, config, generator) for module in targets.values()}
     _replace(model, replacements)
-    for module in trained.values():
-        module.requires_grad_(True)
-        setattr(module, _TRAINED_MARK, True)
+    train_in_full(model, list(trained.values()))
     _disable_fast_paths(model)
     return _report(model, skipped)
 
@@ -149,7 +141,9 @@ def unmerge_adapters(model: nn.Module) -> None:
 
 
 def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
-    """Take the adapters off a model, in place: its linears are the ones it had. Parameters stay frozen.
+    """Take the adapters off a model, in place: its linears are the ones it had. All parameters stay frozen.
+
+    Modules trained in full keep what they learned, rounded to the dtype they had.
 
     Args:
         model: A model with adapters.
@@ -170,9 +164,9 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
         if not keep_merged:
             layer.unmerge()
     _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
+    for module in trained_modules(model).values():
+        stop_training_in_full(module)
     for module in model.modules():
-        if hasattr(module, _TRAINED_MARK):
-            delattr(module, _TRAINED_MARK)
         for name, value in getattr(module, _FAST_PATH_MARK, {}).items():
             setattr(module, name, value)
         if hasattr(module, _FAST_PATH_MARK):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning.injection import adapter_parameters, require_adapters, trained_modules
+from genlora_lightning.full_training import trained_modules
+from genlora_lightning.injection import adapter_parameters, require_adapters
 
 _SHOWN = 4
 

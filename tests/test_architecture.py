@@ -18,7 +18,7 @@ ROWS = [
     ["config"],
     ["generator"],
     ["layers"],
-    ["coverage", "targets"],
+    ["coverage", "targets", "full_training"],
     ["injection"],
     ["state", "analysis", "optim"],
     ["adapter_io", "checks"],

@@ -145,8 +145,8 @@ def test_adapters_without_gradient_are_an_error_when_all_and_a_warning_when_some
         def forward(self, x):
             return self.net[4](self.net[:4](x).detach())
 
+    config = small_config(target_modules=["0", "2"], modules_to_train=["4"])
     with pytest.raises(RuntimeError, match=r"none of the 2 adapters has a gradient.*use_reentrant=False"):
-        config = small_config(target_modules=["0", "2"], modules_to_train=["4"])
         trainer(tmp_path, finetuning(config=config)).fit(Detached(), mlp_loader())
     config = small_config()
     with pytest.warns(UserWarning, match=r"2 adapters got no gradient in the first step, net.0 among them"):

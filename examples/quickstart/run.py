@@ -3,9 +3,9 @@
 The training is exactly `python train.py fit --config configs/quickstart.yaml`, in a process of its own. What is
 evaluated afterwards is not that process's model: the adapter folder it left is loaded into a fresh base.
 
-The metric is the accuracy of choosing between the two answers by likelihood, on sentences that were never trained on. It
-asks nothing of the untrained model's manners: it chats instead of answering, so to read its *generated* text would count
-it as wrong every time. The loss is the mean cross entropy of the true answer's tokens.
+The metric is the accuracy of choosing between the two answers by likelihood, on sentences that were never trained on.
+It asks nothing of the untrained model's manners: it chats instead of answering, so to read its *generated* text would
+count it as wrong every time. The loss is the mean cross entropy of the true answer's tokens.
 """
 
 from __future__ import annotations
@@ -142,9 +142,9 @@ def table(report: dict[str, Any]) -> str:
         f"{before['metric']:>11.1%} {after['metric']:>11.1%}   +{gain:.1%}, {gain / error:.1f} standard errors",
         f"{'loss per answer token':34}{before['loss']:>12.4f}{after['loss']:>12.4f}",
         "",
-        f"trainable parameters   {report['trainable_parameters']:,} of {report['total_parameters']:,}; LoRA of the same "
-        f"rank has {lora:,} ({share:.1%} of that)",
-        f"effective rank         {report['effective_rank_mean']:.1f} on average over {report['adapted_linears']} linears",
+        f"trainable parameters   {report['trainable_parameters']:,} of {report['total_parameters']:,}; "
+        f"LoRA of the same rank has {lora:,} (this is {share:.1%} of it)",
+        f"effective rank         {report['effective_rank_mean']:.1f}, mean of {report['adapted_linears']} linears",
         f"adapter on disk        {report['adapter_bytes']:,} bytes in {report['adapter_dir']}",
         f"speed                  {report['tokens_per_second']:.0f} tokens per second",
         "seconds                " + ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -93,8 +92,6 @@ class SequenceClassificationModule(GenLoRAModule):
             ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
         )
         new = self._find_trained_modules(model, absent)
-        for name in self._trained_modules:
-            _train_in_float32(model.get_submodule(name))
         if new:
             rank_zero_info(
                 f"The checkpoint {self.source!r} has no weights that fit {', '.join(new)}: they start at random and "
@@ -157,17 +154,6 @@ class SequenceClassificationModule(GenLoRAModule):
             )
         return dataclasses.replace(config, modules_to_train=[*given, *more])
 
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SequenceClassificationModule:
-        # `precision="bf16-true"` casts the whole module, but what is trained must stay in float32.
-        trained = [self.model.get_submodule(name) for name in self._trained_modules] if self.model is not None else []
-        before = [(p, p.data) for module in trained for p in module.parameters() if p.dtype == torch.float32]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for parameter, values in before:
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                parameter.data = values.to(parameter.device)
-        return self
-
     def class_logits(self, batch: dict[str, Any]) -> Tensor:
         """Compute the logits (examples, classes), in float32."""
         inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
@@ -179,20 +165,8 @@ class SequenceClassificationModule(GenLoRAModule):
         return logits
 
     @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        # Before the transfer, where looking at values does not make a GPU wait.
-        labels = batch.get("labels")
-        if labels is not None and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_labels:
-            raise ValueError(
-                f"The batch has labels from {int(labels.min())} to {int(labels.max())}, but the module has "
-                f"{self.num_labels} classes (0 to {self.num_labels - 1}). Set `num_labels` or `label_names` to fit the "
-                "data."
-            )
-        return batch
-
-    @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        labels = batch["labels"]
+        labels = self._checked_labels(batch)
         loss = F.cross_entropy(self.class_logits(batch), labels, reduction="sum")
         return self.training_loss(loss, torch.tensor(len(labels), device=labels.device))
 
@@ -204,8 +178,19 @@ class SequenceClassificationModule(GenLoRAModule):
     def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
         self._evaluate(batch, "test", self.test_metrics)
 
+    def _checked_labels(self, batch: dict[str, Any]) -> Tensor:
+        # Out of range they would be an assertion on a GPU that no Python code can explain any more.
+        labels: Tensor = batch["labels"]
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_labels:
+            raise ValueError(
+                f"The batch has labels from {int(labels.min())} to {int(labels.max())}, but the module has "
+                f"{self.num_labels} classes (0 to {self.num_labels - 1}). Set `num_labels` or `label_names` to fit the "
+                "data."
+            )
+        return labels
+
     def _evaluate(self, batch: dict[str, Any], split: Literal["val", "test"], metrics: nn.ModuleDict) -> None:
-        labels = batch["labels"]
+        labels = self._checked_labels(batch)
         logits = self.class_logits(batch)
         for name, metric in metrics.items():
             assert isinstance(metric, torchmetrics.Metric)
@@ -260,14 +245,3 @@ def _checked_names(num_labels: int | None, label_names: list[str] | None) -> lis
 
 def _is_inside(name: str, modules: list[str]) -> bool:
     return any(name == module or name.startswith(f"{module}.") for module in modules)
-
-
-def _train_in_float32(module: nn.Module) -> None:
-    """Hold a module in float32, and let it take inputs of a base that is not."""
-    module.float()
-    module.register_forward_pre_hook(_cast_inputs)
-
-
-def _cast_inputs(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    dtype = next(module.parameters()).dtype
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

@@ -156,7 +156,9 @@ def test_too_few_sentences_are_an_error() -> None:
 def test_label_is_the_sign_of_the_rating() -> None:
     examples = [prepare.as_example(Sentence(rating, "A film."), SMALL) for rating in (0.6, -0.6)]
     assert [example["completion"] for example in examples] == ["positive", "negative"]
-    assert {example["prompt"] for example in examples} == {"Is this review positive or negative? Answer with one word.\nA film."}
+    assert {example["prompt"] for example in examples} == {
+        "Is this review positive or negative? Answer with one word.\nA film."
+    }
 
 
 def test_sentences_are_read_out_of_the_archive_inside_the_sdist(tmp_path: Path) -> None:

@@ -1,0 +1,91 @@
+"""Modules trained in full beside the adapters: marked, and held in float32 inside a base of 16 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# The mark goes where the module goes, while a name depends on the root that one starts from. It holds what is needed to
+# take the module out again.
+_MARK = "_genlora_trained_in_full"
+_LOW_PRECISION = (torch.bfloat16, torch.float16)
+
+
+def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that ``modules_to_train`` named, by name, each once."""
+    return {name: module for name, module in model.named_modules() if hasattr(module, _MARK)}
+
+
+def train_in_full(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Make all of some modules of a model trainable, and mark them.
+
+    A module in bfloat16 or float16 is cast to float32, because an optimizer's small steps are lost in the few bits of
+    its weights; its inputs are cast to float32 and its outputs back, so that the base around it does not notice. A
+    later cast of the whole model leaves it as it is. A weight that is tied to one outside the modules (a head to its
+    embedding) becomes the module's own, so that nothing is trained that was not named.
+    """
+    inside = {id(inner) for module in modules for inner in module.modules() if inner is not module}
+    outermost = [module for module in modules if id(module) not in inside]
+    own = {id(inner) for module in outermost for inner in module.modules()}
+    foreign = {id(p) for m in model.modules() if id(m) not in own for p in m.parameters(recurse=False)}
+    # Found out before anything is cast: two of the modules may share a weight.
+    low = [next((p.dtype for p in module.parameters() if p.dtype in _LOW_PRECISION), None) for module in outermost]
+    for module, dtype in zip(outermost, low, strict=True):
+        for inner in module.modules():
+            for name, parameter in inner.named_parameters(recurse=False):
+                if id(parameter) in foreign:
+                    setattr(inner, name, nn.Parameter(parameter.detach().clone()))
+        module.requires_grad_(True)
+        handles = []
+        if dtype is not None:
+            module.float()
+            handles.append(module.register_forward_pre_hook(_cast_inputs, with_kwargs=True))
+            handles.append(module.register_forward_hook(partial(_cast_outputs, dtype)))
+        setattr(module, _MARK, (dtype, handles))
+        # An instance attribute: a parent's `_apply`, which every cast and move goes through, calls its children's.
+        vars(module)["_apply"] = partial(_apply_but_keep_float32, module)
+
+
+def stop_training_in_full(module: nn.Module) -> None:
+    """Undo :func:`train_in_full`: freeze the module and round its trained values to its original dtype."""
+    dtype, handles = getattr(module, _MARK)
+    for handle in handles:
+        handle.remove()
+    delattr(module, _MARK)
+    vars(module).pop("_apply", None)
+    module.requires_grad_(False)
+    if dtype is not None:
+        module.to(dtype)
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+        return type(value)(_cast(item, dtype) for item in value)
+    return value
+
+
+def _cast_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    return _cast(args, torch.float32), {name: _cast(value, torch.float32) for name, value in kwargs.items()}
+
+
+def _cast_outputs(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
+    return _cast(output, dtype)
+
+
+def _apply_but_keep_float32(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    before = {name: p.data for name, p in module.named_parameters() if p.dtype == torch.float32}
+    type(module)._apply(module, fn, recurse)  # type: ignore[no-untyped-call]
+    for name, parameter in module.named_parameters():
+        if name in before and parameter.dtype in _LOW_PRECISION:
+            parameter.data = before[name].to(parameter.device)
+    for child in module.modules():
+        for name, buffer in child.named_buffers(recurse=False):
+            if buffer.dtype in _LOW_PRECISION:
+                setattr(child, name, buffer.float())
+    return module
