@@ -129,11 +129,20 @@ def test_zero_start_gives_exactly_zero_and_a_gradient_to_leave_it(zero_start):
     assert (moved.grad != 0).all()
 
 
-def test_random_matrices_have_the_rank_asked_for():
-    module = RBFGenerator(576, rank=64, num_groups=16)
+@pytest.mark.parametrize("groups", [1, 8, 16])
+def test_rank_is_that_of_the_groups_near_zero_and_grows_beyond_it_where_the_functions_bend(groups):
+    module = RBFGenerator(576, rank=64, num_groups=groups)
     with torch.no_grad():
-        module.latent.normal_()
-    assert effective_rank(module(), torch.eye(64)) > 40
+        near_zero = effective_rank(generate_at(module, 0.01), torch.eye(64))
+        bent = effective_rank(generate_at(module, 1.0), torch.eye(64))
+    assert near_zero == pytest.approx(groups, rel=0.1)
+    assert bent > 2 * groups
+
+
+def generate_at(module, scale):
+    """The module's matrix for a random latent of a given size."""
+    latent = scale * torch.randn(module.num_entries)
+    return generate(latent, module.weight, module.centers, module.log_widths, module.kernel)
 
 
 def test_one_group_of_one_shared_shape_collapses_to_rank_one():
