@@ -57,7 +57,7 @@ def save_adapter(
             f"{len(broken)} of {len(state)} tensors hold NaN or infinite values ({broken[0]} among them); such an "
             f"adapter is of no use and was not saved to {folder}. The training diverged: lower the learning rate."
         )
-    if folder.exists() and not _is_adapter_folder(folder):
+    if folder.exists() and not is_adapter_folder(folder):
         raise FileExistsError(
             f"{folder} exists and is not an adapter folder (it holds no {CONFIG_FILE} of ours); it is left as it is. "
             "Give another folder, or remove this one."
@@ -175,7 +175,8 @@ def base_model_name(model: nn.Module) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def _is_adapter_folder(folder: Path) -> bool:
+def is_adapter_folder(folder: Path) -> bool:
+    """Whether a folder holds an adapter of ours, or nothing at all, so that it may be replaced by one."""
     if folder.is_dir() and not any(folder.iterdir()):
         return True
     try:

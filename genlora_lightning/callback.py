@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from genlora_lightning.adapter_io import base_model_name, save_adapter
 from genlora_lightning.checks import (
-    check_gradients_arrived,
+    GradientWatch,
     check_optimizers_hold,
     check_writable,
     prune_frozen,
@@ -54,7 +54,7 @@ class GenLoRAFinetuning(Callback):
     ``resolve_adapter_config(config)``, this may complete the configuration once the model is known.
 
     Args:
-        config: What to adapt, and how; the defaults if ``None``.
+        config: What to adapt, and how, also as a dictionary; the defaults if ``None``.
         adapter_dir: Where to save the adapter folder when fitting ends; ``<log dir>/adapter`` if ``None``. After an
             error or Ctrl-C it is ``<adapter_dir>-interrupted``, so that a finished adapter is never replaced by an
             unfinished one.
@@ -71,14 +71,16 @@ class GenLoRAFinetuning(Callback):
 
     def __init__(
         self,
-        config: GenLoRAConfig | None = None,
+        config: GenLoRAConfig | dict[str, Any] | None = None,
         *,
         adapter_dir: str | None = None,
         save_adapter: bool = True,
         train_mode: bool = True,
         check_finite_every_n_steps: int = 1,
     ) -> None:
-        self.config = config if config is not None else GenLoRAConfig()
+        if not isinstance(config, (GenLoRAConfig, dict)) and config is not None:
+            raise TypeError(f"`config` must be a GenLoRAConfig or a dictionary of its fields, got {config!r}.")
+        self.config = GenLoRAConfig.from_dict(config) if isinstance(config, dict) else config or GenLoRAConfig()
         self.adapter_dir = adapter_dir
         self.save_adapter = save_adapter
         self.train_mode = train_mode
@@ -86,7 +88,7 @@ class GenLoRAFinetuning(Callback):
         self.report: CoverageReport | None = None
         self._folder: Path | None = None
         self._saved_after_error = False
-        self._gradients_checked = False
+        self._gradient_watch = GradientWatch()
         self._last_loss: Tensor | None = None
 
     # -- setting up -------------------------------------------------------------------------------------------------
@@ -102,6 +104,7 @@ class GenLoRAFinetuning(Callback):
         _check_strategy(trainer)
         self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
         self.report = None
+        self._folder = None  # of an earlier run
         self._wrap(pl_module)
 
     def _wrap(self, pl_module: LightningModule) -> None:
@@ -149,7 +152,7 @@ class GenLoRAFinetuning(Callback):
                 f"{type(pl_module).__name__} was not called. Do not replace `configure_model` on the instance."
             )
         rank_zero_info(self.report.summary())
-        self._gradients_checked = False
+        self._gradient_watch = GradientWatch()
         self._saved_after_error = False
         self._last_loss = None
         # The trainer's log directory is agreed between the ranks, so that each of them must ask here.
@@ -179,14 +182,9 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if not self._gradients_checked:
-            without = check_gradients_arrived(pl_module)
-            self._gradients_checked = True
-            if without:
-                rank_zero_warn(
-                    f"{len(without)} adapters got no gradient in the first step, {without[0]} among them. That is "
-                    "right for modules that this batch did not use (experts); else name them in `exclude_modules`."
-                )
+        warning = self._gradient_watch.check(pl_module, optimizer)
+        if warning is not None:
+            rank_zero_warn(warning)
         # With a gradient scaler (float16) overflows are expected, and the scaler skips the step by itself.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         every = self.check_finite_every_n_steps

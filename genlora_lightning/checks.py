@@ -9,6 +9,7 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
+from genlora_lightning.adapter_io import is_adapter_folder
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
 
@@ -18,6 +19,12 @@ def check_writable(folder: Path, needed: int) -> None:
     existing = folder.absolute()
     while not existing.exists():
         existing = existing.parent
+    if not existing.is_dir():
+        raise FileExistsError(f"The adapter is to be saved in {folder}, but {existing} is a file.")
+    if existing == folder.absolute() and not is_adapter_folder(existing):
+        raise FileExistsError(
+            f"The adapter is to be saved in {folder}, which exists and is no adapter folder. Give another folder."
+        )
     if not os.access(existing, os.W_OK):
         raise PermissionError(f"The adapter is to be saved in {folder}, but {existing} is not writable.")
     free = shutil.disk_usage(existing).free
@@ -61,26 +68,66 @@ def check_optimizers_hold(optimizers: list[Optimizer], model: nn.Module) -> None
         )
 
 
-def check_gradients_arrived(model: nn.Module) -> list[str]:
-    """Check that the backward pass reached the adapters; returns the names of adapted linears that it did not.
+class GradientWatch:
+    """Watches the first optimizer steps of a run until the adapters have a gradient.
 
-    Raises:
-        RuntimeError: It reached none; the message lists what usually causes this.
+    Args:
+        patience: Optimizer steps for which all gradients may be zero. They are so in sound runs: in the first step
+            behind a head that starts at zero, or for a batch whose hinge loss is zero.
     """
-    layers = adapter_layers(model)
-    without = [
-        name
-        for name, layer in layers.items()
-        if not any(p.grad is not None and bool((p.grad != 0).any()) for p in layer.adapter_parameters().values())
-    ]
-    if len(without) == len(layers):
-        raise RuntimeError(
-            f"After the first backward pass none of the {len(layers)} adapters has a gradient, so nothing would be "
-            "trained. Likely causes: reentrant gradient checkpointing over a frozen input (set "
-            "`use_reentrant=False` or call `model.enable_input_require_grads()`), a `torch.no_grad()` around the "
-            "backbone, a `detach()`, or an optimizer that steps on other parameters."
-        )
-    return without
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience = patience
+        self._zero_steps = 0
+        self._done = False
+
+    def check(self, model: nn.Module, optimizer: Optimizer) -> str | None:
+        """Look at the gradients before an optimizer step; costs nothing once they have been seen.
+
+        Args:
+            model: The model with the adapters.
+            optimizer: The optimizer that is about to step; adapters that it does not hold are not its matter.
+
+        Returns:
+            A warning about adapters without a gradient, if some have one and some have not.
+
+        Raises:
+            RuntimeError: The backward pass reached no adapter, or brought only zeros for ``patience`` steps.
+        """
+        if self._done:
+            return None
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        layers = {
+            name: [p.grad for p in layer.adapter_parameters().values() if id(p) in held]
+            for name, layer in adapter_layers(model).items()
+        }
+        layers = {name: gradients for name, gradients in layers.items() if gradients}
+        if not layers:
+            return None
+        without = [
+            name
+            for name, gradients in layers.items()
+            if not any(g is not None and bool((g != 0).any()) for g in gradients)
+        ]
+        if len(without) < len(layers):
+            self._done = True
+            if not without:
+                return None
+            return (
+                f"{len(without)} of {len(layers)} adapters got no gradient at first, {without[0]} among them. That is "
+                "right for modules that the batch did not use (experts); else name them in `exclude_modules`."
+            )
+        self._zero_steps += 1
+        unreached = all(g is None for gradients in layers.values() for g in gradients)
+        if unreached or self._zero_steps >= self.patience:
+            found = "has a gradient" if unreached else f"had a gradient other than zero in {self._zero_steps} steps"
+            raise RuntimeError(
+                f"None of the {len(layers)} adapters {found}, so nothing would be trained. Likely causes: reentrant "
+                "gradient checkpointing over a frozen input (set `use_reentrant=False` or call "
+                "`model.enable_input_require_grads()`), a `torch.no_grad()` around the backbone, a `detach()`, or a "
+                "loss that does not depend on the backbone."
+            )
+        return None
 
 
 def set_train_mode(model: nn.Module) -> None:

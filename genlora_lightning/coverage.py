@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from genlora_lightning.targets import NEW_HEAD, STACK
+
 
 @dataclass(frozen=True, kw_only=True)
 class CoverageRow:
@@ -52,6 +54,9 @@ class CoverageReport:
         if self.trained:
             names = ", ".join(row.module for row in self.trained)
             text += f"Trained in full: {names} ({sum(r.trainable_parameters for r in self.trained):,}). "
+        for reason in (NEW_HEAD, STACK):
+            names = _some([name for name, given in self.skipped.items() if given == reason])
+            text += f"Left alone: {names} ({reason}). " if names else ""
         return text + f"Trainable: {self.trainable_parameters:,} of {self.total_parameters:,} ({share:.3f} %)."
 
     def table(self, *, collapse: bool = True) -> str:
@@ -79,9 +84,13 @@ class CoverageReport:
         for name, reason in self.skipped.items():
             by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
-            shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            text.append(f"left alone: {shown} ({reason})")
+            if reason not in (NEW_HEAD, STACK):  # which the summary tells
+                text.append(f"left alone: {_some(names)} ({reason})")
         return "\n".join([*text, self.summary()])
 
     def __str__(self) -> str:
         return self.table()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

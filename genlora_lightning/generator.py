@@ -98,7 +98,8 @@ class RBFGenerator(nn.Module):
 
     Initial values: centres of random sign, |c| spread over [0.5, 2] (where the functions have slope *and* curvature at
     zero); random weights, scaled in each group so that the R slopes :math:`\partial M_{rj}/\partial z_j` at zero have
-    the root mean square 1; latent uniform in ±1/√n, like a row of LoRA's A. With ``zero_start`` the matrix is zero.
+    the root mean square 1 (exactly for K = 1, in expectation for more); latent uniform in ±1/√n, like a row of LoRA's
+    A. With ``zero_start`` the matrix is zero.
 
     Args:
         num_entries: Length n of a basis vector.
@@ -170,8 +171,9 @@ class RBFGenerator(nn.Module):
         bound = 1 / math.sqrt(self.num_entries)
         self.latent.uniform_(-bound, bound, generator=generator)
         self.weight.normal_(generator=generator)
-        slopes = (self.weight * slope_at_zero(self.centers, self.kernel) / self.width).sum(2, keepdim=True)  # (G, R, 1)
-        self.weight.div_(slopes.square().mean(1, keepdim=True).sqrt())
+        slopes = self.weight * slope_at_zero(self.centers, self.kernel) / self.width  # (G, R, K)
+        # Of a basis function's K slopes the squares are summed, not the slopes: their sum may happen to be nearly zero.
+        self.weight.div_(slopes.square().sum(2, keepdim=True).mean(1, keepdim=True).sqrt())
         if self.zero_start == "zero_latent":
             self.latent.zero_()
         elif self.zero_start == "zero_weight":

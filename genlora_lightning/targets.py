@@ -7,9 +7,14 @@ import re
 from collections.abc import Iterable
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from genlora_lightning.config import ALL_LINEAR, GenLoRAConfig
 from genlora_lightning.layers import linear_shape
+
+# Reasons for leaving a module alone that its user should know of.
+NEW_HEAD = "output head; if it is new, name it in `modules_to_train`"
+STACK = "several matrices in one parameter, as in a mixture of experts, are no nn.Linear"
 
 
 def _named(name: str, patterns: Iterable[str]) -> bool:
@@ -17,13 +22,34 @@ def _named(name: str, patterns: Iterable[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
+def _all_names(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each module (by id): one for each place it stands in."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
 def match_modules(model: nn.Module, patterns: list[str], field: str) -> dict[str, nn.Module]:
-    """The modules whose names are among the patterns or end with one; a pattern without a match is an error."""
-    modules = {name: module for name, module in model.named_modules() if name}
+    """The modules whose names are among the patterns or end with one; a pattern without a match is an error.
+
+    A module that stands in several places matches by each of its names, and comes back under its first.
+    """
+    names = _all_names(model)
     for pattern in patterns:
-        if not any(_named(name, [pattern]) for name in modules):
+        if not any(_named(name, [pattern]) for several in names.values() for name in several):
+            if any(_named(name, [pattern]) for name, _ in model.named_parameters()):
+                raise ValueError(
+                    f"`{field}` names {pattern!r}, which is a parameter. Name the module that holds it, or put it into "
+                    "a module of its own."
+                )
+            modules = dict(model.named_modules(remove_duplicate=False))
             raise ValueError(f"`{field}` names {pattern!r}, which no module matches. {_near(pattern, modules)}")
-    return {name: module for name, module in modules.items() if _named(name, patterns)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(_named(alias, patterns) for alias in names[id(module)])
+    }
 
 
 def select_targets(
@@ -39,6 +65,7 @@ def select_targets(
         if isinstance(module, nn.MultiheadAttention)
         for child in module.modules()
     }
+    names = _all_names(model)
     candidates: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     heads = _output_heads(model) if config.target_modules == ALL_LINEAR else {}
@@ -56,15 +83,24 @@ def select_targets(
 
     if config.target_modules == ALL_LINEAR:
         targets = candidates
+        skipped |= _stacks_of_matrices(model, inside_trained | inside_excluded)
     elif isinstance(config.target_modules, str):
         expression = re.compile(config.target_modules)
-        targets = {name: module for name, module in candidates.items() if expression.fullmatch(name)}
+        targets = {
+            name: module
+            for name, module in candidates.items()
+            if any(expression.fullmatch(alias) for alias in names[id(module)])
+        }
         skipped = {name: reason for name, reason in skipped.items() if expression.fullmatch(name)}
     else:
         for pattern in config.target_modules:
-            if not any(_named(name, [pattern]) for name in candidates):
+            if not any(_named(alias, [pattern]) for module in candidates.values() for alias in names[id(module)]):
                 raise ValueError(_unmatched_target(model, pattern, candidates, skipped))
-        targets = {name: module for name, module in candidates.items() if _named(name, config.target_modules)}
+        targets = {
+            name: module
+            for name, module in candidates.items()
+            if any(_named(alias, config.target_modules) for alias in names[id(module)])
+        }
         skipped = {name: reason for name, reason in skipped.items() if _named(name, config.target_modules)}
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
@@ -99,6 +135,18 @@ def _near(pattern: str, modules: dict[str, nn.Module]) -> str:
     return f"There are: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
 
 
+def _stacks_of_matrices(model: nn.Module, settled: set[int]) -> dict[str, str]:
+    """Modules that hold several matrices in one parameter, as the experts of a mixture do: nothing we can adapt."""
+    found = {}
+    for name, module in model.named_modules():
+        if id(module) in settled or isinstance(module, _ConvNd):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() > 2 and parameter.shape[0] > 1 and min(parameter.shape[-2:]) > 1:
+                found[name] = STACK
+    return found
+
+
 def _output_heads(model: nn.Module) -> dict[int, str]:
     """The linears that are output heads (by id), with the reason why they are taken for one."""
     heads: dict[int, str] = {}
@@ -112,5 +160,5 @@ def _output_heads(model: nn.Module) -> dict[int, str]:
             inside = {id(m) for m in body.modules()}
             for child in module.modules():
                 if linear_shape(child) is not None and id(child) not in inside:
-                    heads.setdefault(id(child), "output head")
+                    heads.setdefault(id(child), NEW_HEAD)
     return heads

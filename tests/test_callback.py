@@ -146,11 +146,75 @@ def test_adapters_without_gradient_are_an_error_when_all_and_a_warning_when_some
             return self.net[4](self.net[:4](x).detach())
 
     config = small_config(target_modules=["0", "2"], modules_to_train=["4"])
-    with pytest.raises(RuntimeError, match=r"none of the 2 adapters has a gradient.*use_reentrant=False"):
+    with pytest.raises(RuntimeError, match=r"None of the 2 adapters has a gradient.*use_reentrant=False"):
         trainer(tmp_path, finetuning(config=config)).fit(Detached(), mlp_loader())
     config = small_config()
-    with pytest.warns(UserWarning, match=r"2 adapters got no gradient in the first step, net.0 among them"):
+    with pytest.warns(UserWarning, match=r"2 of 3 adapters got no gradient at first, net.0 among them"):
         trainer(tmp_path, finetuning(config=config)).fit(Detached(), mlp_loader())
+
+
+def test_gradients_may_be_zero_at_first_but_not_for_ever(tmp_path):
+    class ZeroHead(PlainMLP):
+        def build(self):
+            super().build()
+            nn.init.zeros_(self.net[4].weight)
+
+    module = ZeroHead()
+    config = small_config(target_modules=["0", "2"], modules_to_train=["4"])
+    trainer(tmp_path, finetuning(config=config)).fit(module, mlp_loader())
+    assert (module.net[0].generator_B.latent != 0).any()
+
+    class ZeroLoss(PlainMLP):
+        def step(self, batch):
+            return 0 * super().step(batch)
+
+    with pytest.raises(RuntimeError, match="None of the 2 adapters had a gradient other than zero in 10 steps"):
+        trainer(tmp_path, finetuning(), max_epochs=9).fit(ZeroLoss(), mlp_loader())
+
+
+def test_each_of_several_optimizers_is_checked_for_its_own_adapters(tmp_path):
+    class TwoOptimizers(PlainMLP):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            head, body = self.optimizers()
+            for optimizer in (head, body):  # the head steps first, before any adapter has a gradient
+                loss = self.step(batch) if optimizer is body else self.net[4](torch.ones(1, 16)).square().sum()
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                optimizer.step()
+
+        def configure_optimizers(self):
+            head = list(self.net[4].parameters())
+            body = [p for p in self.net[:4].parameters() if p.requires_grad]
+            return torch.optim.SGD(head, lr=0.1), torch.optim.SGD(body, lr=0.1)
+
+    module = TwoOptimizers()
+    config = small_config(target_modules=["0", "2"], modules_to_train=["4"])
+    trainer(tmp_path, finetuning(config=config)).fit(module, mlp_loader())
+    assert (module.net[0].generator_B.latent != 0).any()
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_place_that_is_something_else_is_an_error_before_training(tmp_path, kind):
+    place = tmp_path / "mine"
+    if kind == "folder":
+        place.mkdir()
+        (place / "thesis.txt").write_text("years of work")
+    else:
+        place.write_text("years of work")
+    module = PlainMLP()
+    with pytest.raises(FileExistsError, match=r"is no adapter folder|mine is a file"):
+        trainer(tmp_path, finetuning(adapter_dir=str(place))).fit(module, mlp_loader())
+    assert module.losses == []
+
+
+def test_configuration_may_be_a_dictionary_and_nothing_else():
+    assert GenLoRAFinetuning({"rank": 4}).config.rank == 4
+    with pytest.raises(TypeError, match="`config` must be a GenLoRAConfig or a dictionary of its fields, got 4"):
+        GenLoRAFinetuning(4)
 
 
 def test_two_callbacks_are_an_error(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from genlora_lightning.coverage import CoverageReport, CoverageRow
+from genlora_lightning.targets import NEW_HEAD
 
 
 def row(name: str, shape: str = "(4, 4)") -> CoverageRow:
@@ -47,7 +48,8 @@ def test_summary_gives_counts_and_share():
 
 
 def test_what_was_left_alone_is_listed_by_reason_and_long_lists_are_cut():
-    skipped = {f"layers.{i}.x": "in `exclude_modules`" for i in range(5)} | {"head": "output head"}
+    skipped = {f"layers.{i}.x": "in `exclude_modules`" for i in range(5)} | {"head": NEW_HEAD, "tied": "tied"}
     table = report(row("q"), skipped=skipped).table()
     assert "left alone: layers.0.x, layers.1.x, layers.2.x and 2 more (in `exclude_modules`)" in table
-    assert "left alone: head (output head)" in table
+    assert "left alone: tied (tied)" in table
+    assert "Left alone: head (output head; if it is new, name it in `modules_to_train`)" in table

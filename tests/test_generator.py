@@ -110,13 +110,24 @@ def test_slope_at_zero_is_the_derivative(kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("width", [0.3, 1.0, 4.0])
 def test_initial_slopes_have_root_mean_square_one_in_each_group(kernel, width):
-    module = RBFGenerator(30, rank=16, num_groups=4, num_centers=2, width=width, kernel=kernel)
+    module = RBFGenerator(30, rank=16, num_groups=4, width=width, kernel=kernel)
     latent = torch.zeros(30, requires_grad=True)
     jacobian = torch.autograd.functional.jacobian(
         lambda z: generate(z, module.weight, module.centers, module.log_widths, kernel), latent
     )
     slopes = jacobian.diagonal(dim1=1, dim2=2)  # (R, n)
     torch.testing.assert_close(slopes.square().mean(0).sqrt(), torch.ones(30), rtol=1e-4, atol=1e-4)
+
+
+def test_initial_slopes_of_several_centers_have_mean_square_one_in_expectation_and_weights_stay_moderate():
+    squares, largest = [], 0.0
+    for _ in range(200):
+        module = RBFGenerator(4, rank=1, num_centers=3)
+        slopes = (module.weight * slope_at_zero(module.centers, module.kernel)).sum(2)
+        squares.append(slopes.square().mean().item())
+        largest = max(largest, module.weight.abs().max().item())
+    assert sum(squares) / len(squares) == pytest.approx(1.0, abs=0.3)
+    assert largest < 30
 
 
 @pytest.mark.parametrize("zero_start", ["zero_latent", "zero_weight"])

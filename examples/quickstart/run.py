@@ -109,7 +109,7 @@ class Evaluation:
             return self.module.predict_step(few, 0)
 
 
-def fit(config: Path, output: Path) -> None:
+def fit(config: Path) -> None:
     """Run the training; a failure ends the quickstart with the training's exit status."""
     command = [sys.executable, "train.py", "fit", "--config", str(config)]
     print("$ python " + " ".join(command[1:]), flush=True)
@@ -121,9 +121,9 @@ def fit(config: Path, output: Path) -> None:
         sys.exit(status if status > 0 else 1)
 
 
-def training_rate(output: Path) -> float:
-    """Tokens per second of the whole training, from the metrics that the newest run logged."""
-    files = sorted((ROOT / output / "logs").glob("version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
+def training_rate(folder: Path) -> float:
+    """Tokens per second of the whole training, from the metrics that the newest run logged below a folder."""
+    files = sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
     with files[-1].open(newline="") as file:
         rates = [row.get("fit_tokens_per_second") for row in csv.DictReader(file)]
     return float([rate for rate in rates if rate][-1])
@@ -133,13 +133,13 @@ def table(report: dict[str, Any]) -> str:
     """The report for people."""
     before, after, seconds = report["before"], report["after"], report["seconds"]
     gain = after["metric"] - before["metric"]
-    error = math.hypot(before["standard_error"], after["standard_error"])
+    error = math.hypot(before["standard_error"], after["standard_error"]) or math.nan
     lora = report["lora_parameters_same_rank"]
     share = report["trainable_parameters"] / lora
     lines = [
         f"{'':34}{'before':>12}{'after':>12}",
         f"{report['metric_name'] + ' (n = ' + str(report['n_eval']) + ')':34}"
-        f"{before['metric']:>11.1%} {after['metric']:>11.1%}   +{gain:.1%}, {gain / error:.1f} standard errors",
+        f"{before['metric']:>11.1%} {after['metric']:>11.1%}   {gain:+.1%}, {gain / error:.1f} standard errors",
         f"{'loss per answer token':34}{before['loss']:>12.4f}{after['loss']:>12.4f}",
         "",
         f"trainable parameters   {report['trainable_parameters']:,} of {report['total_parameters']:,}; "
@@ -160,7 +160,7 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(config: Path, output: Path) -> dict[str, Any]:
+def run(config: Path) -> dict[str, Any]:
     """Do it all and return the report."""
     seconds: dict[str, float] = {}
     start = time.perf_counter()
@@ -178,7 +178,7 @@ def run(config: Path, output: Path) -> dict[str, Any]:
         before, said_before = evaluation.measure(), evaluation.generate()
         print(f"accuracy {before['metric']:.1%}, loss {before['loss']:.4f} on {before['n']} sentences", flush=True)
     with phase("train", seconds):
-        fit(config, output)
+        fit(config)
     with phase("evaluation", seconds):
         print("after training", flush=True)
         from genlora_lightning import effective_ranks, load_adapter
@@ -201,7 +201,7 @@ def run(config: Path, output: Path) -> dict[str, Any]:
         "effective_rank_mean": sum(ranks.values()) / len(ranks),
         "adapter_bytes": adapter_bytes(adapter_dir),
         "adapter_dir": adapter_dir,
-        "tokens_per_second": training_rate(output),
+        "tokens_per_second": training_rate(Path(settings["trainer"]["default_root_dir"])),
         "seconds": {**seconds, "total": time.perf_counter() - start},
         "generations": [
             {
@@ -222,8 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=OUTPUT, help="where report.json goes (default: %(default)s)")
     options = parser.parse_args(arguments)
     os.chdir(ROOT)  # the configuration's paths are relative to it
-    report = run(options.config, options.output)
+    report = run(options.config)
     path = options.output / "report.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
     print(f"\n{table(report)}\n\nThis report: {path}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -175,6 +176,7 @@ def _read_jsonl(path: str) -> Iterator[Record]:
 
 
 def _read_csv(path: str) -> Iterator[Record]:
+    csv.field_size_limit(sys.maxsize // 2**32)  # 2 GiB: a conversation may well be longer than the default of 128 KiB
     reader = csv.reader(_decoded_lines(path), strict=True)
     header: list[str] | None = None
     while True:

@@ -35,8 +35,9 @@ class WeightedMean(torchmetrics.Metric):
             total: Sum of the batch's values; a scalar.
             count: How many values it is the sum of.
         """
-        self.total += total.float()
-        self.count += count
+        # Not in place: after a validation the states are inference tensors, which the next run must not write to.
+        self.total = self.total + total.float()
+        self.count = self.count + count
 
     @override
     def compute(self) -> Tensor:

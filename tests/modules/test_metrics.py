@@ -34,3 +34,11 @@ def test_nan_is_seen_in_the_mean() -> None:
     mean = WeightedMean()
     mean.update(torch.tensor(float("nan")), 3)
     assert math.isnan(float(mean.compute()))
+
+
+def test_sums_can_be_added_to_after_a_run_under_inference_mode() -> None:
+    metric = WeightedMean()
+    with torch.inference_mode():
+        metric.update(torch.tensor(1.0), 1)
+    metric.update(torch.tensor(3.0), 1)
+    assert float(metric.compute()) == 2.0
