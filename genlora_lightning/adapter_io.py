@@ -256,6 +256,6 @@ def _check_dtypes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], f
     ]
     if wrong:
         raise ValueError(
-            f"The adapter in {folder} does not fit this model: {len(wrong)} tensors would lose digits in "
-            f"its dtype ({', '.join(wrong[:4])}). Cast the model, or train the adapter in its dtype. Nothing was loaded."
+            f"The adapter in {folder} does not fit this model: {len(wrong)} tensors would lose digits in its "
+            f"dtype ({', '.join(wrong[:4])}). Cast the model to a wider dtype. Nothing was loaded."
         )

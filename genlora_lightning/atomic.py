@@ -121,14 +121,12 @@ def find_folder(folder: str | os.PathLike[str]) -> Path:
 
 
 def _put_folder(staging: Path, destination: Path) -> None:
-    parent = destination.parent
     if not destination.exists():
-        os.rename(staging, destination)
-        _flush_folder(parent)
+        _rename_or_undo(staging, destination)
         return
     if _exchange(staging, destination):
         try:
-            _flush_folder(parent)
+            _flush_folder(destination.parent)
         except OSError:
             _exchange(staging, destination)
             raise
@@ -138,14 +136,22 @@ def _put_folder(staging: Path, destination: Path) -> None:
     try:
         os.rename(destination, aside)
         try:
-            os.rename(staging, destination)
+            _rename_or_undo(staging, destination)
         except BaseException:
             os.rename(aside, destination)
             raise
-        _flush_folder(parent)
         shutil.rmtree(aside, ignore_errors=True)
     finally:
         _unlock(lock)
+
+
+def _rename_or_undo(staging: Path, destination: Path) -> None:
+    os.rename(staging, destination)
+    try:
+        _flush_folder(destination.parent)
+    except OSError:
+        os.rename(destination, staging)
+        raise
 
 
 def _exchange(first: Path, second: Path) -> bool:
