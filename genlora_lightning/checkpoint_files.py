@@ -79,8 +79,8 @@ def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu", wei
         except Exception as error:
             if proof == "none":  # nothing says that it is a checkpoint at all
                 raise DamagedFileError(
-                    f"{path} ({os.path.getsize(path):,} bytes) cannot be loaded: {error} It is damaged, no checkpoint, "
-                    "or of a format that needs `weights_only=False`."
+                    f"{path} ({os.path.getsize(path):,} bytes) cannot be loaded ({type(error).__name__}): it is "
+                    "damaged, or no checkpoint at all."
                 ) from error
             raise
 

@@ -74,7 +74,7 @@ def model_card(
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:
-    rows = [f"| {key} | {_cell(value)} |" for key, value in values.items()]
+    rows = [f"| {_cell(key)} | {_cell(value)} |" for key, value in values.items()]
     return ["| | |", "|---|---|", *rows]
 
 
