@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from genlora_lightning.digests import dtype_name, sha256
 from genlora_lightning.full_training import trained_modules
-from genlora_lightning.injection import adapter_layers, adapter_parameters
+from genlora_lightning.injection import adapter_layers
 
 SAMPLES_PER_TENSOR = 8
 _MOST_TENSORS = 512
@@ -55,11 +55,12 @@ def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
     Modules trained in full belong to the adapter and are left out.
     """
-    own = {id(p) for p in adapter_parameters(model).values()}
+    adapters = adapter_layers(model)
+    own = {id(p) for layer in adapters.values() for p in layer.adapter_parameters().values()}
     own |= {id(p) for module in trained_modules(model).values() for p in module.parameters()}
     names: dict[str, str] = {}
     originals: dict[int, Tensor] = {}
-    for layer_name, layer in adapter_layers(model).items():
+    for layer_name, layer in adapters.items():
         names |= {f"{layer_name}.base_layer.{n}": f"{layer_name}.{n}" for n, _ in layer.base_layer.named_parameters()}
         originals[id(layer.weight)] = layer.base_weight
     seen = set()
@@ -163,8 +164,9 @@ def _sample(tensor: Tensor) -> str | None:
     # Multiples of the golden ratio lie evenly, but in step with no row length.
     places = torch.tensor([int(size * ((k + 0.5) * _GOLDEN % 1)) for k in range(SAMPLES_PER_TENSOR)])
     try:
-        index = torch.unravel_index(places.to(tensor.device), tensor.shape)
-        values = tensor[index].to("cpu", torch.float32)
+        places = places.to(tensor.device)
+        flat = tensor.view(-1)[places] if tensor.is_contiguous() else tensor[torch.unravel_index(places, tensor.shape)]
+        values = flat.to("cpu", torch.float32)
     except (RuntimeError, NotImplementedError, TypeError, IndexError):  # a tensor class with a layout of its own
         return None
     return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()

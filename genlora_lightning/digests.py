@@ -23,12 +23,18 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def tensor_digest(tensor: Tensor) -> str:
+def tensor_bytes(tensor: Tensor) -> bytes | memoryview:
+    """A tensor's values in row-major order; of a contiguous one on the CPU without a copy."""
+    if not tensor.numel():
+        return b""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def tensor_digest(tensor: Tensor, data: bytes | memoryview | None = None) -> str:
     """SHA-256 of a line with dtype and shape, ``float32 4,2``, and the values' bytes in row-major order."""
     digest = hashlib.sha256(f"{dtype_name(tensor.dtype)} {','.join(map(str, tensor.shape))}\n".encode())
-    if tensor.numel():
-        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        digest.update(flat.numpy().data)
+    digest.update(tensor_bytes(tensor) if data is None else data)
     return digest.hexdigest()
 
 

@@ -119,13 +119,6 @@ def is_adapter_folder(folder: Path) -> bool:
         return False
 
 
-def safetensors_header(path: Path) -> bytes:
-    """The length and the header of a safetensors file, which is all but the tensors' bytes."""
-    with open(path, "rb") as file:
-        length = file.read(8)
-        return length + file.read(int.from_bytes(length, "little"))
-
-
 def _identity(folder: Path) -> tuple[int, int] | None:
     try:
         status = folder.stat()

@@ -133,7 +133,7 @@ def test_full_disk_leaves_the_older_adapter_and_nothing_else(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     perturb(model)
-    monkeypatch.setattr(adapter_io, "save_file", full)
+    monkeypatch.setattr(adapter_io, "write_tensors", full)
     with pytest.raises(OSError, match=r"bytes\) could not be saved to .*No space left on device.*check that there is"):
         save_adapter(model, folder)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before

@@ -21,7 +21,7 @@ ROWS = [
     ["coverage", "targets", "full_training"],
     ["injection"],
     ["state", "analysis", "optim", "base_identity"],
-    ["adapter_io", "checks", "checkpoint_files", "inspection", "manifest", "model_card"],
+    ["adapter_io", "checks", "checkpoint_files", "inspection", "manifest", "model_card", "tensor_file"],
     ["callback", "checkpoint_io", "data", "throughput"],
     ["modules", "progress", "predictions", "cli_errors"],
     ["cli"],
