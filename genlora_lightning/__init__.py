@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from genlora_lightning.adapter_io import save_adapter as save_adapter
     from genlora_lightning.analysis import effective_rank as effective_rank
     from genlora_lightning.analysis import effective_ranks as effective_ranks
+    from genlora_lightning.base_identity import WrongBaseError as WrongBaseError
     from genlora_lightning.callback import GenLoRAFinetuning as GenLoRAFinetuning
+    from genlora_lightning.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
     from genlora_lightning.config import GenLoRAConfig as GenLoRAConfig
     from genlora_lightning.coverage import CoverageReport as CoverageReport
     from genlora_lightning.data import InstructionDataModule as InstructionDataModule
     from genlora_lightning.data import TextClassificationDataModule as TextClassificationDataModule
+    from genlora_lightning.digests import DamagedFileError as DamagedFileError
     from genlora_lightning.generator import RBFGenerator as RBFGenerator
     from genlora_lightning.injection import adapter_parameters as adapter_parameters
     from genlora_lightning.injection import adapters_disabled as adapters_disabled
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from genlora_lightning.injection import merge_adapters as merge_adapters
     from genlora_lightning.injection import remove_adapters as remove_adapters
     from genlora_lightning.injection import unmerge_adapters as unmerge_adapters
+    from genlora_lightning.inspection import describe_adapter as describe_adapter
+    from genlora_lightning.inspection import verify_adapter as verify_adapter
     from genlora_lightning.layers import GenLoRALinear as GenLoRALinear
     from genlora_lightning.modules import CausalLMModule as CausalLMModule
     from genlora_lightning.modules import GenLoRAModule as GenLoRAModule
@@ -35,8 +40,10 @@ if TYPE_CHECKING:
     from genlora_lightning.optim import OptimizerConfig as OptimizerConfig
 
 _HOME = {
+    "AtomicCheckpointIO": "checkpoint_io",
     "CausalLMModule": "modules",
     "CoverageReport": "coverage",
+    "DamagedFileError": "digests",
     "GenLoRAConfig": "config",
     "GenLoRAFinetuning": "callback",
     "GenLoRALinear": "layers",
@@ -46,8 +53,10 @@ _HOME = {
     "RBFGenerator": "generator",
     "SequenceClassificationModule": "modules",
     "TextClassificationDataModule": "data",
+    "WrongBaseError": "base_identity",
     "adapter_parameters": "injection",
     "adapters_disabled": "injection",
+    "describe_adapter": "inspection",
     "effective_rank": "analysis",
     "effective_ranks": "analysis",
     "inject_adapters": "injection",
@@ -56,6 +65,7 @@ _HOME = {
     "remove_adapters": "injection",
     "save_adapter": "adapter_io",
     "unmerge_adapters": "injection",
+    "verify_adapter": "inspection",
 }
 
 __all__ = ["__version__", *_HOME]

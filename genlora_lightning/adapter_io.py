@@ -1,30 +1,46 @@
-"""Adapter folders: safetensors and JSON, written all or nothing, loaded with every tensor accounted for."""
+"""Adapter folders: saved atomically, and loaded with every tensor, and the base, accounted for."""
 
 from __future__ import annotations
 
 import json
 import os
+import platform
 import shutil
-import tempfile
-from collections.abc import Mapping
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from genlora_lightning import __version__
-from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.atomic import atomic_folder
+from genlora_lightning.base_identity import WrongBaseError, base_identity, compare_bases, describe_base
 from genlora_lightning.coverage import CoverageReport
-from genlora_lightning.injection import adapter_config, adapter_layers, inject_adapters, remove_adapters
+from genlora_lightning.digests import dtype_name, seal_json, sha256
+from genlora_lightning.full_training import trained_modules
+from genlora_lightning.injection import adapter_layers, inject_adapters, remove_adapters
+from genlora_lightning.manifest import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    StoredAdapter,
+    is_adapter_folder,
+    read_adapter,
+)
+from genlora_lightning.model_card import model_card
 from genlora_lightning.state import adapter_state_dict, load_adapter_state
+from genlora_lightning.tensor_file import write_tensors
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-FORMAT = "genlora"
-FORMAT_VERSION = 1
+BaseCheck = Literal["error", "warn", "off"]
+_OWN_FILES = {WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE}
 
 
 def save_adapter(
@@ -32,26 +48,27 @@ def save_adapter(
 ) -> Path:
     """Save a model's adapters, and the modules trained in full, to a folder; the base is not saved.
 
-    The folder holds ``adapter_model.safetensors`` and ``adapter_config.json``. It is written beside its destination
-    and then renamed, so that it is there whole or not at all, and an older adapter of the name stays until the new one
-    is complete.
+    The folder's files are those of :mod:`genlora_lightning.manifest`. It is written beside its destination, flushed to
+    the disk and put in its place in one step: whenever the process is killed, there is the old adapter or the new one,
+    complete (:mod:`genlora_lightning.atomic`). Files of yours in an older adapter's folder, such as a tokenizer's, are
+    kept.
 
     Args:
         model: A model with adapters, merged or not.
         folder: Where to save; replaced if it is an adapter folder already.
-        training: Facts to keep with the adapter, such as steps and metrics; JSON values.
+        training: Facts to keep with the adapter, such as steps and ``metrics``; JSON values.
 
     Returns:
         The folder's path.
 
     Raises:
-        ValueError: The model has no adapters, or a tensor to save is not finite.
+        ValueError: The model has no adapters, a tensor to save is not finite, or ``training`` is no JSON.
         FileExistsError: ``folder`` exists and is no adapter folder; nothing of yours is overwritten.
         OSError: It cannot be written, for example because the disk is full; then nothing is left behind.
     """
     folder = Path(folder)
     state = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in adapter_state_dict(model).items()}
-    broken = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    broken = _not_finite(state)
     if broken:
         raise ValueError(
             f"{len(broken)} of {len(state)} tensors hold NaN or infinite values ({broken[0]} among them); such an "
@@ -62,104 +79,62 @@ def save_adapter(
             f"{folder} exists and is not an adapter folder (it holds no {CONFIG_FILE} of ours); it is left as it is. "
             "Give another folder, or remove this one."
         )
-    description = {
-        "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "config": adapter_config(model).to_dict(),
-        "base_model": base_model_name(model),
-        "versions": {"genlora_lightning": __version__, "torch": torch.__version__},
-        "training": dict(training or {}),
-    }
-    text = json.dumps(description, indent=2) + "\n"
-
-    staging: str | None = None
+    facts = dict(training or {})
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # In the destination's parent: a rename is atomic only within one file system.
-        staging = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent)
-        os.chmod(staging, 0o777 & ~_umask())  # mkdtemp makes it private; an adapter is as readable as other files
-        save_file(state, os.path.join(staging, WEIGHTS_FILE), metadata={"format": "pt"})
-        Path(staging, CONFIG_FILE).write_text(text, encoding="utf-8")
-        _replace_folder(Path(staging), folder)
-    except (OSError, SafetensorError) as error:
+        json.dumps(facts, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`training` must hold JSON values, got {facts!r}: {error}.") from error
+    try:
+        with atomic_folder(folder) as staging:
+            _write(staging, model, state, facts)
+            _keep_other_files(folder, staging)
+    except OSError as error:
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
         raise OSError(
             f"The adapter ({size:,} bytes) could not be saved to {folder}: {error}. Nothing was left behind; check "
             "that there is space and that the folder is writable."
         ) from error
-    finally:
-        if staging is not None:
-            shutil.rmtree(staging, ignore_errors=True)
     return folder
 
 
-def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> CoverageReport:
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, base_check: BaseCheck = "error"
+) -> CoverageReport:
     """Load an adapter folder into its base model, in place; adapters are injected if the model has none yet.
 
-    Every tensor's name and shape is compared, in both directions. If anything is wrong, the model is as it was.
+    All of it is proved before a weight is touched: digests of the files, that the model is the base the adapter was
+    trained on (its configuration, all names and shapes, and sampled values of the weights), and names, shapes and
+    dtypes of the adapter's tensors, in both directions. If anything is wrong, the model is as it was.
 
     Args:
         model: The base model the adapter was trained on, with or without adapters of the same configuration.
         folder: A folder that :func:`save_adapter` wrote.
+        base_check: What to do if the base is another one: ``"error"``, ``"warn"``, or ``"off"``: do not look.
 
     Returns:
         What is adapted.
 
     Raises:
         FileNotFoundError: There is no such folder, or a file of it is missing.
+        WrongBaseError: The adapter was trained on another base; the message names both and how they differ.
         ValueError: A file is damaged or of another format, or the adapter does not fit the model.
     """
-    folder = Path(folder)
-    config = read_adapter_config(folder)
-    state = _read_weights(folder / WEIGHTS_FILE)
-    had_adapters = bool(adapter_layers(model))
-    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    try:
-        report = inject_adapters(model, config)
-    except ValueError as error:
-        raise ValueError(f"The adapter in {folder} does not fit this {type(model).__name__}: {error}") from error
-    try:
-        load_adapter_state(model, state, str(folder))
-    except ValueError:
-        if not had_adapters:
-            remove_adapters(model)
-            for name, parameter in model.named_parameters():
-                parameter.requires_grad_(requires_grad[name])
-        raise
+    if base_check not in ("error", "warn", "off"):
+        raise ValueError(f"`base_check` must be 'error', 'warn' or 'off', got {base_check!r}.")
+    stored = read_adapter(folder)
+    with _as_it_was_after_an_error(model):
+        try:
+            report = inject_adapters(model, stored.config)
+        except ValueError as error:
+            raise ValueError(
+                f"The adapter in {folder} does not fit this {type(model).__name__}: {error} It was trained on "
+                f"{describe_base(stored.base)}."
+            ) from error
+        if base_check != "off":
+            _check_base(model, stored, Path(folder), base_check)
+        _check_dtypes(adapter_state_dict(model), stored.tensors, Path(folder))
+        load_adapter_state(model, stored.tensors, str(folder))
     return report
-
-
-def read_adapter_config(folder: str | os.PathLike[str]) -> GenLoRAConfig:
-    """The configuration of the adapter in a folder.
-
-    Raises:
-        FileNotFoundError: There is no such folder or no configuration in it.
-        ValueError: The configuration cannot be read, is another library's, or comes from a newer release.
-    """
-    path = Path(folder) / CONFIG_FILE
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no adapter folder {path.parent}.")
-    if not path.is_file():
-        held = ", ".join(sorted(p.name for p in path.parent.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(f"{path.parent} is no adapter folder: it has no {CONFIG_FILE} (it holds {held}).")
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if not isinstance(description, dict) or description.get("format") != FORMAT:
-        peft_type = description.get("peft_type") if isinstance(description, dict) else None
-        hint = f" It is a PEFT adapter of type {peft_type}." if peft_type else ""
-        raise ValueError(f"{path} does not describe a GenLoRA adapter.{hint}")
-    version = description.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {version!r}; this release ({__version__}) reads version {FORMAT_VERSION}. "
-            "It was probably written by a newer release: update genlora-lightning."
-        )
-    try:
-        return GenLoRAConfig.from_dict(description["config"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no valid configuration: {error}") from error
 
 
 def adapter_bytes(folder: str | os.PathLike[str]) -> int:
@@ -167,54 +142,125 @@ def adapter_bytes(folder: str | os.PathLike[str]) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def base_model_name(model: nn.Module) -> str | None:
-    """The name a transformers model was loaded by (Hub id or folder), of the model itself or of its only such part."""
-    names = {
-        name for module in model.modules() if isinstance(name := getattr(module, "name_or_path", None), str) and name
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that an adapter's weights depend on, of those that are imported."""
+    versions = {"genlora_lightning": __version__, "python": platform.python_version()}
+    for name in ("torch", "safetensors", "transformers", "lightning"):
+        if name in sys.modules:
+            versions[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    return versions
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            groups.setdefault(tensor.dtype, []).append(tensor.reshape(-1))
+    if all(torch.cat(tensors).isfinite().all() for tensors in groups.values()):  # one by one takes ten times as long
+        return []
+    return [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+
+
+def _write(staging: Path, model: nn.Module, state: dict[str, Tensor], training: dict[str, Any]) -> None:
+    weights = write_tensors(staging / WEIGHTS_FILE, state)
+    base = base_identity(model)
+    adapters = adapter_layers(model)
+    config = next(iter(adapters.values())).config
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_model": base["name"],
+        "config": config.to_dict(),
     }
-    return names.pop() if len(names) == 1 else None
+    text = (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()
+    (staging / CONFIG_FILE).write_bytes(text)
+    layers = {name: [layer.out_features, layer.in_features] for name, layer in adapters.items()}
+    versions = library_versions()
+    card = model_card(
+        config=config,
+        base=base,
+        training=training,
+        versions=versions,
+        num_layers=len(layers),
+        num_values=sum(tensor.numel() for tensor in state.values()),
+        base_is_transformers=type(model).__module__.startswith("transformers."),
+    )
+    (staging / CARD_FILE).write_text(card, encoding="utf-8")
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+        "training": training,
+        "base": base,
+        "layers": layers,
+        "trained_modules": {
+            name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()
+        },
+        "files": {
+            CONFIG_FILE: {"bytes": len(text), "sha256": sha256(text)},
+            WEIGHTS_FILE: {"bytes": weights.num_bytes, "header_sha256": weights.header_sha256},
+        },
+        "tensors": weights.digests,
+    }
+    (staging / MANIFEST_FILE).write_bytes(seal_json(manifest))
 
 
-def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder holds an adapter of ours, or nothing at all, so that it may be replaced by one."""
-    if folder.is_dir() and not any(folder.iterdir()):
-        return True
+def _keep_other_files(folder: Path, staging: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in _OWN_FILES:
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, staging / path.name, symlinks=True)
+            else:
+                shutil.copy2(path, staging / path.name, follow_symlinks=False)
+
+
+@contextmanager
+def _as_it_was_after_an_error(model: nn.Module) -> Iterator[None]:
+    had_adapters = bool(adapter_layers(model))
+    # Places and not only parameters: training a tied module in full unties it.
+    places = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     try:
-        return json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["format"] == FORMAT  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def _read_weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is no complete adapter folder: it has no {path.name}.")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} ({path.stat().st_size:,} bytes) is damaged or incomplete: {error}. Copy it again, or use another "
-            "checkpoint."
-        ) from error
-
-
-def _replace_folder(staging: Path, folder: Path) -> None:
-    """Put a finished folder in its place; an older one is moved aside first and comes back if that fails."""
-    if not folder.exists():
-        os.rename(staging, folder)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.rename(folder, aside / "old")
-    try:
-        os.rename(staging, folder)
-    except OSError:
-        os.rename(aside / "old", folder)
+        yield
+    except BaseException:
+        if not had_adapters:
+            if adapter_layers(model):
+                remove_adapters(model)
+            for module, name, parameter in places:
+                module._parameters[name] = parameter
+            for parameter, flag in flags:
+                parameter.requires_grad_(flag)
         raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _umask() -> int:
-    # The umask can be read only by setting it.
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _check_base(model: nn.Module, stored: StoredAdapter, folder: Path, base_check: BaseCheck) -> None:
+    present = base_identity(model)
+    problems = compare_bases(stored.base, present)
+    if not problems:
+        return
+    message = (
+        f"The adapter in {folder} was trained on another base: on {describe_base(stored.base)}; this one is "
+        f"{describe_base(present)}. {'; '.join(problems)}."
+    )
+    if base_check == "warn":
+        warnings.warn(f"{message} It is loaded all the same.", stacklevel=3)
+        return
+    raise WrongBaseError(
+        f"{message} Nothing was loaded. Load it into the base it was trained on; if you know that this one is right, "
+        'give base_check="warn" or "off".'
+    )
+
+
+def _check_dtypes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse what a cast would spoil; a cast to a wider dtype keeps every value."""
+    wrong = [
+        f"{name}: stored {dtype_name(state[name].dtype)}, needed {dtype_name(tensor.dtype)}"
+        for name, tensor in expected.items()
+        if name in state and torch.promote_types(state[name].dtype, tensor.dtype) != tensor.dtype
+    ]
+    if wrong:
+        raise ValueError(
+            f"The adapter in {folder} does not fit this model: {len(wrong)} tensors would lose digits in its "
+            f"dtype ({', '.join(wrong[:4])}). Cast the model to a wider dtype. Nothing was loaded."
+        )

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from genlora_lightning.adapter_io import base_model_name, save_adapter
+from genlora_lightning.adapter_io import save_adapter
+from genlora_lightning.base_identity import base_model_name
+from genlora_lightning.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.checks import (
     GradientWatch,
     check_optimizers_hold,
@@ -102,6 +104,7 @@ class GenLoRAFinetuning(Callback):
                 "`callbacks`, or by the module's `adapter` argument."
             )
         _check_strategy(trainer)
+        install_atomic_checkpoints(trainer)
         self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
         self.report = None
         self._folder = None  # of an earlier run

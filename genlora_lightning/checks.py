@@ -9,9 +9,9 @@ from pathlib import Path
 from torch import nn
 from torch.optim import Optimizer
 
-from genlora_lightning.adapter_io import is_adapter_folder
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
+from genlora_lightning.manifest import is_adapter_folder
 
 
 def check_writable(folder: Path, needed: int) -> None:

@@ -106,6 +106,11 @@ class GenLoRALinear(nn.Module):
         """Whether the update is added into the base layer's weight at present."""
         return bool(self._unmerged_weight)
 
+    @property
+    def base_weight(self) -> Tensor:
+        """The base layer's weight without the update, also while the layer is merged."""
+        return self._unmerged_weight[0] if self._unmerged_weight else self.weight
+
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their names in this layer; fixed centres and widths are among them."""
         return {

@@ -15,14 +15,14 @@ PACKAGE = Path(genlora_lightning.__file__).parent
 
 # Each module may import those of rows above its own, and of its own row. Lightning begins at the row of the callback.
 ROWS = [
-    ["config"],
+    ["config", "atomic", "digests"],
     ["generator"],
     ["layers"],
     ["coverage", "targets", "full_training"],
     ["injection"],
-    ["state", "analysis", "optim"],
-    ["adapter_io", "checks"],
-    ["callback", "data", "throughput"],
+    ["state", "analysis", "optim", "base_identity"],
+    ["adapter_io", "checks", "checkpoint_files", "inspection", "manifest", "model_card", "tensor_file"],
+    ["callback", "checkpoint_io", "data", "throughput"],
     ["modules", "progress", "predictions", "cli_errors"],
     ["cli"],
 ]

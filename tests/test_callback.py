@@ -348,7 +348,7 @@ def test_finished_run_leaves_an_adapter_folder_with_its_facts(tmp_path):
     load_adapter(fresh, tmp_path / "mine")
     x = torch.randn(3, 8)
     assert torch.equal(fresh(x), module(x))
-    text = (tmp_path / "mine" / "adapter_config.json").read_text()
+    text = (tmp_path / "mine" / "manifest.json").read_text()
     assert '"global_step": 8' in text
     assert '"val_loss"' in text
     trainer(tmp_path / "none", finetuning(save_adapter=False)).fit(PlainMLP(), mlp_loader())

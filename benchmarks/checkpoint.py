@@ -1,0 +1,202 @@
+"""Bytes and seconds to save, verify and load an adapter, beside PEFT's LoRA of the same rank and of the same bytes.
+
+Two bases: the quickstart's SmolLM2-135M, and linears shaped like a 7B model's in bfloat16, whose memory is reserved
+and never written, so that only the adapters are real. Each figure is the median of some repetitions; the adapters' tensors are random. PEFT flushes nothing
+to the disk; ours is flushed before the time is taken. "PEFT + fsync" is PEFT with its files and folder flushed, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genlora_lightning import GenLoRAConfig, inject_adapters, load_adapter, save_adapter, verify_adapter
+from genlora_lightning.adapter_io import adapter_bytes
+from genlora_lightning.injection import adapter_parameters
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = ROOT / "data/quickstart/model"
+OUTPUT = ROOT / "runs/benchmarks/checkpoint.json"
+
+
+class Layers7B(nn.Module):
+    """The linears of a 7B model (32 layers, 4096 wide, 11008 within), never written to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = {"model_type": "custom"}
+        width, inner = 4096, 11008
+        shapes = {"q": (width, width), "k": (width, width), "v": (width, width), "o": (width, width)}
+        shapes |= {"gate": (width, inner), "up": (width, inner), "down": (inner, width)}
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    name: nn.Linear(*shape, bias=False, device="meta", dtype=torch.bfloat16)
+                    for name, shape in shapes.items()
+                }
+            )
+            for _ in range(32)
+        )
+        self.to_empty(device="cpu")
+
+
+def smollm2(path: Path) -> nn.Module:
+    """The quickstart's model."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(path)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def randomize(parameters: Iterable[Tensor]) -> None:
+    """Give adapters values as if they were trained."""
+    for parameter in parameters:
+        parameter.normal_()
+
+
+def median_seconds(work: Callable[[], Any], repetitions: int, prepare: Callable[[], Any] = lambda: None) -> float:
+    """Median time of some repetitions after one that does not count."""
+    times = []
+    for _ in range(repetitions + 1):
+        prepare()
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def flush(folder: Path) -> None:
+    """Flush a folder and its files."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+
+
+def measure_genlora(make: Callable[[], nn.Module], rank: int, folder: Path, repetitions: int) -> dict[str, Any]:
+    """Save, verify and load a GenLoRA adapter."""
+    model = make()
+    config = GenLoRAConfig(rank=rank)
+    inject_adapters(model, config)
+    randomize(adapter_parameters(model).values())
+    save = median_seconds(lambda: save_adapter(model, folder), repetitions)
+    verify = median_seconds(lambda: verify_adapter(folder), repetitions)
+    target = make()
+    inject_adapters(target, config)  # loading into adapters that are there, as PEFT's below
+    load = median_seconds(lambda: load_adapter(target, folder), repetitions)
+    return {"method": f"GenLoRA r={rank}", "bytes": adapter_bytes(folder), "save": save, "verify": verify, "load": load}
+
+
+def measure_peft(make: Callable[[], nn.Module], rank: int, folder: Path, repetitions: int) -> dict[str, Any]:
+    """Save and load a PEFT LoRA adapter; it has nothing to verify."""
+    from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
+
+    def adapted() -> nn.Module:
+        base = make()
+        heads = {"lm_head"}
+        names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n not in heads]
+        model = get_peft_model(base, LoraConfig(r=rank, target_modules=names))
+        randomize(p for name, p in model.named_parameters() if "lora_" in name)
+        return model
+
+    def load() -> None:
+        result = set_peft_model_state_dict(target, load_peft_weights(str(folder), device="cpu"))
+        assert not result.unexpected_keys
+
+    model, target = adapted(), adapted()
+    save = median_seconds(lambda: model.save_pretrained(folder), repetitions)
+    flushed = median_seconds(lambda: (model.save_pretrained(folder), flush(folder)), repetitions)
+    return {
+        "method": f"PEFT LoRA r={rank}",
+        "bytes": adapter_bytes(folder),
+        "save": save,
+        "save_fsync": flushed,
+        "load": median_seconds(load, repetitions),
+    }
+
+
+def rank_of_same_bytes(make: Callable[[], nn.Module], num_bytes: int) -> int:
+    """The LoRA rank whose adapter comes nearest to a size."""
+    linears = [m for n, m in make().named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+    per_rank = 4 * sum(m.in_features + m.out_features for m in linears)
+    return max(1, round(num_bytes / per_rank))
+
+
+def table(results: dict[str, list[dict[str, Any]]]) -> str:
+    """The figures as a table."""
+    lines = [
+        f"{'base':10} {'adapter':18} {'bytes':>12} {'save ms':>9} {'PEFT + fsync':>13} {'verify ms':>10} {'load ms':>8}"
+    ]
+    for base, rows in results.items():
+        for row in rows:
+            values = [
+                f"{1e3 * row[key]:.1f}" if key in row else "-" for key in ("save", "save_fsync", "verify", "load")
+            ]
+            lines.append(
+                f"{base:10} {row['method']:18} {row['bytes']:12,} {values[0]:>9} {values[1]:>13} {values[2]:>10} "
+                f"{values[3]:>8}"
+            )
+        ours, same = rows[0], rows[-1]
+        lines.append(
+            f"{'':10} saving takes {ours['save'] / same['save']:.2f} x PEFT's time for the same number of bytes "
+            f"({ours['save'] / same['save_fsync']:.2f} x with PEFT's files flushed, too)"
+        )
+    return "\n".join(lines)
+
+
+def run(model_path: Path, rank: int, repetitions: int, where: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """Measure both bases."""
+    bases: dict[str, Callable[[], nn.Module]] = {"7B-shaped": Layers7B}
+    if model_path.is_dir():
+        bases = {"SmolLM2": lambda: smollm2(model_path), **bases}
+    else:
+        print(f"{model_path} is not there: only the 7B-shaped base (`make quickstart` fetches the model).")
+    results = {}
+    # Not in a memory file system, where there is nothing to flush.
+    folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=where))
+    try:
+        for name, make in bases.items():
+            ours = measure_genlora(make, rank, folder / "ours", repetitions)
+            rows = [ours, measure_peft(make, rank, folder / f"peft-{rank}", repetitions)]
+            same = rank_of_same_bytes(make, ours["bytes"])
+            rows.append(measure_peft(make, same, folder / f"same-{same}", repetitions))
+            results[name] = rows
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return results
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", type=Path, default=MODEL, help="folder of the SmolLM2 model (default: %(default)s)")
+    parser.add_argument("--rank", type=int, default=16, help="default: %(default)s")
+    parser.add_argument("--repetitions", type=int, default=9, help="default: %(default)s")
+    parser.add_argument("--where", type=Path, default=None, help="on which disk (default: the temporary folder)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="default: %(default)s")
+    options = parser.parse_args(arguments)
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.manual_seed(0)
+    results = run(options.model, options.rank, options.repetitions, options.where)
+    print(table(results))
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(results, indent=2) + "\n")
+    print(f"\nThese figures: {options.output}")
+
+
+if __name__ == "__main__":
+    main()

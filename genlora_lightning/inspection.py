@@ -1,0 +1,185 @@
+"""Inspection: what an adapter folder is, by its files alone, without its base."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from genlora_lightning.adapter_io import adapter_bytes
+from genlora_lightning.analysis import effective_rank
+from genlora_lightning.base_identity import describe_base
+from genlora_lightning.manifest import StoredAdapter, read_adapter
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationReport:
+    """What :func:`verify_adapter` proved; ``print`` it for a sentence.
+
+    Args:
+        folder: Where the adapter lies.
+        num_tensors: Tensors whose SHA-256 was compared.
+        num_bytes: Size of the folder's files.
+        base: The base it was trained on, in words.
+        versions: Of Python and the libraries that wrote it.
+        created: When it was written; ISO 8601, UTC.
+    """
+
+    folder: str
+    num_tensors: int
+    num_bytes: int
+    base: str
+    versions: dict[str, str]
+    created: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder} is complete and unchanged: {self.num_tensors} tensors, {self.num_bytes:,} bytes, written "
+            f"{self.created} by genlora-lightning {self.versions.get('genlora_lightning', 'unknown')}, for "
+            f"{self.base}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDescription:
+    """One adapted linear of an :class:`AdapterDescription`.
+
+    Args:
+        module: Its name.
+        out_features: Of the linear.
+        in_features: Of the linear.
+        rank: Highest rank that its update can have.
+        effective_rank: Entropy effective rank of its update; see :func:`~genlora_lightning.effective_rank`.
+        parameters: Values of its adapter.
+    """
+
+    module: str
+    out_features: int
+    in_features: int
+    rank: int
+    effective_rank: float
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterDescription:
+    """What :func:`describe_adapter` found; ``print`` it for a table, :meth:`to_dict` for JSON.
+
+    Args:
+        folder: Where the adapter lies.
+        base: The base it was trained on, in words.
+        config: The fields of its :class:`~genlora_lightning.GenLoRAConfig`.
+        training: Facts of its training.
+        versions: Of Python and the libraries that wrote it.
+        created: When it was written; ISO 8601, UTC.
+        num_bytes: Size of the folder's files.
+        layers: The adapted linears.
+        trained_modules: Modules trained in full, with their number of values.
+    """
+
+    folder: str
+    base: str
+    config: dict[str, Any]
+    training: dict[str, Any]
+    versions: dict[str, str]
+    created: str
+    num_bytes: int
+    layers: tuple[LayerDescription, ...]
+    trained_modules: dict[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """All values of the adapter, modules trained in full included."""
+        return sum(layer.parameters for layer in self.layers) + sum(self.trained_modules.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as JSON values."""
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "parameters": self.parameters}
+
+    def __str__(self) -> str:
+        rows = [("module", "shape (out, in)", "rank", "effective rank", "parameters")]
+        rows += [
+            (
+                layer.module,
+                f"({layer.out_features}, {layer.in_features})",
+                str(layer.rank),
+                f"{layer.effective_rank:.2f}",
+                f"{layer.parameters:,}",
+            )
+            for layer in self.layers
+        ]
+        rows += [(name, "trained in full", "-", "-", f"{count:,}") for name, count in self.trained_modules.items()]
+        widths = [max(len(row[i]) for row in rows) for i in range(5)]
+        lines = [
+            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+        lines.insert(1, "  ".join("-" * width for width in widths))
+        mean = sum(layer.effective_rank for layer in self.layers) / max(len(self.layers), 1)
+        return "\n".join(
+            [
+                *lines,
+                f"GenLoRA adapter for {self.base}, written {self.created}: {self.parameters:,} values in "
+                f"{self.num_bytes:,} bytes; {len(self.layers)} linears, mean effective rank {mean:.2f} of "
+                f"{self.config['rank']}.",
+            ]
+        )
+
+
+def verify_adapter(folder: str | os.PathLike[str]) -> VerificationReport:
+    """Prove that an adapter folder is complete and unchanged; no model is needed.
+
+    The model card, which may be edited, is not looked at.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or a file of it is missing.
+        DamagedFileError: A file is not what was written, or they disagree; the message says which and what.
+        ValueError: The folder is of another library, or of a newer release.
+    """
+    stored = read_adapter(folder)
+    return VerificationReport(
+        folder=str(folder),
+        num_tensors=len(stored.tensors),
+        num_bytes=adapter_bytes(stored.folder),
+        base=describe_base(stored.base),
+        versions=stored.versions,
+        created=stored.created,
+    )
+
+
+def describe_adapter(folder: str | os.PathLike[str]) -> AdapterDescription:
+    """Describe a verified adapter folder: per layer its shape, values, and the effective rank of its update.
+
+    The matrices are generated from the stored tensors; no model is needed. Raises what :func:`verify_adapter` raises.
+    """
+    stored = read_adapter(folder)
+    return AdapterDescription(
+        folder=str(folder),
+        base=describe_base(stored.base),
+        config=stored.config.to_dict(),
+        training=stored.training,
+        versions=stored.versions,
+        created=stored.created,
+        num_bytes=adapter_bytes(Path(stored.folder)),
+        layers=tuple(_describe_layer(stored, name) for name in stored.layers),
+        trained_modules={
+            name: sum(stored.tensors[own].numel() for own in names) for name, names in stored.trained_modules.items()
+        },
+    )
+
+
+def _describe_layer(stored: StoredAdapter, name: str) -> LayerDescription:
+    layer = stored.layer(name)
+    return LayerDescription(
+        module=name,
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        rank=layer.config.rank,
+        effective_rank=effective_rank(*layer.factors()),
+        parameters=sum(parameter.numel() for parameter in layer.adapter_parameters().values()),
+    )
