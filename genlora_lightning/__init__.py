@@ -29,10 +29,13 @@ if TYPE_CHECKING:
     from genlora_lightning.injection import remove_adapters as remove_adapters
     from genlora_lightning.injection import unmerge_adapters as unmerge_adapters
     from genlora_lightning.layers import GenLoRALinear as GenLoRALinear
+    from genlora_lightning.loading import convert_checkpoint as convert_checkpoint
+    from genlora_lightning.loading import load_module as load_module
     from genlora_lightning.modules import CausalLMModule as CausalLMModule
     from genlora_lightning.modules import GenLoRAModule as GenLoRAModule
     from genlora_lightning.modules import SequenceClassificationModule as SequenceClassificationModule
     from genlora_lightning.optim import OptimizerConfig as OptimizerConfig
+    from genlora_lightning.resumable import ResumableDataLoader as ResumableDataLoader
 
 _HOME = {
     "CausalLMModule": "modules",
@@ -44,14 +47,17 @@ _HOME = {
     "InstructionDataModule": "data",
     "OptimizerConfig": "optim",
     "RBFGenerator": "generator",
+    "ResumableDataLoader": "resumable",
     "SequenceClassificationModule": "modules",
     "TextClassificationDataModule": "data",
     "adapter_parameters": "injection",
     "adapters_disabled": "injection",
+    "convert_checkpoint": "loading",
     "effective_rank": "analysis",
     "effective_ranks": "analysis",
     "inject_adapters": "injection",
     "load_adapter": "adapter_io",
+    "load_module": "loading",
     "merge_adapters": "injection",
     "remove_adapters": "injection",
     "save_adapter": "adapter_io",

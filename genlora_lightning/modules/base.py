@@ -210,6 +210,16 @@ class GenLoRAModule(LightningModule):
         self.log("train_loss", self._window_loss / self._window_count, prog_bar=True, batch_size=1)
         return loss_sum / (_LOSS_UNIT if _is_divided(trainer) else count)
 
+    def window_state(self) -> dict[str, Tensor]:
+        """The loss sum and count of the accumulation window so far, for a checkpoint in its middle."""
+        if self._window_loss is None or self._window_count is None:
+            return {}
+        return {"loss": self._window_loss, "count": self._window_count}
+
+    def load_window_state(self, state: dict[str, Tensor]) -> None:
+        """Go on with an accumulation window of :meth:`window_state`."""
+        self._window_loss, self._window_count = state["loss"], state["count"]
+
     @override
     def on_train_start(self) -> None:
         self._window_loss = self._window_count = None
