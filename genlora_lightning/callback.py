@@ -90,6 +90,7 @@ class GenLoRAFinetuning(Callback):
         self._gradients_checked = False
         self._last_loss: Tensor | None = None
         self._resume: Resume | None = None
+        self._untrained = False
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
@@ -106,17 +107,11 @@ class GenLoRAFinetuning(Callback):
         release_loaders(trainer)
         self.report = None
         self._resume = None
+        self._untrained = False
         self._wrap(trainer, pl_module)
         _keep_base_out_of_files(trainer)
         if stage == "fit":
             use_resumable_loaders(trainer)
-        elif not adapter_layers(pl_module) and not trainer.ckpt_path:
-            rank_zero_warn(
-                f"This {type(pl_module).__name__} has no trained adapters and no `ckpt_path` is given: `{getattr(stage, 'value', stage)}` sees "
-                "the base model as it was before training. Give `ckpt_path`, or load the adapter first "
-                "(`load_module`); a strategy that trains in other processes (`ddp_spawn`, `ddp_fork`) leaves the "
-                "module in this process untrained."
-            )
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Instance attributes, because the class is the user's. `functools.wraps` must not be used: Lightning looks
@@ -138,6 +133,7 @@ class GenLoRAFinetuning(Callback):
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             original_load(checkpoint)
             check_checkpoint(pl_module, checkpoint)
+            self._untrained = False
             if trainer.state.fn == "fit":
                 self._resume = Resume(checkpoint)
 
@@ -163,6 +159,7 @@ class GenLoRAFinetuning(Callback):
     def _inject(self, pl_module: LightningModule) -> None:
         resolve: Callable[[GenLoRAConfig], GenLoRAConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
         config = resolve(self.config) if resolve is not None else self.config
+        self._untrained = not adapter_layers(pl_module)
         self.report = inject_adapters(adapter_root(pl_module), config)
 
     @override
@@ -189,6 +186,19 @@ class GenLoRAFinetuning(Callback):
             self._resume.prepare(trainer, pl_module)
         if self.train_mode:
             set_train_mode(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._untrained and trainer.state.fn != "fit":
+            rank_zero_warn(
+                f"The adapters of this {type(pl_module).__name__} are new and untrained, and no `ckpt_path` is given: "
+                "what follows is the base model's result. Give `ckpt_path`, or load the adapter first (`load_module`). "
+                "Strategies that train in processes of their own (`ddp_spawn`, `ddp_fork`) leave the module in the "
+                "main one untrained."
+            )
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
 
     def _choose_folder(self, trainer: Trainer) -> Path | None:
         if not self.save_adapter or getattr(trainer, "fast_dev_run", False):

@@ -22,7 +22,10 @@ class _Place:
     _consumed = 0
     _start: dict[str, Any] | None = None
     _pending: dict[str, Any] | None = None
+    _pending_is_taken = False
+    _waiting = False
     _skip = 0
+    _indices: _Indices | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch, as tensors and plain values."""
@@ -44,14 +47,27 @@ class _Place:
         self._consumed = int(state["batches"])
         self._start = state["start"]
         self._pending = state if state["batches"] and state["start"] is not None else None
+        self._pending_is_taken = self._waiting
 
     def __iter__(self) -> Iterator[Any]:
+        if self._pending_is_taken:
+            self._pending = None  # it was the place in the epoch before
+        self._pending_is_taken = self._waiting = True
+        return self._batches()
+
+    def _batches(self) -> Iterator[Any]:
         # A generator, so that nothing is drawn and no worker is started before the first batch is asked for: until then
         # a state can be loaded, and an epoch be set.
-        pending, self._pending = self._pending, None
+        pending, self._pending, self._waiting = self._pending, None, False
         if pending is None:
             self._consumed, self._start, self._skip = 0, self._random_state(), 0
+            if getattr(self, "_iterator", None) is not None:
+                # Persistent workers keep their seed. Draw as if they were new, which they are in a resumed run.
+                torch.empty((), dtype=torch.int64).random_(generator=getattr(self, "generator", None))
             iterator = iter(super().__iter__())  # type: ignore[misc]
+        elif self._is_at_end(pending["batches"]):
+            self._consumed, self._start = int(pending["batches"]), pending["start"]
+            return
         else:
             now = self._random_state()
             self._consumed, self._start = int(pending["batches"]), pending["start"]
@@ -64,6 +80,12 @@ class _Place:
             self._consumed += 1
             yield batch
 
+    def _is_at_end(self, batches: int) -> bool:
+        try:
+            return batches >= len(cast("DataLoader[Any]", self))
+        except TypeError:  # an iterable dataset of unknown length
+            return False
+
     def _fast_forward(self, batches: int) -> Iterator[Any]:
         if isinstance(cast("DataLoader[Any]", self).dataset, IterableDataset):
             iterator = iter(super().__iter__())  # type: ignore[misc]
@@ -72,6 +94,9 @@ class _Place:
             return cast("Iterator[Any]", iterator)
         self._skip = batches
         iterator = iter(super().__iter__())  # type: ignore[misc]
+        # Samplers draw with their first index, after what the iterator has drawn: now, and not with the first batch.
+        if self._indices is not None:
+            self._indices.skip()
         self._skip = 0
         return cast("Iterator[Any]", iterator)
 
@@ -108,10 +133,28 @@ class _Skipping:
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Any]:
-        indices = iter(self.sampler)
-        for _ in range(self.loader._skip):
-            next(indices, None)
-        return cast("Iterator[Any]", indices)
+        self.loader._indices = _Indices(iter(self.sampler), self.loader._skip)
+        return self.loader._indices
+
+
+class _Indices:
+    """Batches of indices without the first ones."""
+
+    def __init__(self, indices: Iterator[Any], left_out: int) -> None:
+        self.indices = indices
+        self.left_out = left_out
+
+    def skip(self) -> None:
+        while self.left_out:
+            next(self.indices, None)
+            self.left_out -= 1
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        self.skip()
+        return next(self.indices)
 
 
 class _Unnoticed:

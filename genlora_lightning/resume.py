@@ -146,6 +146,7 @@ class Resume:
         self.state: dict[str, Any] = checkpoint[CHECKPOINT_KEY].get(RESUME_KEY, {})
         self.new_epoch = False
         self.epoch_is_over = False
+        self.uncounted_step = 0
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Translate the optimizers' state and put the loops' counters right, before Lightning restores them."""
@@ -184,8 +185,7 @@ class Resume:
         else:
             self.epoch_is_over = batches["is_last_batch"] and not late
             if late and not unfinished:
-                if seen % window == 0 or batches["is_last_batch"]:
-                    progress["epoch_loop.state_dict"]["_batches_that_stepped"] += 1
+                self.uncounted_step = int(seen % window == 0 or batches["is_last_batch"])
                 # If a validation is due after this batch, it has not been done: say so.
                 validated = progress["epoch_loop.val_loop.batch_progress"]
                 validated["current"] = dict.fromkeys(validated["current"], 0)
@@ -204,6 +204,8 @@ class Resume:
         loop = trainer.fit_loop
         if self.new_epoch:
             loop.epoch_loop.restarting = False
+        elif self.uncounted_step and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+            loop.epoch_loop._batches_that_stepped += 1  # else it is counted after the validation
         if not self.epoch_is_over:
             # Else schedulers that depend on a metric are left out at the end of the epoch. If the epoch is over but for
             # its end, then the metrics were those of the run before, and are given below.

@@ -59,9 +59,6 @@ class Stream(IterableDataset):
         rows = data()
         return (rows[index] for index in torch.randperm(len(rows)).tolist())
 
-    def __len__(self):
-        return len(data())
-
 
 def loader(kind: str = "shuffle") -> DataLoader:
     """Five batches in an order that is random in one of the ways that there are."""
