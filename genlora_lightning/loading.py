@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from genlora_lightning.adapter_io import load_adapter, save_adapter
 from genlora_lightning.checkpoint import adapter_root, check_checkpoint, checkpoint_state, describe
 from genlora_lightning.config import GenLoRAConfig
-from genlora_lightning.injection import adapter_layers, inject_adapters
+from genlora_lightning.injection import adapter_layers, inject_adapters, remove_adapters
 from genlora_lightning.state import adapter_state_dict, check_adapter_state, load_adapter_state
 
 M = TypeVar("M", bound=nn.Module)
@@ -74,17 +74,22 @@ def load_module(
 
 @torch.no_grad()
 def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
-    config = GenLoRAConfig.from_dict(describe(checkpoint)["config"])
-    if adapter_layers(module):
+    had_adapters = bool(adapter_layers(module))
+    if had_adapters:
         check_checkpoint(module, checkpoint)
     else:
-        inject_adapters(adapter_root(module), config)
+        inject_adapters(adapter_root(module), GenLoRAConfig.from_dict(describe(checkpoint)["config"]))
     expected = checkpoint_state(module)
     stored: dict[str, Tensor] = checkpoint["state_dict"]
     # Parameters beside the adapters that the run trained; `requires_grad` of a new module does not tell which.
     own = module.state_dict(keep_vars=True)
     extra = {name: own[name] for name in stored if name in own and name not in expected}
-    check_adapter_state(expected | extra, stored, source)
+    try:
+        check_adapter_state(expected | extra, stored, source)
+    except ValueError:
+        if not had_adapters:
+            remove_adapters(adapter_root(module))
+        raise
     for name, tensor in (expected | extra).items():
         tensor.copy_(stored[name])
 

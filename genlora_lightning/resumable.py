@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any, TypeVar, cast
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from genlora_lightning.random_state import random_state, set_random_state
 
@@ -65,7 +65,7 @@ class _Place:
                 # Persistent workers keep their seed. Draw as if they were new, which they are in a resumed run.
                 torch.empty((), dtype=torch.int64).random_(generator=getattr(self, "generator", None))
             iterator = iter(super().__iter__())  # type: ignore[misc]
-        elif self._is_at_end(pending["batches"]):
+        elif pending["batches"] >= len(cast("DataLoader[Any]", self)):
             self._consumed, self._start = int(pending["batches"]), pending["start"]
             return
         else:
@@ -80,18 +80,7 @@ class _Place:
             self._consumed += 1
             yield batch
 
-    def _is_at_end(self, batches: int) -> bool:
-        try:
-            return batches >= len(cast("DataLoader[Any]", self))
-        except TypeError:  # an iterable dataset of unknown length
-            return False
-
     def _fast_forward(self, batches: int) -> Iterator[Any]:
-        if isinstance(cast("DataLoader[Any]", self).dataset, IterableDataset):
-            iterator = iter(super().__iter__())  # type: ignore[misc]
-            for _ in range(batches):
-                next(iterator, None)
-            return cast("Iterator[Any]", iterator)
         self._skip = batches
         iterator = iter(super().__iter__())  # type: ignore[misc]
         # Samplers draw with their first index, after what the iterator has drawn: now, and not with the first batch.
@@ -103,9 +92,7 @@ class _Place:
     @property
     def _index_sampler(self) -> Any:
         # What torch's iterators draw batches of indices from, once an epoch: skipped ones are never read.
-        sampler = super()._index_sampler  # type: ignore[misc]
-        dataset = cast("DataLoader[Any]", self).dataset
-        return sampler if isinstance(dataset, IterableDataset) else _Skipping(sampler, self)
+        return _Skipping(super()._index_sampler, self)  # type: ignore[misc]
 
     def _generators(self) -> list[torch.Generator]:
         batch_sampler = getattr(self, "batch_sampler", None)
@@ -178,13 +165,24 @@ class ResumableDataLoader(_Place, DataLoader[T]):  # type: ignore[misc]
     The state holds the number of batches handed out (not those that workers have prefetched) and the random state at
     the epoch's start; the order is drawn again from that, and indices up to the place are skipped without reading the
     data. Any sampler will do that draws from torch's, numpy's or Python's global generator, or from a
-    ``torch.Generator`` in its attribute ``generator``. Batches of an ``IterableDataset`` cannot be skipped without
-    reading them, so they are read and dropped.
+    ``torch.Generator`` in its attribute ``generator``. An ``IterableDataset`` has no indices to skip; use
+    ``torchdata``'s ``StatefulDataLoader`` for one, which Lightning restores by itself.
 
     Note:
         What worker processes draw for themselves (random augmentation with ``num_workers > 0``) is not restored in the
         middle of an epoch: each epoch's workers start from the same seed, but not in the middle of their sequence.
+
+    Raises:
+        TypeError: The dataset is an ``IterableDataset``.
     """
+
+    def __init__(self, dataset: Dataset[T], *args: Any, **kwargs: Any) -> None:
+        if isinstance(dataset, IterableDataset):
+            raise TypeError(
+                f"ResumableDataLoader skips examples by their indices, which {type(dataset).__name__}, an "
+                "IterableDataset, does not have. Use torchdata's StatefulDataLoader."
+            )
+        super().__init__(dataset, *args, **kwargs)
 
 
 def is_resumable(loader: object) -> bool:
@@ -205,7 +203,7 @@ def make_unnoticed(loader: T) -> T:
 def _with(mixin: type, loader: T) -> T:
     kind: Any = type(loader)
     plain = isinstance(loader, DataLoader) and kind.__iter__ is DataLoader.__iter__
-    if not plain or hasattr(loader, "state_dict"):
+    if not plain or hasattr(loader, "state_dict") or isinstance(cast("Any", loader).dataset, IterableDataset):
         return loader
     exact = mixin is _Place and kind is DataLoader
     made: Any = object.__new__(ResumableDataLoader if exact else type(kind.__name__, (mixin, kind), {}))

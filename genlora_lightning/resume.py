@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -204,7 +204,7 @@ class Resume:
         loop = trainer.fit_loop
         if self.new_epoch:
             loop.epoch_loop.restarting = False
-        elif self.uncounted_step and not loop.epoch_loop._should_check_val_fx(loop._data_fetcher):
+        elif self.uncounted_step and not loop.epoch_loop._should_check_val_fx(cast("Any", loop._data_fetcher)):
             loop.epoch_loop._batches_that_stepped += 1  # else it is counted after the validation
         if not self.epoch_is_over:
             # Else schedulers that depend on a metric are left out at the end of the epoch. If the epoch is over but for

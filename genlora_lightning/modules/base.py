@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from genlora_lightning.callback import GenLoRAFinetuning
 from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.loading import load_module
 from genlora_lightning.modules.pretrained import enable_gradient_checkpointing, load_pretrained, load_tokenizer
 from genlora_lightning.optim import OptimizerConfig, build_optimizer, build_scheduler
 
@@ -169,6 +171,24 @@ class GenLoRAModule(LightningModule):
             return []
         self._own_callback = GenLoRAFinetuning(self.adapter)
         return [self._own_callback]
+
+    @classmethod
+    @override
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | os.PathLike[str], map_location: Any = None, **arguments: Any
+    ) -> Self:
+        """The module with its trained adapters, from a checkpoint or an adapter folder.
+
+        Args:
+            checkpoint_path: The file or folder.
+            map_location: The device to move the module to.
+            arguments: Arguments of the class that replace those of the checkpoint; an adapter folder holds none.
+
+        Raises:
+            ValueError: See :func:`~genlora_lightning.load_module`, which this calls.
+        """
+        module = load_module(cls, checkpoint_path, **arguments)
+        return module if map_location is None else module.to(map_location)
 
     # -- the optimizer ----------------------------------------------------------------------------------------------
 
