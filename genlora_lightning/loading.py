@@ -149,7 +149,7 @@ def convert_checkpoint(
     expected = adapter_state_dict(base_model)
     first = next(iter(expected))
     prefixes = [name[: -len(first)] for name in stored if name.endswith(first)]
-    prefix = next((p for p in prefixes if all(p + name in stored for name in expected)), described["prefix"])
+    prefix = next((p for p in prefixes if all(p + name in stored for name in expected)), described.get("prefix", ""))
     state = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
     # What else was trained, or a base in a full checkpoint, has no place in an adapter folder.
     others = [name for name in state if name not in expected and name not in base_model.state_dict()]
