@@ -34,10 +34,13 @@ if TYPE_CHECKING:
     from genlora_lightning.inspection import describe_adapter as describe_adapter
     from genlora_lightning.inspection import verify_adapter as verify_adapter
     from genlora_lightning.layers import GenLoRALinear as GenLoRALinear
+    from genlora_lightning.loading import convert_checkpoint as convert_checkpoint
+    from genlora_lightning.loading import load_module as load_module
     from genlora_lightning.modules import CausalLMModule as CausalLMModule
     from genlora_lightning.modules import GenLoRAModule as GenLoRAModule
     from genlora_lightning.modules import SequenceClassificationModule as SequenceClassificationModule
     from genlora_lightning.optim import OptimizerConfig as OptimizerConfig
+    from genlora_lightning.resumable import ResumableDataLoader as ResumableDataLoader
 
 _HOME = {
     "AtomicCheckpointIO": "checkpoint_io",
@@ -51,16 +54,19 @@ _HOME = {
     "InstructionDataModule": "data",
     "OptimizerConfig": "optim",
     "RBFGenerator": "generator",
+    "ResumableDataLoader": "resumable",
     "SequenceClassificationModule": "modules",
     "TextClassificationDataModule": "data",
     "WrongBaseError": "base_identity",
     "adapter_parameters": "injection",
     "adapters_disabled": "injection",
+    "convert_checkpoint": "loading",
     "describe_adapter": "inspection",
     "effective_rank": "analysis",
     "effective_ranks": "analysis",
     "inject_adapters": "injection",
     "load_adapter": "adapter_io",
+    "load_module": "loading",
     "merge_adapters": "injection",
     "remove_adapters": "injection",
     "save_adapter": "adapter_io",

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
 from genlora_lightning.adapter_io import save_adapter
-from genlora_lightning.base_identity import base_model_name
+from genlora_lightning.checkpoint import CHECKPOINT_KEY, adapter_root, check_checkpoint, keep_adapters_only
 from genlora_lightning.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.checks import (
     GradientWatch,
@@ -27,12 +27,12 @@ from genlora_lightning.checks import (
 )
 from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.coverage import CoverageReport
-from genlora_lightning.injection import adapter_config, adapter_layers, inject_adapters
-from genlora_lightning.state import adapter_state_dict, check_adapter_state
+from genlora_lightning.injection import adapter_layers, inject_adapters
+from genlora_lightning.resume import Resume, add_resume_state, release_loaders, use_resumable_loaders
+from genlora_lightning.state import adapter_state_dict
 
-CHECKPOINT_KEY = "genlora"
 SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
-_WRAPPED_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint")
+_WRAPPED_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start")
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -92,6 +92,8 @@ class GenLoRAFinetuning(Callback):
         self._saved_after_error = False
         self._gradient_watch = GradientWatch()
         self._last_loss: Tensor | None = None
+        self._resume: Resume | None = None
+        self._untrained = False
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
@@ -106,16 +108,23 @@ class GenLoRAFinetuning(Callback):
         _check_strategy(trainer)
         install_atomic_checkpoints(trainer)
         self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
+        release_loaders(trainer)
         self.report = None
         self._folder = None  # of an earlier run
-        self._wrap(pl_module)
+        self._resume = None
+        self._untrained = False
+        self._wrap(trainer, pl_module)
+        _keep_base_out_of_files(trainer)
+        if stage == "fit":
+            use_resumable_loaders(trainer)
 
-    def _wrap(self, pl_module: LightningModule) -> None:
+    def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Instance attributes, because the class is the user's. `functools.wraps` must not be used: Lightning looks
         # through `__wrapped__` and would find that the hook is not overridden.
         original_configure = pl_module.configure_model
         original_save = pl_module.on_save_checkpoint
         original_load = pl_module.on_load_checkpoint
+        original_start = pl_module.on_train_start
 
         def configure_model() -> None:
             original_configure()
@@ -124,15 +133,25 @@ class GenLoRAFinetuning(Callback):
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             # Here and not in the callback's own hook, which Lightning skips with `save_weights_only=True`.
             original_save(checkpoint)
-            self._keep_adapters_only(pl_module, checkpoint)
+            _write_content(trainer, pl_module, checkpoint)
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             original_load(checkpoint)
-            self._check_checkpoint(pl_module, checkpoint)
+            check_checkpoint(pl_module, checkpoint)
+            self._untrained = False
+            if trainer.state.fn == "fit":
+                self._resume = Resume(checkpoint)
 
-        for hook in (configure_model, on_save_checkpoint, on_load_checkpoint):
+        def on_train_start() -> None:
+            # After everybody else's, because the random state is restored here.
+            original_start()
+            if self._resume is not None:
+                self._resume.start(trainer, pl_module)
+                self._resume = None
+
+        for hook in (configure_model, on_save_checkpoint, on_load_checkpoint, on_train_start):
             setattr(pl_module, hook.__name__, hook)
-        # Lightning must accept a checkpoint without the base; `_check_checkpoint` is strict about all the rest.
+        # Lightning must accept a checkpoint without the base; `check_checkpoint` is strict about all the rest.
         self._strict_loading = pl_module._strict_loading
         pl_module.strict_loading = False
 
@@ -145,7 +164,8 @@ class GenLoRAFinetuning(Callback):
     def _inject(self, pl_module: LightningModule) -> None:
         resolve: Callable[[GenLoRAConfig], GenLoRAConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
         config = resolve(self.config) if resolve is not None else self.config
-        self.report = inject_adapters(_adapter_root(pl_module), config)
+        self._untrained = not adapter_layers(pl_module)
+        self.report = inject_adapters(adapter_root(pl_module), config)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -167,8 +187,23 @@ class GenLoRAFinetuning(Callback):
         if pruned:
             rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
         check_optimizers_hold(trainer.optimizers, pl_module)
+        if self._resume is not None:
+            self._resume.prepare(trainer, pl_module)
         if self.train_mode:
             set_train_mode(pl_module)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._untrained and trainer.state.fn != "fit":
+            rank_zero_warn(
+                f"The adapters of this {type(pl_module).__name__} are new and untrained, and no `ckpt_path` is given: "
+                "what follows is the base model's result. Give `ckpt_path`, or load the adapter first (`load_module`). "
+                "Strategies that train in processes of their own (`ddp_spawn`, `ddp_fork`) leave the module in the "
+                "main one untrained."
+            )
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
 
     def _choose_folder(self, trainer: Trainer) -> Path | None:
         if not self.save_adapter or getattr(trainer, "fast_dev_run", False):
@@ -212,57 +247,6 @@ class GenLoRAFinetuning(Callback):
             "learning rate, set `gradient_clip_val`, or look at that batch."
         )
 
-    # -- checkpoints ------------------------------------------------------------------------------------------------
-
-    def _keep_adapters_only(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        kept = _checkpoint_state(pl_module)
-        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in kept}
-        missing = [name for name in kept if name not in checkpoint["state_dict"]]
-        if missing:
-            raise RuntimeError(
-                f"{len(missing)} trained tensors, {missing[0]} among them, are missing in the state dict to be saved: "
-                f"{type(pl_module).__name__} changes its `state_dict` or `on_save_checkpoint`. No checkpoint was "
-                "written that could not be resumed from."
-            )
-        root = _adapter_root(pl_module)
-        checkpoint[CHECKPOINT_KEY] = {
-            "format_version": 1,
-            "config": adapter_config(root).to_dict(),
-            "base_model": base_model_name(root),
-        }
-
-    def _check_checkpoint(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if not adapter_layers(pl_module):
-            raise RuntimeError("The adapters were not injected before the checkpoint was loaded.")
-        described = checkpoint.get(CHECKPOINT_KEY)
-        if described is None:
-            raise ValueError(
-                "The checkpoint holds no GenLoRA adapters: it was written by a run without GenLoRAFinetuning. To start "
-                "from its weights load them into the model yourself, and give no `ckpt_path`."
-            )
-        if described["format_version"] != 1:
-            raise ValueError(
-                f"The checkpoint's adapters have format version {described['format_version']!r}; this release reads "
-                "version 1. It was probably written by a newer release: update genlora-lightning."
-            )
-        present = adapter_config(pl_module).to_dict()
-        stored = described["config"]
-        differences = [
-            f"{name}: {stored.get(name)!r} in the checkpoint, {value!r} here"
-            for name, value in present.items()
-            if stored.get(name) != value and name != "dropout"
-        ]
-        if differences:
-            raise ValueError(
-                f"The checkpoint's adapters were made with another configuration ({'; '.join(differences)}). Use the "
-                "configuration of the run that wrote it."
-            )
-        # Base weights may be there (a full checkpoint); they are the base's matter, not the adapters'.
-        expected = _checkpoint_state(pl_module)
-        base = set(pl_module.state_dict()) - set(expected)
-        state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in base}
-        check_adapter_state(expected, state, "the checkpoint")
-
     # -- the end ----------------------------------------------------------------------------------------------------
 
     @override
@@ -270,11 +254,11 @@ class GenLoRAFinetuning(Callback):
         if self._folder is None or not trainer.is_global_zero:
             return
         try:
-            folder = save_adapter(_adapter_root(pl_module), self._folder, training=_facts(trainer))
+            folder = save_adapter(adapter_root(pl_module), self._folder, training=_facts(trainer))
         except OSError as error:
             # Hours of training must not end in a full disk: any other place is better than none.
             rank_zero_warn(str(error))
-            folder = save_adapter(_adapter_root(pl_module), _spare_folder(), training=_facts(trainer))
+            folder = save_adapter(adapter_root(pl_module), _spare_folder(), training=_facts(trainer))
         rank_zero_info(f"The adapter is saved in {folder}.")
 
     @override
@@ -282,6 +266,7 @@ class GenLoRAFinetuning(Callback):
         if self._folder is not None and trainer.state.fn == "fit" and not self._saved_after_error:
             rank_zero_info(f"Stopped at step {trainer.global_step}. {self._save_after_error(trainer, pl_module)}")
         self._unwrap(pl_module)
+        release_loaders(trainer)
 
     def _save_after_error(self, trainer: Trainer, pl_module: LightningModule) -> str:
         """Save what there is, without hiding the error that is being handled; returns a sentence on what was done."""
@@ -296,7 +281,7 @@ class GenLoRAFinetuning(Callback):
         problems = []
         for place in (folder, _spare_folder()):
             try:
-                save_adapter(_adapter_root(pl_module), place, training=_facts(trainer))
+                save_adapter(adapter_root(pl_module), place, training=_facts(trainer))
             except (OSError, ValueError) as error:
                 problems.append(str(error))
             else:
@@ -306,11 +291,7 @@ class GenLoRAFinetuning(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unwrap(pl_module)
-
-
-def _adapter_root(pl_module: LightningModule) -> nn.Module:
-    find: Callable[[], nn.Module] | None = getattr(pl_module, "adapter_root", None)
-    return find() if find is not None else pl_module
+        release_loaders(trainer)
 
 
 def _check_strategy(trainer: Trainer) -> None:
@@ -322,13 +303,25 @@ def _check_strategy(trainer: Trainer) -> None:
         )
 
 
-def _checkpoint_state(pl_module: LightningModule) -> dict[str, Tensor]:
-    """What a checkpoint must hold: the adapter's state, and whatever else of the module is trained."""
-    state = adapter_state_dict(pl_module)
-    for name, parameter in pl_module.named_parameters():
-        if parameter.requires_grad:
-            state.setdefault(name, parameter.detach())
-    return state
+def _write_content(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    keep_adapters_only(pl_module, checkpoint, trainer.optimizers)
+    add_resume_state(trainer, pl_module, checkpoint)
+
+
+def _keep_base_out_of_files(trainer: Trainer) -> None:
+    """Have the strategy write adapters only, also after the run, when the module's hooks are its own again."""
+    strategy = trainer.strategy
+    if "save_checkpoint" in vars(strategy):
+        return
+    original = strategy.save_checkpoint
+
+    def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        module = trainer.lightning_module
+        if CHECKPOINT_KEY not in checkpoint and module is not None and adapter_layers(module):
+            _write_content(trainer, module, checkpoint)
+        original(checkpoint, *args, **kwargs)
+
+    vars(strategy)["save_checkpoint"] = save_checkpoint
 
 
 def _state_bytes(pl_module: LightningModule) -> int:

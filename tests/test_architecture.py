@@ -15,18 +15,21 @@ PACKAGE = Path(genlora_lightning.__file__).parent
 
 # Each module may import those of rows above its own, and of its own row. Lightning begins at the row of the callback.
 ROWS = [
-    ["config", "atomic", "digests"],
+    ["config", "atomic", "digests", "random_state", "resumable"],
     ["generator"],
     ["layers"],
     ["coverage", "targets", "full_training"],
     ["injection"],
     ["state", "analysis", "optim", "base_identity"],
     ["adapter_io", "checks", "checkpoint_files", "inspection", "manifest", "model_card", "tensor_file"],
-    ["callback", "checkpoint_io", "data", "throughput"],
+    ["checkpoint"],
+    ["loading"],
+    ["resume", "checkpoint_io"],
+    ["callback", "data", "throughput"],
     ["modules", "progress", "predictions", "cli_errors"],
     ["cli"],
 ]
-WITHOUT_LIGHTNING = {name for row in ROWS[:7] for name in row}
+WITHOUT_LIGHTNING = {name for row in ROWS[:9] for name in row}
 
 
 def top_module(path: Path) -> str:

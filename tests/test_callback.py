@@ -292,7 +292,8 @@ def test_validation_uses_the_checkpoints_adapters(tmp_path):
     run = trainer(tmp_path, finetuning())
     (result,) = run.validate(fresh, mlp_loader(), ckpt_path=tmp_path / "x.ckpt", verbose=False)
     (expected,) = trainer(tmp_path, finetuning()).validate(module, mlp_loader(), verbose=False)
-    (untrained,) = trainer(tmp_path, finetuning()).validate(PlainMLP(), mlp_loader(), verbose=False)
+    with pytest.warns(UserWarning, match=r"are new and untrained, and no `ckpt_path` is given"):
+        (untrained,) = trainer(tmp_path, finetuning()).validate(PlainMLP(), mlp_loader(), verbose=False)
     assert result == expected
     assert untrained["val_loss"] > 1.05 * result["val_loss"]
 

@@ -25,6 +25,9 @@ from genlora_lightning.progress import LineProgressBar
 from genlora_lightning.throughput import TokensPerSecond
 from tests.models import tiny_bert, tiny_llama
 
+# Some commands here are given no checkpoint, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:The adapters of this .* are new and untrained")
+
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 WORDS = ["red", "green", "blue", "sky", "grass", "rose", "what", "colour", "is", "the", "?"]

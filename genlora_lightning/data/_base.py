@@ -22,6 +22,7 @@ from genlora_lightning.data._loading import (
     padding_id,
     tokenizer_identity,
 )
+from genlora_lightning.resumable import ResumableDataLoader
 
 SPLITS = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 OPTIONS = {"val": "val_file or val_fraction", "test": "test_file", "predict": "predict_file or test_file"}
@@ -301,7 +302,8 @@ class FileDataModule(LightningDataModule):
             multiple=self.pad_to_multiple_of,
             side="left" if split == "predict" else "right",
         )
-        return DataLoader(
+        kind: type[DataLoader[Any]] = ResumableDataLoader if split == "train" else DataLoader
+        return kind(
             rows,
             batch_size=self.batch_size if split == "train" else self.eval_batch_size,
             collate_fn=collate,

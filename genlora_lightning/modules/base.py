@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from genlora_lightning.callback import GenLoRAFinetuning
 from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.loading import load_module
 from genlora_lightning.modules.pretrained import enable_gradient_checkpointing, load_pretrained, load_tokenizer
 from genlora_lightning.optim import OptimizerConfig, build_optimizer, build_scheduler
 
@@ -170,6 +172,24 @@ class GenLoRAModule(LightningModule):
         self._own_callback = GenLoRAFinetuning(self.adapter)
         return [self._own_callback]
 
+    @classmethod
+    @override
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | os.PathLike[str], map_location: Any = None, **arguments: Any
+    ) -> Self:
+        """The module with its trained adapters, from a checkpoint or an adapter folder.
+
+        Args:
+            checkpoint_path: The file or folder.
+            map_location: The device to move the module to.
+            arguments: Arguments of the class that replace those of the checkpoint; an adapter folder holds none.
+
+        Raises:
+            ValueError: See :func:`~genlora_lightning.load_module`, which this calls.
+        """
+        module = load_module(cls, checkpoint_path, **arguments)
+        return module if map_location is None else module.to(map_location)
+
     # -- the optimizer ----------------------------------------------------------------------------------------------
 
     @override
@@ -209,6 +229,16 @@ class GenLoRAModule(LightningModule):
         self._window_count = count + (0 if self._window_count is None else self._window_count)
         self.log("train_loss", self._window_loss / self._window_count, prog_bar=True, batch_size=1)
         return loss_sum / (_LOSS_UNIT if _is_divided(trainer) else count)
+
+    def window_state(self) -> dict[str, Tensor]:
+        """The loss sum and count of the accumulation window so far, for a checkpoint in its middle."""
+        if self._window_loss is None or self._window_count is None:
+            return {}
+        return {"loss": self._window_loss, "count": self._window_count}
+
+    def load_window_state(self, state: dict[str, Tensor]) -> None:
+        """Go on with an accumulation window of :meth:`window_state`."""
+        self._window_loss, self._window_count = state["loss"], state["count"]
 
     @override
     def on_train_start(self) -> None:

@@ -108,6 +108,61 @@ def test_run_on_two_ranks_resumes_to_the_uninterrupted_one_from_a_checkpoint_wit
         assert torch.equal(tensor, rest[name]), name
 
 
+class StopAt(Callback):
+    """Saves after so many batches and ends the run."""
+
+    def __init__(self, file: Path, batches: int) -> None:
+        self.file, self.batches = file, batches
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.fit_loop.total_batch_idx + 1 == self.batches:
+            trainer.save_checkpoint(self.file)
+
+
+class Dropping(PlainMLP):
+    def build(self):
+        super().build()
+        self.net.insert(2, torch.nn.Dropout(0.3))
+
+
+@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), (5, 2), (6, 3)])
+def test_stop_inside_an_epoch_on_two_ranks_resumes_with_each_rank_s_own_randomness(tmp_path, batches, accumulate):
+    config = small_config(exclude_modules=["5"], dropout=0.2)
+    data = mlp_loader().dataset
+    for part in ("whole", "rest"):
+        folder = tmp_path / part
+        folder.mkdir()
+        run = ddp(
+            folder,
+            RankedSeed() if part == "whole" else Callback(),
+            GenLoRAFinetuning(config),
+            StopAt(tmp_path / "half.ckpt", batches) if part == "whole" else Callback(),
+            max_epochs=2,
+            accumulate_grad_batches=accumulate,
+        )
+        loader = DataLoader(data, batch_size=8, shuffle=True)
+        run.fit(Dropping(), loader, ckpt_path=tmp_path / "half.ckpt" if part == "rest" else None)
+    whole, rest = ranks(tmp_path / "whole"), ranks(tmp_path / "rest")
+    for name, tensor in whole[0].items():
+        assert torch.equal(rest[0][name], rest[1][name]), name
+        if accumulate == 1:
+            assert torch.equal(tensor, rest[0][name]), name
+        else:  # the ranks' partial gradients are averaged when they are saved, which rounds them
+            torch.testing.assert_close(tensor, rest[0][name], rtol=0, atol=1e-6)
+
+
+def test_validation_after_a_fit_in_other_processes_says_that_the_module_here_is_untrained(tmp_path):
+    config = small_config(exclude_modules=["4"])
+    module = PlainMLP()
+    ddp(tmp_path, GenLoRAFinetuning(config), max_epochs=2).fit(module, mlp_loader())
+    alone = trainer(tmp_path, GenLoRAFinetuning(config))
+    with pytest.warns(UserWarning, match=r"are new and untrained, and no `ckpt_path` is given.*`ddp_fork`"):
+        (untrained,) = alone.validate(module, mlp_loader(), verbose=False)
+    load_adapter(module, tmp_path / "adapter")
+    (trained,) = alone.validate(module, mlp_loader(), verbose=False)
+    assert trained["val_loss"] < untrained["val_loss"]
+
+
 def unequal_loader() -> DataLoader:
     """Batches whose halves have very different numbers of answer tokens."""
     generator = torch.Generator().manual_seed(3)

@@ -14,6 +14,9 @@ from genlora_lightning.optim import OptimizerConfig
 from tests.conftest import perturb, small_config
 from tests.modules.conftest import EOS, PAD, loader, text_batch
 
+# Most models here are asked before they are trained, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:The adapters of this .* are new and untrained")
+
 MakeTrainer = Callable[..., Trainer]
 
 # A text to be learnt: each question has its own answer.

@@ -17,6 +17,9 @@ from genlora_lightning.optim import OptimizerConfig
 from tests.conftest import small_config
 from tests.modules.conftest import PAD, loader
 
+# Most models here are asked before they are trained, on purpose.
+pytestmark = pytest.mark.filterwarnings("ignore:The adapters of this .* are new and untrained")
+
 MakeTrainer = Callable[..., Trainer]
 NAMES = ["bad", "fair", "good"]
 
