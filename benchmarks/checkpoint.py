@@ -1,8 +1,9 @@
 """Bytes and seconds to save, verify and load an adapter, beside PEFT's LoRA of the same rank and of the same bytes.
 
 Two bases: the quickstart's SmolLM2-135M, and linears shaped like a 7B model's in bfloat16, whose memory is reserved
-and never written, so that only the adapters are real. Each figure is the median of some repetitions; the adapters' tensors are random. PEFT flushes nothing
-to the disk; ours is flushed before the time is taken. "PEFT + fsync" is PEFT with its files and folder flushed, too.
+and never written, so that only the adapters are real. Each figure is the median of some repetitions; the adapters'
+tensors are random. PEFT flushes nothing to the disk; ours is flushed before the time is taken. "PEFT + fsync" is PEFT
+with its files and folder flushed, too.
 """
 
 from __future__ import annotations
@@ -67,15 +68,18 @@ def randomize(parameters: Iterable[Tensor]) -> None:
         parameter.normal_()
 
 
-def median_seconds(work: Callable[[], Any], repetitions: int, prepare: Callable[[], Any] = lambda: None) -> float:
-    """Median time of some repetitions after one that does not count."""
-    times = []
+def median_seconds(works: dict[str, Callable[[], Any]], repetitions: int) -> dict[str, float]:
+    """Median times of some repetitions after one that does not count.
+
+    The works take turns, so that whatever else the machine does falls on all of them.
+    """
+    times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repetitions + 1):
-        prepare()
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+        for name, work in works.items():
+            start = time.perf_counter()
+            work()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def flush(folder: Path) -> None:
@@ -86,45 +90,38 @@ def flush(folder: Path) -> None:
         os.close(descriptor)
 
 
-def measure_genlora(make: Callable[[], nn.Module], rank: int, folder: Path, repetitions: int) -> dict[str, Any]:
-    """Save, verify and load a GenLoRA adapter."""
-    model = make()
+def genlora(make: Callable[[], nn.Module], rank: int, folder: Path) -> dict[str, Callable[[], Any]]:
+    """What there is to measure of a GenLoRA adapter."""
     config = GenLoRAConfig(rank=rank)
-    inject_adapters(model, config)
-    randomize(adapter_parameters(model).values())
-    save = median_seconds(lambda: save_adapter(model, folder), repetitions)
-    verify = median_seconds(lambda: verify_adapter(folder), repetitions)
-    target = make()
-    inject_adapters(target, config)  # loading into adapters that are there, as PEFT's below
-    load = median_seconds(lambda: load_adapter(target, folder), repetitions)
-    return {"method": f"GenLoRA r={rank}", "bytes": adapter_bytes(folder), "save": save, "verify": verify, "load": load}
+    models = [make(), make()]
+    for model in models:
+        inject_adapters(model, config)
+        randomize(adapter_parameters(model).values())
+    return {
+        "save": lambda: save_adapter(models[0], folder),
+        "verify": lambda: verify_adapter(folder),
+        "load": lambda: load_adapter(models[1], folder),
+    }
 
 
-def measure_peft(make: Callable[[], nn.Module], rank: int, folder: Path, repetitions: int) -> dict[str, Any]:
-    """Save and load a PEFT LoRA adapter; it has nothing to verify."""
+def peft(make: Callable[[], nn.Module], rank: int, folder: Path) -> dict[str, Callable[[], Any]]:
+    """What there is to measure of a PEFT LoRA adapter, which has nothing to verify."""
     from peft import LoraConfig, get_peft_model, load_peft_weights, set_peft_model_state_dict
 
-    def adapted() -> nn.Module:
-        base = make()
-        heads = {"lm_head"}
-        names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n not in heads]
-        model = get_peft_model(base, LoraConfig(r=rank, target_modules=names))
-        randomize(p for name, p in model.named_parameters() if "lora_" in name)
-        return model
+    models = []
+    for base in (make(), make()):
+        names = [n for n, m in base.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"]
+        models.append(get_peft_model(base, LoraConfig(r=rank, target_modules=names)))
+        randomize(p for name, p in models[-1].named_parameters() if "lora_" in name)
 
     def load() -> None:
-        result = set_peft_model_state_dict(target, load_peft_weights(str(folder), device="cpu"))
+        result = set_peft_model_state_dict(models[1], load_peft_weights(str(folder), device="cpu"))
         assert not result.unexpected_keys
 
-    model, target = adapted(), adapted()
-    save = median_seconds(lambda: model.save_pretrained(folder), repetitions)
-    flushed = median_seconds(lambda: (model.save_pretrained(folder), flush(folder)), repetitions)
     return {
-        "method": f"PEFT LoRA r={rank}",
-        "bytes": adapter_bytes(folder),
-        "save": save,
-        "save_fsync": flushed,
-        "load": median_seconds(load, repetitions),
+        "save": lambda: models[0].save_pretrained(folder),
+        "save_fsync": lambda: (models[0].save_pretrained(folder), flush(folder)),
+        "load": load,
     }
 
 
@@ -169,10 +166,20 @@ def run(model_path: Path, rank: int, repetitions: int, where: Path | None) -> di
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=where))
     try:
         for name, make in bases.items():
-            ours = measure_genlora(make, rank, folder / "ours", repetitions)
-            rows = [ours, measure_peft(make, rank, folder / f"peft-{rank}", repetitions)]
-            same = rank_of_same_bytes(make, ours["bytes"])
-            rows.append(measure_peft(make, same, folder / f"same-{same}", repetitions))
+            ours = genlora(make, rank, folder / "ours")
+            ours["save"]()
+            same = rank_of_same_bytes(make, adapter_bytes(folder / "ours"))
+            places = {f"GenLoRA r={rank}": folder / "ours"}
+            measured = {f"GenLoRA r={rank}": ours}
+            for of_peft in (rank, same):
+                places[f"PEFT LoRA r={of_peft}"] = folder / f"peft-{of_peft}"
+                measured[f"PEFT LoRA r={of_peft}"] = peft(make, of_peft, folder / f"peft-{of_peft}")
+            flat = {f"{m} {what}": work for m, works in measured.items() for what, work in works.items()}
+            times = median_seconds(flat, repetitions)
+            rows = [
+                {"method": m, "bytes": adapter_bytes(places[m]), **{what: times[f"{m} {what}"] for what in works}}
+                for m, works in measured.items()
+            ]
             results[name] = rows
     finally:
         shutil.rmtree(folder, ignore_errors=True)
