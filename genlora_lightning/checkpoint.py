@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
@@ -51,7 +54,8 @@ def keep_adapters_only(module: nn.Module, checkpoint: dict[str, Any], optimizers
         RuntimeError: The state dict lacks a trained tensor; nothing should be written then.
     """
     kept = checkpoint_state(module)
-    checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in kept}
+    # Interned, because a file holds a string once for each object, and there are as many bytes in names as in tensors.
+    checkpoint["state_dict"] = {sys.intern(name): t for name, t in checkpoint["state_dict"].items() if name in kept}
     missing = [name for name in kept if name not in checkpoint["state_dict"]]
     if missing:
         raise RuntimeError(
@@ -103,6 +107,21 @@ def pack(tree: Any) -> Any:
         parts = torch.split(block, [tensor.numel() for tensor in group])
         views |= {id(tensor): part.view(tensor.shape) for tensor, part in zip(group, parts, strict=True)}
     return _replaced(tree, views)
+
+
+def serialize(checkpoint: dict[str, Any]) -> bytes:
+    """A checkpoint as ``torch.save`` writes it, with the description of its tensors compressed.
+
+    ``torch.load`` reads it as any other. The names and places of many small tensors take as much space as their values;
+    compressed, they take a tenth of that. The values are stored as they are.
+    """
+    buffer, result = io.BytesIO(), io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(result, "w", zipfile.ZIP_STORED) as target:
+        for entry in source.infolist():
+            kind = zipfile.ZIP_DEFLATED if entry.filename.endswith("/data.pkl") else zipfile.ZIP_STORED
+            target.writestr(entry.filename, source.read(entry), compress_type=kind)
+    return result.getvalue()
 
 
 def _collect(tree: Any, tensors: list[Tensor]) -> None:
@@ -176,7 +195,7 @@ def _plain(value: Any, place: str, refused: list[str]) -> Any:
 
 
 def _names(module: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in module.named_parameters()}
+    return {id(parameter): sys.intern(name) for name, parameter in module.named_parameters()}
 
 
 def _named_state(module: nn.Module, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:

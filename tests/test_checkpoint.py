@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from genlora_lightning import GenLoRAFinetuning
-from genlora_lightning.checkpoint import optimizer_state_by_name, pack
+from genlora_lightning.checkpoint import optimizer_state_by_name, pack, serialize
 from genlora_lightning.state import adapter_state_dict
 from tests.conftest import small_config
 from tests.plain import PlainMLP, mlp_loader, trainer
@@ -66,6 +66,19 @@ def test_size_is_that_of_the_adapters_and_their_optimizer_state(tmp_path, weight
     assert set(checkpoint["state_dict"]) == set(state)
     for name, tensor in state.items():
         assert torch.equal(checkpoint["state_dict"][name], tensor)
+
+
+def test_description_of_many_small_tensors_is_compressed_and_torch_reads_it(tmp_path):
+    state = {f"model.layers.{i}.self_attn.q_proj.generator_A.latent": torch.randn(16) for i in range(1000)}
+    content = {"state_dict": pack(state), "step": 3, "names": list(state)}
+    torch.save(content, tmp_path / "plain.ckpt")
+    (tmp_path / "x.ckpt").write_bytes(serialize(content))
+    size = 1000 * 16 * 4
+    assert (tmp_path / "x.ckpt").stat().st_size < 1.5 * size < 2 * size < (tmp_path / "plain.ckpt").stat().st_size
+    for options in ({"weights_only": True}, {"weights_only": False}, {"weights_only": True, "mmap": True}):
+        loaded = torch.load(tmp_path / "x.ckpt", **options)
+        assert loaded["names"] == list(state)
+        assert all(torch.equal(loaded["state_dict"][name], tensor) for name, tensor in state.items())
 
 
 def test_saved_tensors_are_copies_in_one_block_per_dtype():
