@@ -15,18 +15,20 @@ PACKAGE = Path(genlora_lightning.__file__).parent
 
 # Each module may import those of rows above its own, and of its own row. Lightning begins at the row of the callback.
 ROWS = [
-    ["config"],
+    ["config", "tables"],
     ["generator"],
     ["layers"],
     ["coverage", "targets", "full_training"],
     ["injection"],
     ["state", "analysis", "optim"],
-    ["adapter_io", "checks"],
+    ["adapter_io", "checks", "bases"],
+    ["folders", "merging", "lora_export", "lora_import"],
+    ["tool", "__main__"],
     ["callback", "data", "throughput"],
     ["modules", "progress", "predictions", "cli_errors"],
     ["cli"],
 ]
-WITHOUT_LIGHTNING = {name for row in ROWS[:7] for name in row}
+WITHOUT_LIGHTNING = {name for row in ROWS[:9] for name in row}
 
 
 def top_module(path: Path) -> str:
