@@ -31,6 +31,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def read(path: Path, tokenizer) -> list[tuple[list[int], int]]:
+    """Token ids of the prompt and the id of the label, for each line."""
     examples = []
     for line in path.read_text().splitlines():
         row = json.loads(line)
@@ -43,6 +44,7 @@ def read(path: Path, tokenizer) -> list[tuple[list[int], int]]:
 
 
 def logits_at_the_end(model, examples):
+    """Logits of the token after each prompt, and the labels."""
     longest = max(len(ids) for ids, _ in examples)
     ids = torch.tensor([ids + [0] * (longest - len(ids)) for ids, _ in examples])
     mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids, _ in examples])
@@ -54,6 +56,7 @@ def logits_at_the_end(model, examples):
 
 @torch.no_grad()
 def evaluate(model, examples) -> tuple[float, float]:
+    """Accuracy between the labels, and the loss over the whole vocabulary."""
     model.eval()
     labels = sorted({label for _, label in examples})
     right, loss = 0, 0.0
@@ -65,6 +68,7 @@ def evaluate(model, examples) -> tuple[float, float]:
 
 
 def train(base, examples, folder: Path, rank: int, steps: int) -> None:
+    """Train a LoRA with PEFT and save it."""
     model = get_peft_model(base, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=LINEARS, task_type="CAUSAL_LM"))
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
@@ -84,6 +88,7 @@ def train(base, examples, folder: Path, rank: int, steps: int) -> None:
 
 
 def main() -> None:
+    """Train if there is no LoRA yet, compress, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("data/quickstart"))
     parser.add_argument("--lora", type=Path, required=True, help="where the LoRA is, or is to be trained")

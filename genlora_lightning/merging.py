@@ -9,8 +9,11 @@ import copy
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -115,7 +118,8 @@ def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
             if dtype is not None:
                 layer.unmerge()  # a sum that was rounded to fewer bits is computed anew
             if not layer.merged:
-                _named(name, layer.merge)
+                with _naming(name):
+                    layer.merge(dtype)
                 done.append(layer)
             rows.append(_drift(name, layer, layer.weight))
     except BaseException:
@@ -164,7 +168,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
         UserWarning: A linear lost more than 10 % of its update.
     """
     require_adapters(model)
-    base = transformers_base(model)
+    base: Any = transformers_base(model)
     if base is None:
         raise ValueError(
             f"This {type(model).__name__} holds no transformers model with all the adapters, so there is no Hugging "
@@ -201,7 +205,8 @@ def _merged_state(base: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str,
     merged: dict[int, Tensor] = {}
     rows = []
     for name, layer in layers.items():
-        weight = _named(name, layer.merged_weight, dtype)
+        with _naming(name):
+            weight = layer.merged_weight(dtype)
         merged[id(layer)] = weight
         rows.append(_drift(name, layer, weight))
     trained_dtype = {
@@ -226,15 +231,15 @@ def _merged_state(base: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str,
     return state, rows
 
 
-def _without_adapters(base: nn.Module, state: dict[str, Tensor]) -> nn.Module:
+def _without_adapters(base: Any, state: dict[str, Tensor]) -> Any:
     """A model of the base's class and configuration that holds the given tensors themselves, not copies."""
     config = copy.deepcopy(base.config)
     if getattr(config, "tie_word_embeddings", False) and _head_is_untied(base, state):
         config.tie_word_embeddings = False
     with torch.device("meta"):
-        clean: nn.Module = type(base)(config)
+        clean = type(base)(config)
     clean.load_state_dict(state, assign=True)
-    clean.tie_weights()  # type: ignore[operator]
+    clean.tie_weights()
     for name, tensor in clean.state_dict().items():
         if tensor.data_ptr() != state[name].data_ptr() and not torch.equal(tensor, state[name]):
             raise ValueError(
@@ -243,12 +248,12 @@ def _without_adapters(base: nn.Module, state: dict[str, Tensor]) -> nn.Module:
             )
     if getattr(base, "generation_config", None) is not None:
         clean.generation_config = base.generation_config
-    return clean.eval()
+    return clean
 
 
-def _head_is_untied(base: nn.Module, state: dict[str, Tensor]) -> bool:
+def _head_is_untied(base: Any, state: dict[str, Tensor]) -> bool:
     names = {id(m): name for name, m in base.named_modules()}
-    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()  # type: ignore[operator]
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     if head is None or embedding is None:
         return False
     return state[f"{names[id(head)]}.weight"] is not state[f"{names[id(embedding)]}.weight"]
@@ -281,9 +286,10 @@ def _warn_of_losses(report: MergeReport) -> None:
         )
 
 
-def _named(name, function, *args):  # type: ignore[no-untyped-def]
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
     try:
-        return function(*args)
+        yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
 
@@ -292,7 +298,8 @@ def _widen(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype | None
     """Cast a model to a wider dtype; returns what it had, by the names of parameters, buffers and trained modules."""
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"`dtype` must be torch.float32 or torch.float64, got {dtype}. For a narrower copy on disk use `save_merged`."
+            f"`dtype` must be torch.float32 or torch.float64, got {dtype}. For a narrower copy on disk use "
+            "`save_merged`."
         )
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     floating = {name: t for name, t in tensors.items() if t.is_floating_point()}

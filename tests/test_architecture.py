@@ -22,7 +22,7 @@ ROWS = [
     ["injection"],
     ["state", "analysis", "optim"],
     ["adapter_io", "checks", "bases"],
-    ["folders", "merging", "lora_export", "lora_import"],
+    ["folders", "merging", "lora_export", "lora_files", "lora_fit", "lora_import", "inspecting"],
     ["tool", "__main__"],
     ["callback", "data", "throughput"],
     ["modules", "progress", "predictions", "cli_errors"],

@@ -21,7 +21,7 @@ from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
 from tests.conftest import perturb, small_config
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
-from tests.test_lora_export import IDS, MODELS, adapted, logits
+from tests.test_lora_export import MODELS, adapted, logits
 
 
 def slow_drift(weight: torch.Tensor, delta: torch.Tensor, merged: torch.Tensor) -> tuple[float, float]:
@@ -57,10 +57,12 @@ def test_reported_drift_equals_a_slow_computation(kind, dtype, monkeypatch):
 
 def test_update_that_bfloat16_rounds_away_is_a_warning_and_float32_keeps_it():
     model = tiny_llama().eval().to(torch.bfloat16)
-    inject_adapters(model, small_config())
-    perturb(model, 0.03)
+    inject_adapters(model, small_config(alpha=0.001))
+    perturb(model)
     bits = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.warns(UserWarning, match=r"Rounding to bfloat16 changed the update of \d+ of 14 linears by more than 10%"):
+    with pytest.warns(
+        UserWarning, match=r"Rounding to bfloat16 changed the update of \d+ of 14 linears by more than 10%"
+    ):
         rounded = merge_adapters(model)
     assert rounded.worst.relative_error > 0.1
     assert rounded.worst.unchanged > 0.05
@@ -73,7 +75,7 @@ def test_update_that_bfloat16_rounds_away_is_a_warning_and_float32_keeps_it():
     for name, tensor in model.state_dict().items():
         assert tensor.dtype == bits[name].dtype
         assert torch.equal(tensor, bits[name])
-    torch.testing.assert_close(logits(model).float(), merged, rtol=0, atol=0.02)
+    torch.testing.assert_close(logits(model).float(), merged, rtol=0, atol=0.04)
     assert not any(layer.merged for layer in adapter_layers(model).values())
 
 
@@ -88,7 +90,7 @@ def test_float32_merge_takes_modules_trained_in_full_along_and_back():
     assert expected.dtype == torch.bfloat16
     merge_adapters(model, dtype=torch.float32)
     assert logits(model).dtype == torch.float32
-    torch.testing.assert_close(logits(model), expected.float(), rtol=0, atol=0.02)
+    torch.testing.assert_close(logits(model), expected.float(), rtol=0, atol=0.04)
     unmerge_adapters(model)
     assert torch.equal(logits(model), expected)
     assert all(torch.equal(tensor, bits[name]) for name, tensor in model.state_dict().items())
@@ -103,14 +105,16 @@ def test_nan_in_an_update_names_the_layer_and_merges_nothing(dtype, tmp_path):
     model = adapted("llama").to(torch.bfloat16)
     bad = "model.layers.1.mlp.up_proj"
     with torch.no_grad():
-        adapter_layers(model)[bad].generator_A.latent[2] = float("inf")
+        adapter_layers(model)[bad].generator_A.latent[2] = float("nan")
     bits = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(ValueError, match=rf"{bad}: The update holds NaN or infinite values; nothing was merged"):
         merge_adapters(model, dtype=dtype)
     with pytest.raises(ValueError, match=bad):
         save_merged(model, tmp_path / "merged")
     assert not any(layer.merged for layer in adapter_layers(model).values())
-    assert all(torch.equal(t, bits[n]) and t.dtype == bits[n].dtype for n, t in model.state_dict().items())
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == bits[name].dtype
+        assert torch.equal(tensor.nan_to_num(7.0), bits[name].nan_to_num(7.0))
     assert not os.listdir(tmp_path)
 
 
@@ -148,7 +152,9 @@ def test_quantized_base_is_refused_with_what_to_do(tmp_path):
     plain = layer.base_layer.weight
     layer.base_layer.weight = nn.Parameter(plain.detach().as_subclass(Quantized), requires_grad=False)
     for function in (merge_adapters, lambda m: save_merged(m, tmp_path / "merged")):
-        with pytest.raises(ValueError, match=r"up_proj: Cannot merge .*Quantized.*load the model unquantized and whole"):
+        with pytest.raises(
+            ValueError, match=r"up_proj: Cannot merge .*Quantized.*load the model unquantized and whole"
+        ):
             function(model)
     assert not any(layer.merged for layer in adapter_layers(model).values())
     layer.base_layer.weight = plain
@@ -226,7 +232,9 @@ def test_folder_has_one_dtype_and_each_weight_is_rounded_once(tmp_path):
         assert row.dtype == torch.bfloat16
         assert row.relative_error > 1e-4
     assert json.loads((tmp_path / "half" / "config.json").read_text())["dtype"] == "bfloat16"
-    model.to(torch.bfloat16)
+    model = tiny_llama().to(torch.bfloat16)
+    inject_adapters(model, small_config(modules_to_train=["norm"]))
+    perturb(model)
     save_merged(model, tmp_path / "own")
     assert {t.dtype for t in load_file(tmp_path / "own" / "model.safetensors").values()} == {torch.bfloat16}
     wide = save_merged(model, tmp_path / "wide", dtype=torch.float32)
