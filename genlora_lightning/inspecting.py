@@ -18,7 +18,7 @@ from genlora_lightning.adapter_io import WEIGHTS_FILE, adapter_bytes, read_adapt
 from genlora_lightning.analysis import effective_rank
 from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.generator import generate
-from genlora_lightning.tables import text_table
+from genlora_lightning.tables import natural_key, text_table
 
 _CHECKPOINT_KEY = "genlora"
 _PARAMETERS = ("latent", "weight", "centers", "log_widths")
@@ -126,7 +126,7 @@ def _summary(
 ) -> AdapterSummary:
     ending = ".generator_A.latent"
     layers, own = [], set()
-    for module in [name.removesuffix(ending) for name in state if name.endswith(ending)]:
+    for module in sorted((n.removesuffix(ending) for n in state if n.endswith(ending)), key=natural_key):
         names = {side: [f"{module}.generator_{side}.{name}" for name in _PARAMETERS] for side in "AB"}
         own |= {*names["A"], *names["B"]}
         try:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from genlora_lightning.adapter_io import CONFIG_FILE, WEIGHTS_FILE
+from genlora_lightning.tables import natural_key
 
 _PREFIX = "base_model.model."
 # Settings that make a LoRA more, or something else, than base + scaling · B · A.
@@ -78,7 +79,8 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
         else:
             saved[name] = tensor.float() if tensor.is_floating_point() else tensor
     layers = {}
-    for name, pair in factors.items():
+    for name in sorted(factors, key=natural_key):
+        pair = factors[name]
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             shapes = {letter: tuple(tensor.shape) for letter, tensor in pair.items()}
             raise ValueError(f"{folder} holds no matching A and B for {name}: {shapes}.")

@@ -15,3 +15,8 @@ def text_table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int =
         ).rstrip()
         for line in (header, rule, *rows)
     )
+
+
+def natural_key(name: str) -> list[tuple[bool, int, str]]:
+    """Sort key that puts ``layers.2`` before ``layers.10``."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in name.split(".")]

@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     command: Callable[[argparse.Namespace], None] = options.command
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' advice is not for users of a tool
+        warnings.filterwarnings("always", message="Rounding to ", category=UserWarning)
         warnings.showwarning = _show_warning
         try:
             command(options)

@@ -39,12 +39,12 @@ def random_lora(rank: int, sizes: dict[str, tuple[int, int]]) -> dict[str, tuple
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 def peft_lora(base: nn.Module, folder: Path, steps: int, seed: int = 0, **config: object) -> nn.Module:
-    """A LoRA that PEFT trains for a few steps to classify, or continue, sequences by their second token."""
+    """A LoRA that PEFT trains for a few steps to classify, or continue, sequences of one token."""
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)
     model = get_peft_model(base, LoraConfig(**config)).train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(steps):
         ids, labels = toy_data(32)
         outputs = model(input_ids=ids).logits
@@ -57,8 +57,8 @@ def peft_lora(base: nn.Module, folder: Path, steps: int, seed: int = 0, **config
 
 
 def toy_data(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    ids = torch.randint(3, 9, (n, 6))
-    return ids, ids[:, 1] % 3
+    tokens = torch.randint(3, 63, (n,))
+    return tokens.unsqueeze(1).expand(n, 6), tokens // 21
 
 
 def accuracy(model: nn.Module) -> float:
@@ -170,11 +170,11 @@ def test_fit_is_the_same_for_the_same_seed(tmp_path):
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")
 def test_lora_that_peft_trained_keeps_its_task_and_trains_on(tmp_path):
     lora = peft_lora(
-        tiny_bert(), tmp_path / "lora", 150, r=2, lora_alpha=4, task_type="SEQ_CLS", target_modules="all-linear",
+        tiny_bert(), tmp_path / "lora", 150, r=4, lora_alpha=8, task_type="SEQ_CLS", target_modules="all-linear",
         exclude_modules=["classifier"],
     )  # fmt: skip
     original = accuracy(lora)
-    assert original > 0.9
+    assert original > 0.8
     assert accuracy(tiny_bert().eval()) < 0.5
     result = compress_lora(tmp_path / "lora", small_config(rank=8, num_groups=8), steps=300)
     assert result.config.modules_to_train == ["classifier"]
@@ -182,7 +182,8 @@ def test_lora_that_peft_trained_keeps_its_task_and_trains_on(tmp_path):
     result.apply(model)
     assert list(trained_modules(model)) == ["classifier"]
     compressed = accuracy(model)
-    assert compressed > 0.6
+    assert compressed > original - 0.15
+    assert result.relative_error < 0.3
     saved = save_adapter(model, tmp_path / "adapter")
     fresh = tiny_bert().eval()
     load_adapter(fresh, saved)
@@ -194,7 +195,7 @@ def test_lora_that_peft_trained_keeps_its_task_and_trains_on(tmp_path):
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert accuracy(model) > 0.9
+    assert accuracy(model) > max(0.8, compressed - 0.05)
 
 
 @pytest.mark.filterwarnings("ignore:.*is deprecated:FutureWarning")

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import tomllib
 import torch
 
 import genlora_lightning
@@ -97,7 +96,7 @@ def test_compressed_lora_is_an_adapter_folder(files, capsys):
 def test_classifier_is_loaded_as_the_base_says_or_as_asked(tmp_path, capsys):
     model = adapted("bert")
     save_adapter(model, tmp_path / "adapter")
-    tiny_bert().bert.save_pretrained(tmp_path / "encoder")  # as an encoder is published: without a head
+    tiny_bert(num_labels=2).bert.save_pretrained(tmp_path / "encoder")  # as an encoder is published: without a head
     message = failure(capsys, "merge", tmp_path / "adapter", tmp_path / "encoder", tmp_path / "merged")
     assert "does not say what it is for" in message
     assert "--task causal-lm or --task sequence-classification" in message
@@ -108,6 +107,7 @@ def test_classifier_is_loaded_as_the_base_says_or_as_asked(tmp_path, capsys):
     assert run("merge", tmp_path / "adapter", tmp_path / "encoder", tmp_path / "merged", *task) == 0
     merged = type(model).from_pretrained(tmp_path / "merged").eval()
     assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+    capsys.readouterr()
     headless = adapted("bert", modules_to_train=[])
     save_adapter(headless, tmp_path / "headless")
     message = failure(capsys, "merge", tmp_path / "headless", tmp_path / "encoder", tmp_path / "other", *task)
@@ -191,7 +191,8 @@ def test_help_of_every_command_shows_an_example(command, capsys):
 
 
 def test_help_needs_no_torch_and_the_script_is_installed(tmp_path):
-    code = "import sys\nfrom genlora_lightning.tool import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+    code = "import sys\nfrom genlora_lightning.tool import main\n"
+    code += "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
     code += "print('HEAVY', sorted({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
@@ -202,5 +203,4 @@ def test_help_needs_no_torch_and_the_script_is_installed(tmp_path):
     done = subprocess.run(module, capture_output=True, text=True, timeout=60, env=environment)
     assert done.returncode == 1
     assert done.stderr.startswith("genlora: error: There is no adapter folder")
-    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-    assert scripts["genlora"] == "genlora_lightning.tool:main"
+    assert 'genlora = "genlora_lightning.tool:main"' in (ROOT / "pyproject.toml").read_text()
