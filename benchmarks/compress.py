@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from genlora_lightning import GenLoRAConfig, compress_lora, remove_adapters
+from genlora_lightning.lora_export import truncate_factors
 
 CONFIGS = {
     "rank 16, 8 groups": {"rank": 16, "num_groups": 8},
@@ -87,6 +88,22 @@ def train(base, examples, folder: Path, rank: int, steps: int) -> None:
     model.save_pretrained(folder)
 
 
+@torch.no_grad()
+def truncated(lora, rank: int):
+    """The LoRA cut to its largest singular values, its bytes and its relative error: what compression must beat."""
+    lost = total = 0.0
+    size = 0
+    for module in lora.modules():
+        if hasattr(module, "lora_A"):
+            A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+            low_a, low_b, kept = truncate_factors(A, B, rank)
+            energy = float(((A @ A.T) * (B.T @ B)).sum()) * module.scaling["default"] ** 2
+            lost, total, size = lost + (1 - kept) * energy, total + energy, size + 4 * (low_a.numel() + low_b.numel())
+            A[:rank], A[rank:] = low_a, 0
+            B[:, :rank], B[:, rank:] = low_b, 0
+    return lora, size, (lost / total) ** 0.5
+
+
 def main() -> None:
     """Train if there is no LoRA yet, compress, evaluate, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -96,6 +113,7 @@ def main() -> None:
     parser.add_argument("--train-steps", type=int, default=60)
     parser.add_argument("--fit-steps", type=int, default=500)
     parser.add_argument("--test-size", type=int, default=500)
+    parser.add_argument("--truncate", type=int, nargs="*", default=[1, 2], help="ranks to cut the LoRA to")
     parser.add_argument("--configs", nargs="*", choices=list(CONFIGS), default=list(CONFIGS))
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -121,6 +139,9 @@ def main() -> None:
     lora = PeftModel.from_pretrained(fresh(), args.lora)
     size = sum(4 * p.numel() for name, p in lora.named_parameters() if "lora_" in name)
     show(f"LoRA rank {args.rank}", size, 0.0, lora)
+    for rank in args.truncate:
+        lora, size, error = truncated(PeftModel.from_pretrained(fresh(), args.lora), rank)
+        show(f"LoRA cut to rank {rank}", size, error, lora)
     del lora
     for name in args.configs:
         start = time.perf_counter()

@@ -39,6 +39,9 @@ def write_folder(
         staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         os.chmod(staging, 0o777 & ~_umask())
         write(staging)
+        for file in staging.rglob("*"):
+            if file.is_file():
+                os.chmod(file, 0o666 & ~_umask())  # safetensors makes its files private; a server may be another user
         _replace_folder(staging, folder)
     except (OSError, SafetensorError) as error:
         raise OSError(

@@ -89,6 +89,10 @@ def test_reported_error_equals_that_of_the_formed_matrices(tmp_path):
         assert row.lora_bytes == 4 * (A.numel() + B.numel())
         parameters = adapter_layers(model)[row.module].adapter_parameters().values()
         assert row.bytes == 4 * sum(p.numel() for p in parameters)
+        values = torch.linalg.svdvals(exact).square()
+        rank = row.bytes // (4 * (A.shape[1] + B.shape[0]))
+        assert 0 < rank < 3
+        assert row.cut_error == pytest.approx(float((values[rank:].sum() / values.sum()).sqrt()), rel=1e-4)
         lost, total = lost + float(error.square().sum()), total + float(exact.square().sum())
     assert result.relative_error == pytest.approx((lost / total) ** 0.5, rel=1e-5)
     assert "3 linears" in str(result)

@@ -32,6 +32,12 @@ def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
 def failure(capsys, *arguments: object) -> str:
     """The one line that a failing command prints."""
     assert run(*arguments) == 1
@@ -48,6 +54,8 @@ def failure(capsys, *arguments: object) -> str:
 def test_exported_lora_computes_what_the_adapter_computes(files, capsys):
     folder, model = files
     assert run("export-lora", folder / "adapter", folder / "base", folder / "lora") == 0
+    readable = 0o666 & ~current_umask()
+    assert {path.stat().st_mode & 0o777 for path in (folder / "lora").iterdir()} == {readable}
     assert capsys.readouterr().out.endswith("vLLM: --enable-lora --max-lora-rank 8\n")
     loaded = load_with_peft(tiny_llama().eval(), folder / "lora")
     assert (logits(loaded) - logits(model)).abs().max() <= 1e-5
