@@ -28,14 +28,20 @@ if TYPE_CHECKING:
     from genlora_lightning.injection import adapter_parameters as adapter_parameters
     from genlora_lightning.injection import adapters_disabled as adapters_disabled
     from genlora_lightning.injection import inject_adapters as inject_adapters
-    from genlora_lightning.injection import merge_adapters as merge_adapters
     from genlora_lightning.injection import remove_adapters as remove_adapters
-    from genlora_lightning.injection import unmerge_adapters as unmerge_adapters
     from genlora_lightning.inspection import describe_adapter as describe_adapter
     from genlora_lightning.inspection import verify_adapter as verify_adapter
     from genlora_lightning.layers import GenLoRALinear as GenLoRALinear
     from genlora_lightning.loading import convert_checkpoint as convert_checkpoint
     from genlora_lightning.loading import load_module as load_module
+    from genlora_lightning.lora_export import LoRAExport as LoRAExport
+    from genlora_lightning.lora_export import export_lora as export_lora
+    from genlora_lightning.lora_import import CompressedLoRA as CompressedLoRA
+    from genlora_lightning.lora_import import compress_lora as compress_lora
+    from genlora_lightning.merging import MergeReport as MergeReport
+    from genlora_lightning.merging import merge_adapters as merge_adapters
+    from genlora_lightning.merging import save_merged as save_merged
+    from genlora_lightning.merging import unmerge_adapters as unmerge_adapters
     from genlora_lightning.modules import CausalLMModule as CausalLMModule
     from genlora_lightning.modules import GenLoRAModule as GenLoRAModule
     from genlora_lightning.modules import SequenceClassificationModule as SequenceClassificationModule
@@ -45,6 +51,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AtomicCheckpointIO": "checkpoint_io",
     "CausalLMModule": "modules",
+    "CompressedLoRA": "lora_import",
     "CoverageReport": "coverage",
     "DamagedFileError": "digests",
     "GenLoRAConfig": "config",
@@ -52,6 +59,8 @@ _HOME = {
     "GenLoRALinear": "layers",
     "GenLoRAModule": "modules",
     "InstructionDataModule": "data",
+    "LoRAExport": "lora_export",
+    "MergeReport": "merging",
     "OptimizerConfig": "optim",
     "RBFGenerator": "generator",
     "ResumableDataLoader": "resumable",
@@ -60,17 +69,20 @@ _HOME = {
     "WrongBaseError": "base_identity",
     "adapter_parameters": "injection",
     "adapters_disabled": "injection",
+    "compress_lora": "lora_import",
     "convert_checkpoint": "loading",
     "describe_adapter": "inspection",
     "effective_rank": "analysis",
     "effective_ranks": "analysis",
+    "export_lora": "lora_export",
     "inject_adapters": "injection",
     "load_adapter": "adapter_io",
     "load_module": "loading",
-    "merge_adapters": "injection",
+    "merge_adapters": "merging",
     "remove_adapters": "injection",
     "save_adapter": "adapter_io",
-    "unmerge_adapters": "injection",
+    "save_merged": "merging",
+    "unmerge_adapters": "merging",
     "verify_adapter": "inspection",
 }
 

@@ -40,14 +40,35 @@ def train_in_full(model: nn.Module, modules: Iterable[nn.Module]) -> None:
                 if id(parameter) in foreign:
                     setattr(inner, name, nn.Parameter(parameter.detach().clone()))
         module.requires_grad_(True)
-        handles = []
         if dtype is not None:
             module.float()
-            handles.append(module.register_forward_pre_hook(_cast_inputs, with_kwargs=True))
-            handles.append(module.register_forward_hook(partial(_cast_outputs, dtype)))
-        setattr(module, _MARK, (dtype, handles))
+        setattr(module, _MARK, (dtype, _cast_around(module, dtype)))
         # An instance attribute: a parent's `_apply`, which every cast and move goes through, calls its children's.
         vars(module)["_apply"] = partial(_apply_but_keep_float32, module)
+
+
+def surround_with(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Tell a module trained in full the dtype of the model around it, after that model was cast.
+
+    Args:
+        module: A module that :func:`train_in_full` marked.
+        dtype: bfloat16 or float16; ``None`` for a dtype that the module's own float32 needs no casts for.
+
+    Returns:
+        What it was before, in the same terms.
+    """
+    before: torch.dtype | None
+    before, handles = getattr(module, _MARK)
+    for handle in handles:
+        handle.remove()
+    setattr(module, _MARK, (dtype, _cast_around(module, dtype)))
+    return before
+
+
+def original_dtype(module: nn.Module) -> torch.dtype | None:
+    """The 16-bit dtype that a module trained in full had in its base; ``None`` if it was not cast."""
+    dtype: torch.dtype | None = getattr(module, _MARK)[0]
+    return dtype
 
 
 def stop_training_in_full(module: nn.Module) -> None:
@@ -60,6 +81,16 @@ def stop_training_in_full(module: nn.Module) -> None:
     module.requires_grad_(False)
     if dtype is not None:
         module.to(dtype)
+
+
+def _cast_around(module: nn.Module, dtype: torch.dtype | None) -> list[Any]:
+    """Register the hooks that a module in float32 needs in a model of 16 bits."""
+    if dtype is None:
+        return []
+    return [
+        module.register_forward_pre_hook(_cast_inputs, with_kwargs=True),
+        module.register_forward_hook(partial(_cast_outputs, dtype)),
+    ]
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -116,30 +116,6 @@ def inject_adapters(
     return _report(model, skipped)
 
 
-def merge_adapters(model: nn.Module) -> None:
-    """Add each update into its base weight (see :meth:`GenLoRALinear.merge`); the outputs stay, to rounding.
-
-    Raises:
-        ValueError: The model has no adapters, or a weight is not an ordinary matrix; then nothing is merged.
-    """
-    done: list[GenLoRALinear] = []
-    try:
-        for layer in require_adapters(model).values():
-            if not layer.merged:
-                layer.merge()
-                done.append(layer)
-    except BaseException:
-        for layer in done:
-            layer.unmerge()
-        raise
-
-
-def unmerge_adapters(model: nn.Module) -> None:
-    """Put the original weights back, bit for bit, after :func:`merge_adapters`."""
-    for layer in require_adapters(model).values():
-        layer.unmerge()
-
-
 def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
     """Take the adapters off a model, in place: its linears are the ones it had. All parameters stay frozen.
 

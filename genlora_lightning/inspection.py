@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from genlora_lightning.adapter_io import adapter_bytes
 from genlora_lightning.analysis import effective_rank
 from genlora_lightning.base_identity import describe_base
+from genlora_lightning.checkpoint import describe
+from genlora_lightning.config import GenLoRAConfig, Kernel
+from genlora_lightning.generator import generate
+from genlora_lightning.loading import read_checkpoint
 from genlora_lightning.manifest import StoredAdapter, read_adapter
+
+_PARTS = ("latent", "weight", "centers", "log_widths")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,12 +162,18 @@ def verify_adapter(folder: str | os.PathLike[str]) -> VerificationReport:
     )
 
 
-def describe_adapter(folder: str | os.PathLike[str]) -> AdapterDescription:
-    """Describe a verified adapter folder: per layer its shape, values, and the effective rank of its update.
+def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
+    """Describe a verified adapter folder, or a checkpoint: per layer its shape, values, and effective rank.
 
-    The matrices are generated from the stored tensors; no model is needed. Raises what :func:`verify_adapter` raises.
+    The matrices are generated from the stored tensors; no model is needed.
+
+    Raises:
+        FileNotFoundError: There is no such folder or file.
+        ValueError: It is damaged, or holds no adapters of ours; as :func:`verify_adapter` says.
     """
-    stored = read_adapter(folder)
+    if Path(path).is_file():
+        return _describe_checkpoint(Path(path))
+    folder, stored = path, read_adapter(path)
     return AdapterDescription(
         folder=str(folder),
         base=describe_base(stored.base),
@@ -170,6 +186,48 @@ def describe_adapter(folder: str | os.PathLike[str]) -> AdapterDescription:
         trained_modules={
             name: sum(stored.tensors[own].numel() for own in names) for name, names in stored.trained_modules.items()
         },
+    )
+
+
+def _generated(parts: list[Tensor], kernel: Kernel) -> Tensor:
+    latent, weight, centers, log_widths = parts
+    return generate(latent, weight, centers, log_widths, kernel)
+
+
+@torch.no_grad()
+def _describe_checkpoint(path: Path) -> AdapterDescription:
+    content = read_checkpoint(path)
+    described = describe(content)
+    config = GenLoRAConfig.from_dict(described["config"])
+    tensors: dict[str, Tensor] = dict(content["state_dict"])
+    ending = ".generator_A.latent"
+    layers = []
+    for name in [name.removesuffix(ending) for name in tensors if name.endswith(ending)]:
+        own = {side: [f"{name}.generator_{side}.{part}" for part in _PARTS] for side in "AB"}
+        try:
+            A, B = (_generated([tensors[part] for part in own[side]], config.kernel) for side in "AB")
+        except (KeyError, RuntimeError) as error:
+            raise ValueError(f"The tensors of {name} in {path} are incomplete or do not fit together.") from error
+        layers.append(
+            LayerDescription(
+                module=name,
+                out_features=B.shape[1],
+                in_features=A.shape[1],
+                rank=config.rank,
+                effective_rank=effective_rank(A, B.T),
+                parameters=sum(tensors.pop(part).numel() for side in "AB" for part in own[side]),
+            )
+        )
+    return AdapterDescription(
+        folder=str(path),
+        base=described.get("base_model") or "an unnamed base",
+        config=config.to_dict(),
+        training={name: content[name] for name in ("global_step", "epoch") if name in content},
+        versions={"lightning": str(content.get("pytorch-lightning_version", "unknown"))},
+        created=datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).isoformat(timespec="seconds"),
+        num_bytes=path.stat().st_size,
+        layers=tuple(layers),
+        trained_modules={name: tensor.numel() for name, tensor in tensors.items()},
     )
 
 

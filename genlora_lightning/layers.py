@@ -148,31 +148,63 @@ class GenLoRALinear(nn.Module):
         return output + F.linear(F.linear(self.dropout(x), A), B)
 
     @torch.no_grad()
-    def merge(self) -> None:
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The original weight plus the update, as the base layer stores its weight; nothing is changed.
+
+        Args:
+            dtype: Of the result; the sum is computed in float32 or better and rounded once. The weight's own if
+                ``None``.
+
+        Raises:
+            ValueError: The weight is not stored as an ordinary matrix (quantized or sharded), or the update, or the
+                sum in ``dtype``, is not finite.
+        """
+        weight = self.unmerged_weight
+        delta = self.stored_delta()
+        # A quantized or sharded weight may be of a subclass of Tensor that poses as an ordinary matrix.
+        is_plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
+        if not is_plain or weight.shape != delta.shape or weight.dtype.itemsize < 2:
+            raise ValueError(
+                f"Cannot merge into a {type(self.base_layer).__name__} whose weight is stored as "
+                f"{tuple(weight.shape)} {weight.dtype} ({type(weight.data).__name__}); merging needs "
+                f"{tuple(delta.shape)} floating point values. "
+                "The weight is probably quantized or sharded: load the model unquantized and whole, then merge."
+            )
+        compute_dtype = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(delta.device, compute_dtype) + delta.to(compute_dtype)
+        merged = total.to(dtype or weight.dtype)
+        if not merged.isfinite().all():
+            what = "The update" if not delta.isfinite().all() else f"The merged weight in {merged.dtype}"
+            raise ValueError(f"{what} holds NaN or infinite values; nothing was merged.")
+        return merged
+
+    def stored_delta(self) -> Tensor:
+        """The update in the layout of the base layer's weight: :meth:`delta_weight`, transposed for a ``Conv1D``."""
+        delta = self.delta_weight()
+        return delta.T if is_conv1d(self.base_layer) else delta
+
+    @property
+    def unmerged_weight(self) -> Tensor:
+        """The base layer's weight as it is without the update, also while the layer is merged."""
+        return self._unmerged_weight[0] if self._unmerged_weight else self.weight
+
+    def merge(self, dtype: torch.dtype | None = None) -> None:
         """Add the update into the base layer's weight, in float32 with one rounding, and keep the original aside.
 
         The base layer gets a new parameter; the original one is untouched, so that another module that shares it (a
         tied embedding) keeps what it had, and :meth:`unmerge` restores it bit for bit. Until then memory holds both.
         Merging a merged layer does nothing.
 
+        Args:
+            dtype: Of the merged weight; the original's if ``None``. The layer's input must have the same.
+
         Raises:
-            ValueError: The weight is not stored as an ordinary matrix (quantized or sharded).
+            ValueError: As :meth:`merged_weight`; then nothing is merged.
         """
         if self.merged:
             return
-        weight = self.weight
-        delta = self.delta_weight()
-        if is_conv1d(self.base_layer):
-            delta = delta.T
-        if not isinstance(weight, nn.Parameter) or weight.shape != delta.shape or not weight.is_floating_point():
-            raise ValueError(
-                f"Cannot merge into a {type(self.base_layer).__name__} whose weight is stored as "
-                f"{tuple(weight.shape)} {weight.dtype}; merging needs {tuple(delta.shape)} floating point values. "
-                "The weight is probably quantized or sharded: load the model unquantized and whole, then merge."
-            )
-        compute_dtype = torch.promote_types(weight.dtype, torch.float32)
-        merged = (weight.to(compute_dtype) + delta.to(compute_dtype)).to(weight.dtype)
-        self._unmerged_weight = (weight,)
+        merged = self.merged_weight(dtype)
+        self._unmerged_weight = (self.base_layer.weight,)  # type: ignore[assignment]
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
 
     @torch.no_grad()

@@ -18,6 +18,8 @@ from genlora_lightning.injection import adapter_parameters
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    # Left by a test that called `seed_everything`: multi-process strategies would seed by it, single ones would not.
+    os.environ.pop("PL_GLOBAL_SEED", None)
     torch.manual_seed(0)
     torch.set_num_threads(1)
 

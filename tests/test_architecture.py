@@ -15,15 +15,16 @@ PACKAGE = Path(genlora_lightning.__file__).parent
 
 # Each module may import those of rows above its own, and of its own row. Lightning begins at the row of the callback.
 ROWS = [
-    ["config", "atomic", "digests", "random_state", "resumable"],
+    ["config", "tables", "atomic", "digests", "random_state", "resumable"],
     ["generator"],
     ["layers"],
     ["coverage", "targets", "full_training"],
     ["injection"],
     ["state", "analysis", "optim", "base_identity"],
-    ["adapter_io", "checks", "checkpoint_files", "inspection", "manifest", "model_card", "tensor_file"],
-    ["checkpoint"],
+    ["adapter_io", "checks", "bases", "checkpoint_files", "folders", "manifest", "model_card", "tensor_file"],
+    ["checkpoint", "merging", "lora_export", "lora_files", "lora_fit", "lora_import"],
     ["loading"],
+    ["inspection", "tool", "__main__"],
     ["resume", "checkpoint_io"],
     ["callback", "data", "throughput"],
     ["modules", "progress", "predictions", "cli_errors"],

@@ -1,0 +1,324 @@
+"""Merging: adapters added into the base weights, in memory or as a Hugging Face folder, with the drift of each layer.
+
+Shapes: I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genlora_lightning.bases import transformers_base
+from genlora_lightning.folders import check_replaceable, write_folder
+from genlora_lightning.full_training import original_dtype, surround_with, trained_modules
+from genlora_lightning.injection import adapter_layers, require_adapters
+from genlora_lightning.layers import GenLoRALinear
+from genlora_lightning.tables import text_table
+
+_DTYPES_MARK = "_genlora_dtypes_before_merge"
+_LOST = 0.1
+_CHUNK = 1 << 20
+# Files that transformers' tokenizers and processors are loaded from.
+_TOKENIZER_FILES = (
+    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "preprocessor_config.json",
+    "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tekken.json",
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeRow:
+    """What rounding did to the update of one linear.
+
+    Args:
+        module: Its name.
+        dtype: Of the merged weight.
+        relative_error: ``‖(W_merged − W) − ΔW‖ / ‖ΔW‖`` (Frobenius norms); 0 for an update that is zero.
+        unchanged: Share of the weights that the merge left as they were.
+    """
+
+    module: str
+    dtype: torch.dtype
+    relative_error: float
+    unchanged: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeReport:
+    """The drift of every merged linear; ``print`` it for a table.
+
+    Args:
+        rows: The linears.
+        folder: Where the merged model was written, if it was.
+        copied: Names of the tokenizer's files that were copied beside it.
+    """
+
+    rows: tuple[MergeRow, ...]
+    folder: Path | None = None
+    copied: tuple[str, ...] = ()
+
+    @property
+    def worst(self) -> MergeRow:
+        """The linear with the largest relative error."""
+        return max(self.rows, key=lambda row: row.relative_error)
+
+    def __str__(self) -> str:
+        rows = [
+            (row.module, str(row.dtype).removeprefix("torch."), f"{row.relative_error:.2e}", f"{row.unchanged:.1%}")
+            for row in self.rows
+        ]
+        text = [text_table(("module", "dtype", "relative error of ΔW", "unchanged weights"), rows)]
+        text.append(f"Merged {len(rows)} linears; the largest error is {self.worst.relative_error:.2e}.")
+        if self.folder is not None:
+            tokenizer = f", with the tokenizer ({', '.join(self.copied)})" if self.copied else ", without a tokenizer"
+            text.append(f"The merged model is in {self.folder}{tokenizer}.")
+        return "\n".join(text)
+
+
+@torch.no_grad()
+def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> MergeReport:
+    """Add each update into its base weight; the outputs stay, to rounding.
+
+    Each sum is computed in float32 and rounded once to the weight's dtype. What that rounding lost is in the report:
+    an update that is much smaller than the weights is lost in bfloat16's 8 bits.
+
+    Args:
+        model: A model with adapters. A linear that is merged already stays so and is reported again.
+        dtype: Cast the whole model to this dtype, so that the sums need no rounding to fewer bits; it must hold the
+            present values exactly (``torch.float32`` for a bfloat16 base). :func:`unmerge_adapters` casts back.
+
+    Returns:
+        The drift of each linear.
+
+    Raises:
+        ValueError: The model has no adapters, a weight is not an ordinary matrix (quantized or sharded), an update or
+            a sum is not finite (the message names the layer), or ``dtype`` is too narrow. Then nothing is merged.
+
+    Warns:
+        UserWarning: A linear lost more than 10 % of its update.
+    """
+    layers = require_adapters(model)
+    done: list[GenLoRALinear] = []
+    rows = []
+    before = {}
+    try:
+        if dtype is not None:
+            before = _widen(model, dtype)
+        for name, layer in layers.items():
+            if dtype is not None:
+                layer.unmerge()  # a sum that was rounded to fewer bits is computed anew
+            if not layer.merged:
+                with _naming(name):
+                    layer.merge(dtype)
+                done.append(layer)
+            rows.append(_drift(name, layer, layer.weight))
+    except BaseException:
+        for layer in done:
+            layer.unmerge()
+        _restore_dtypes(model, before)
+        raise
+    if before:
+        model.__dict__.setdefault(_DTYPES_MARK, before)  # of the first merge, if there are several
+    report = MergeReport(rows=tuple(rows))
+    _warn_of_losses(report)
+    return report
+
+
+def unmerge_adapters(model: nn.Module) -> None:
+    """Put the original weights back, bit for bit, and every dtype, after :func:`merge_adapters`."""
+    for layer in require_adapters(model).values():
+        layer.unmerge()
+    _restore_dtypes(model, model.__dict__.pop(_DTYPES_MARK, {}))
+
+
+@torch.no_grad()
+def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> MergeReport:
+    """Write a transformers model with its adapters merged, as a folder that ``from_pretrained`` loads without us.
+
+    The model in memory is not changed. Modules trained in full are included; a head that training untied from its
+    embedding is saved as its own, and the configuration says so. If the base was loaded from a local folder, its
+    tokenizer's files are copied.
+
+    Args:
+        model: A transformers model with adapters, or a module (such as a LightningModule) that holds one.
+        folder: Where to write; it must not exist, or be empty.
+        dtype: Of all floating point weights; each weight's own if ``None``. The sums are computed in float32 and
+            rounded once.
+
+    Returns:
+        The drift of each linear.
+
+    Raises:
+        ValueError: There are no adapters, no transformers model, a quantized or sharded base, a value that is not
+            finite, or weights whose tie the training has undone where the architecture cannot say so.
+        FileExistsError: The folder holds something.
+        OSError: It cannot be written; then nothing is left behind.
+
+    Warns:
+        UserWarning: A linear lost more than 10 % of its update.
+    """
+    require_adapters(model)
+    base: Any = transformers_base(model)
+    if base is None:
+        raise ValueError(
+            f"This {type(model).__name__} holds no transformers model with all the adapters, so there is no Hugging "
+            "Face folder to write. Use `merge_adapters`, then `remove_adapters(model, keep_merged=True)`, and save "
+            "the state dict."
+        )
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ValueError(
+            "The base is quantized, and merging into it would round the update away. Load the original, unquantized "
+            "base model, load the adapter into it and save that, or call the base's `dequantize()` before."
+        )
+    check_replaceable(Path(folder), lambda _: False, "merged model")
+    state, rows = _merged_state(base, dtype)
+    clean = _without_adapters(base, state)
+    copied: list[str] = []
+
+    def write(staging: Path) -> None:
+        clean.save_pretrained(staging)
+        source = Path(str(getattr(base, "name_or_path", "") or "-"))
+        for name in _TOKENIZER_FILES if source.is_dir() else ():
+            if (source / name).is_file():
+                shutil.copyfile(source / name, staging / name)
+                copied.append(name)
+
+    path = write_folder(folder, write, lambda _: False, "merged model")
+    report = MergeReport(rows=tuple(rows), folder=path, copied=tuple(copied))
+    _warn_of_losses(report)
+    return report
+
+
+def _merged_state(base: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], list[MergeRow]]:
+    """The state dict of the base without adapters, by the names it has there; tied weights stay one tensor."""
+    layers = adapter_layers(base)
+    merged: dict[int, Tensor] = {}
+    rows = []
+    for name, layer in layers.items():
+        with _naming(name):
+            weight = layer.merged_weight(dtype)
+        merged[id(layer)] = weight
+        rows.append(_drift(name, layer, weight))
+    trained_dtype = {
+        id(p): original_dtype(module) for module in trained_modules(base).values() for p in module.parameters()
+    }
+    state: dict[str, Tensor] = {}
+    cast: dict[int, Tensor] = {}
+    own = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
+    places = {name: m for name, m in base.named_modules(remove_duplicate=False) if isinstance(m, GenLoRALinear)}
+    for name, tensor in base.state_dict(keep_vars=True).items():
+        if id(tensor) in own:
+            continue
+        parent = next((place for place in places if name.startswith(f"{place}.")), None)
+        key = name if parent is None else parent + name.removeprefix(f"{parent}.base_layer")
+        if parent is not None and name == f"{parent}.base_layer.weight":
+            state[key] = merged[id(places[parent])]
+            continue
+        if id(tensor) not in cast:
+            target = (dtype or trained_dtype.get(id(tensor)) or tensor.dtype) if tensor.is_floating_point() else None
+            cast[id(tensor)] = tensor.detach().to(target) if target is not None else tensor.detach()
+        state[key] = cast[id(tensor)]
+    return state, rows
+
+
+def _without_adapters(base: Any, state: dict[str, Tensor]) -> Any:
+    """A model of the base's class and configuration that holds the given tensors themselves, not copies."""
+    config = copy.deepcopy(base.config)
+    if getattr(config, "tie_word_embeddings", False) and _head_is_untied(base, state):
+        config.tie_word_embeddings = False
+    with torch.device("meta"):
+        clean = type(base)(config)
+    clean.load_state_dict(state, assign=True)
+    clean.tie_weights()
+    for name, tensor in clean.state_dict().items():
+        if tensor.data_ptr() != state[name].data_ptr() and not torch.equal(tensor, state[name]):
+            raise ValueError(
+                f"{name} is tied to another weight in {type(base).__name__}, and training gave it values of its own, "
+                "which a folder of this architecture cannot hold. Nothing was written; export a LoRA adapter instead."
+            )
+    if getattr(base, "generation_config", None) is not None:
+        clean.generation_config = base.generation_config
+    return clean
+
+
+def _head_is_untied(base: Any, state: dict[str, Tensor]) -> bool:
+    names = {id(m): name for name, m in base.named_modules()}
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    if head is None or embedding is None:
+        return False
+    return state[f"{names[id(head)]}.weight"] is not state[f"{names[id(embedding)]}.weight"]
+
+
+def _drift(name: str, layer: GenLoRALinear, merged: Tensor) -> MergeRow:
+    weight, delta = layer.unmerged_weight.to(merged.device), layer.stored_delta()
+    lost = total = 0.0
+    unchanged = 0
+    step = max(1, _CHUNK // weight.shape[1])  # in parts, because float64 copies of a large weight are large
+    for start in range(0, weight.shape[0], step):
+        rows = slice(start, start + step)
+        exact, before, after = delta[rows].double(), weight[rows].double(), merged[rows].double()
+        lost += float((after - before - exact).square().sum())
+        total += float(exact.square().sum())
+        unchanged += int((after == before).sum())
+    error = (lost / total) ** 0.5 if total > 0 else 0.0
+    return MergeRow(module=name, dtype=merged.dtype, relative_error=error, unchanged=unchanged / weight.numel())
+
+
+def _warn_of_losses(report: MergeReport) -> None:
+    lossy = [row for row in report.rows if row.relative_error > _LOST]
+    if lossy:
+        worst = report.worst
+        warnings.warn(
+            f"Rounding to {str(worst.dtype).removeprefix('torch.')} changed the update of {len(lossy)} of "
+            f"{len(report.rows)} linears by more than {_LOST:.0%} ({worst.module}: {worst.relative_error:.0%}). Merge "
+            "with `dtype=torch.float32`, or keep the adapter separate.",
+            stacklevel=3,
+        )
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _widen(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
+    """Cast a model to a wider dtype; returns what it had, by the names of parameters, buffers and trained modules."""
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"`dtype` must be torch.float32 or torch.float64, got {dtype}. For a narrower copy on disk use "
+            "`save_merged`."
+        )
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
+    for name, tensor in floating.items():
+        if torch.promote_types(tensor.dtype, dtype) != dtype:
+            raise ValueError(f"`dtype` is {dtype}, which cannot hold the values of {name} ({tensor.dtype}) exactly.")
+    before: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in floating.items()}
+    for name, module in trained_modules(model).items():
+        before[f"{name}\0trained"] = surround_with(module, None)
+    model.to(dtype)
+    return before
+
+
+def _restore_dtypes(model: nn.Module, before: dict[str, torch.dtype | None]) -> None:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    trained = trained_modules(model)
+    for name, dtype in before.items():
+        module, _, is_trained = name.partition("\0")
+        if is_trained:
+            surround_with(trained[module], dtype)
+        elif dtype is not None:
+            tensors[name].data = tensors[name].data.to(dtype)

@@ -1,0 +1,253 @@
+"""The ``genlora`` command: inspect, verify, convert, export, compress and merge adapters.
+
+Exit codes: 0 done, 1 the input is bad or the work failed, 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+# torch and transformers take seconds to import: only the commands that need them do.
+if TYPE_CHECKING:
+    from torch import nn
+
+_TASKS = {
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
+_TASK_OF = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool.
+
+    Args:
+        arguments: The command line without the program's name; ``sys.argv``'s if ``None``.
+
+    Returns:
+        The exit code: 0, or 1 after an error, which is one line on standard error. A wrong command line raises
+        ``SystemExit(2)``.
+    """
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' advice is not for users of a tool
+        warnings.filterwarnings("always", message="Rounding to ", category=UserWarning)
+        warnings.showwarning = _show_warning
+        try:
+            command(options)
+        except (ValueError, OSError, ImportError) as error:
+            print(f"genlora: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("genlora: stopped", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from genlora_lightning import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="genlora",
+        description="Inspect, verify, convert, export, compress and merge GenLoRA adapters.",
+        epilog="`genlora COMMAND --help` shows a command's options and an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"genlora-lightning {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    inspect = _command(
+        commands, "inspect", _inspect, "say what an adapter folder or a checkpoint holds", "runs/reviews/adapter --json"
+    )
+    inspect.add_argument("path", metavar="FOLDER|CKPT", help="adapter folder, or checkpoint of a run with adapters")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    verify = _command(
+        commands, "verify", _verify, "prove that an adapter folder is complete and unchanged", "runs/reviews/adapter"
+    )
+    verify.add_argument("path", metavar="FOLDER", help="adapter folder")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+
+    convert = _command(
+        commands,
+        "convert",
+        _convert,
+        "make an adapter folder from a checkpoint",
+        "last.ckpt HuggingFaceTB/SmolLM2-135M-Instruct adapter",
+    )
+    convert.add_argument("checkpoint", metavar="CKPT", help="checkpoint of a run with adapters")
+    _add_base_out(convert, "adapter folder to write")
+
+    export = _command(
+        commands,
+        "export-lora",
+        _export_lora,
+        "write an adapter as a LoRA adapter that PEFT and LoRA servers load",
+        "runs/reviews/adapter HuggingFaceTB/SmolLM2-135M-Instruct lora",
+    )
+    _add_adapter_base_out(export, "LoRA adapter folder to write")
+    export.add_argument("--rank", type=int, help="lower the rank to this (default: exact, the adapter's rank)")
+
+    compress = _command(
+        commands,
+        "compress-lora",
+        _compress_lora,
+        "fit generators to a LoRA adapter and save them as an adapter",
+        "lora HuggingFaceTB/SmolLM2-135M-Instruct adapter --rank 16 --num-groups 16",
+    )
+    compress.add_argument("lora", metavar="LORA", help="LoRA adapter folder in PEFT's format")
+    _add_base_out(compress, "adapter folder to write")
+    compress.add_argument("--rank", type=int, default=16, help="rank of the generators (default: %(default)s)")
+    compress.add_argument("--num-groups", type=int, default=8, help="groups of a latent (default: %(default)s)")
+    compress.add_argument("--num-centers", type=int, default=1, help="centres of a function (default: %(default)s)")
+    compress.add_argument("--steps", type=int, help="steps of the fit")
+    compress.add_argument("--seed", type=int, default=0, help="seed of the fit (default: %(default)s)")
+
+    merge = _command(
+        commands,
+        "merge",
+        _merge,
+        "merge an adapter into its base and write a Hugging Face model folder",
+        "runs/reviews/adapter HuggingFaceTB/SmolLM2-135M-Instruct merged --dtype float32",
+    )
+    _add_adapter_base_out(merge, "model folder to write")
+    merge.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights (default: the base's own)"
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], what: str, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example: genlora {name} {example}"
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_adapter_base_out(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    _add_base_out(parser, out)
+
+
+def _add_base_out(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("base", metavar="BASE", help="the base model's folder, or its name on the Hugging Face Hub")
+    parser.add_argument("out", metavar="OUT", help=out)
+    parser.add_argument("--task", choices=list(_TASKS), help="what the model is for (default: as the base says)")
+    parser.add_argument("--num-labels", type=int, help="labels of a sequence classification model")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from genlora_lightning.inspection import describe_adapter
+
+    description = describe_adapter(options.path)
+    print(json.dumps(description.to_dict(), indent=2) if options.json else description)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from genlora_lightning.inspection import verify_adapter
+
+    report = verify_adapter(options.path)
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from genlora_lightning.loading import convert_checkpoint, read_checkpoint
+
+    stored = set(read_checkpoint(options.checkpoint)["state_dict"])
+    base = _load_base(options, {name.partition(".")[2] for name in stored} | stored)
+    print(f"The adapter is in {convert_checkpoint(options.checkpoint, base, options.out)}.")
+
+
+def _export_lora(options: argparse.Namespace) -> None:
+    from genlora_lightning.lora_export import export_lora
+
+    print(export_lora(_load_adapted(options), options.out, rank=options.rank))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    import torch
+
+    from genlora_lightning.merging import save_merged
+
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    print(save_merged(_load_adapted(options), options.out, dtype=dtype))
+
+
+def _compress_lora(options: argparse.Namespace) -> None:
+    from genlora_lightning.adapter_io import save_adapter
+    from genlora_lightning.config import GenLoRAConfig
+    from genlora_lightning.lora_files import read_lora
+    from genlora_lightning.lora_import import compress_lora
+
+    config = GenLoRAConfig(rank=options.rank, num_groups=options.num_groups, num_centers=options.num_centers)
+    model = _load_base(options, set(read_lora(options.lora).saved))  # a wrong base is found before the work is done
+    steps = {} if options.steps is None else {"steps": options.steps}
+    compressed = compress_lora(options.lora, config, seed=options.seed, **steps)
+    compressed.apply(model)
+    print(compressed)
+    print(f"The adapter is in {save_adapter(model, options.out)}.")
+
+
+def _load_adapted(options: argparse.Namespace) -> nn.Module:
+    from safetensors import safe_open
+
+    from genlora_lightning.adapter_io import load_adapter
+    from genlora_lightning.manifest import WEIGHTS_FILE, read_adapter_config
+
+    read_adapter_config(options.adapter)
+    try:
+        with safe_open(Path(options.adapter) / WEIGHTS_FILE, framework="pt") as file:
+            names = set(file.keys())
+    except Exception:  # `load_adapter` finds it again, and says what is wrong
+        names = set()
+    model = _load_base(options, names)
+    load_adapter(model, options.adapter)
+    return model.eval()
+
+
+def _load_base(options: argparse.Namespace, adapter_tensors: set[str]) -> nn.Module:
+    """Load the base in its own dtype; weights that neither it nor the adapter has are an error."""
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(options.base)
+    task = options.task or _task_of(config, options.base)
+    changes = {} if options.num_labels is None else {"num_labels": options.num_labels}
+    model, info = getattr(transformers, _TASKS[task]).from_pretrained(
+        options.base, dtype="auto", output_loading_info=True, **changes
+    )
+    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+    absent = sorted({str(key) for key in info["missing_keys"]} - adapter_tensors - tied)
+    if absent:
+        raise ValueError(
+            f"{options.base} lacks weights that a model for {task} needs ({', '.join(absent[:3])}), and the adapter "
+            "does not have them either. Give the base the adapter was trained on, or another --task."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _task_of(config: Any, base: str) -> str:
+    from genlora_lightning.bases import class_tasks
+
+    for name in getattr(config, "architectures", None) or []:
+        for task in class_tasks(name):
+            if task in _TASK_OF:
+                return _TASK_OF[task]
+    raise ValueError(
+        f"{base} does not say what it is for (its architectures are {getattr(config, 'architectures', None)}). Give "
+        f"--task {' or --task '.join(_TASKS)}."
+    )
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"genlora: warning: {' '.join(str(message).split())}", file=sys.stderr)
