@@ -242,6 +242,7 @@ class GenLoRAFinetuning(Callback):
         # Not its value: a module may scale what it returns.
         loss = "unknown" if self._last_loss is None else "finite" if self._last_loss.isfinite().all() else "not finite"
         saved = self._save_after_error(trainer, pl_module)
+        trainer.strategy.barrier()  # the first rank that raises has the others killed, rank 0 in the middle of saving
         raise NonFiniteGradientError(
             f"The gradient is NaN or infinite at optimizer step {trainer.global_step + 1}, epoch "
             f"{trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}, in {len(names)} tensors ({names[0]} first); "
