@@ -44,8 +44,8 @@ class GenLoRAFinetuning(Callback):
     Give it to the trainer; the module need not know of it. Before the optimizer is configured it freezes the model,
     injects the adapters and, when training starts, sets train mode (normalisation layers with frozen running
     statistics stay in evaluation mode: their statistics belong to the base, which is not saved). Checkpoints hold the
-    adapters, what else is trained, and what is needed to resume; never the base. A run resumed with ``ckpt_path`` goes on
-    as if it had not stopped, in the middle of an epoch and of gradient accumulation too: random states are restored,
+    adapters, what else is trained, and what is needed to resume; never the base. A run resumed with ``ckpt_path`` goes
+    on as if it had not stopped, in the middle of an epoch and of gradient accumulation too: random states are restored,
     and plain data loaders of the training are replaced by :class:`~genlora_lightning.ResumableDataLoader`. When fitting
     ends, or is interrupted, an adapter folder is written.
 
