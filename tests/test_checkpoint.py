@@ -95,6 +95,15 @@ def test_saved_tensors_are_copies_in_one_block_per_dtype():
     assert packed["a"].tolist() == [0, 1, 2]
 
 
+def test_checkpoint_written_after_a_validation_holds_the_adapters_only(tmp_path):
+    module = Adam()
+    made = trainer(tmp_path, GenLoRAFinetuning(small_config(exclude_modules=["4"])))
+    with pytest.warns(UserWarning, match="are new and untrained"):
+        made.validate(module, mlp_loader(), verbose=False)
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    assert set(torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"]) == set(adapter_state_dict(module))
+
+
 class Colour(str, enum.Enum):
     RED = "red"
 
