@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from typing import Any
@@ -107,21 +105,6 @@ def pack(tree: Any) -> Any:
         parts = torch.split(block, [tensor.numel() for tensor in group])
         views |= {id(tensor): part.view(tensor.shape) for tensor, part in zip(group, parts, strict=True)}
     return _replaced(tree, views)
-
-
-def serialize(checkpoint: dict[str, Any]) -> bytes:
-    """A checkpoint as ``torch.save`` writes it, with the description of its tensors compressed.
-
-    ``torch.load`` reads it as any other. The names and places of many small tensors take as much space as their values;
-    compressed, they take a tenth of that. The values are stored as they are.
-    """
-    buffer, result = io.BytesIO(), io.BytesIO()
-    torch.save(checkpoint, buffer)
-    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(result, "w", zipfile.ZIP_STORED) as target:
-        for entry in source.infolist():
-            kind = zipfile.ZIP_DEFLATED if entry.filename.endswith("/data.pkl") else zipfile.ZIP_STORED
-            target.writestr(entry.filename, source.read(entry), compress_type=kind)
-    return result.getvalue()
 
 
 def _collect(tree: Any, tensors: list[Tensor]) -> None:

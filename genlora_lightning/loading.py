@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from genlora_lightning import checkpoint_files
 from genlora_lightning.adapter_io import load_adapter, save_adapter
 from genlora_lightning.checkpoint import adapter_root, check_checkpoint, checkpoint_state, describe
 from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.digests import DamagedFileError
 from genlora_lightning.injection import adapter_layers, inject_adapters, remove_adapters
 from genlora_lightning.state import adapter_state_dict, check_adapter_state, load_adapter_state
 
@@ -113,7 +115,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = checkpoint_files.read_checkpoint(path, weights_only=True)
+    except DamagedFileError:
+        raise
     except Exception as error:
         raise ValueError(
             f"{path} ({path.stat().st_size:,} bytes) is no checkpoint that can be loaded safely, or it is damaged: "

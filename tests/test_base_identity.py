@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from genlora_lightning.base_identity import base_identity, base_model_name, base_parameters, compare_bases
-from genlora_lightning.injection import inject_adapters, merge_adapters, unmerge_adapters
+from genlora_lightning.injection import inject_adapters
+from genlora_lightning.merging import merge_adapters, unmerge_adapters
 from tests.conftest import perturb, small_config
 from tests.models import tiny_gpt2, tiny_llama
 

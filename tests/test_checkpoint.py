@@ -15,7 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from genlora_lightning import GenLoRAFinetuning
-from genlora_lightning.checkpoint import optimizer_state_by_name, pack, serialize
+from genlora_lightning.checkpoint import optimizer_state_by_name, pack
+from genlora_lightning.checkpoint_files import serialize
 from genlora_lightning.state import adapter_state_dict
 from tests.conftest import small_config
 from tests.plain import PlainMLP, mlp_loader, trainer
