@@ -118,10 +118,17 @@ def load_adapter(
     Raises:
         FileNotFoundError: There is no such folder, or a file of it is missing.
         WrongBaseError: The adapter was trained on another base; the message names both and how they differ.
-        ValueError: A file is damaged or of another format, or the adapter does not fit the model.
+        ValueError: A file is damaged or of another format, the adapter does not fit the model, or the model's adapters
+            are merged.
     """
     if base_check not in ("error", "warn", "off"):
         raise ValueError(f"`base_check` must be 'error', 'warn' or 'off', got {base_check!r}.")
+    merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
+    if merged:
+        raise ValueError(
+            f"{len(merged)} adapters of this model are merged into its weights, {merged[0]} among them, and would "
+            "go on to act beside the loaded ones. Call `unmerge_adapters(model)` first, or load into a fresh base."
+        )
     stored = read_adapter(folder)
     with _as_it_was_after_an_error(model):
         try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -32,6 +33,12 @@ from genlora_lightning.resume import Resume, add_resume_state, release_loaders, 
 from genlora_lightning.state import adapter_state_dict
 
 SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
+# WeightAveraging (and EMAWeightAveraging on it) came with Lightning 2.6.
+_AVERAGING = tuple(
+    getattr(lightning_callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if hasattr(lightning_callbacks, name)
+)
 _WRAPPED_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start")
 
 
@@ -108,6 +115,7 @@ class GenLoRAFinetuning(Callback):
                 "`callbacks`, or by the module's `adapter` argument."
             )
         _check_strategy(trainer)
+        _check_averaging(callbacks)
         install_atomic_checkpoints(trainer)
         self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
         release_loaders(trainer)
@@ -253,7 +261,7 @@ class GenLoRAFinetuning(Callback):
     # -- the end ----------------------------------------------------------------------------------------------------
 
     @override
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._folder is None or not trainer.is_global_zero:
             return
         try:
@@ -304,6 +312,15 @@ def _check_strategy(trainer: Trainer) -> None:
             f"GenLoRAFinetuning does not support {type(strategy).__name__} in this release: it trains on one device "
             'and with DDP. Set `strategy="auto"` or `strategy="ddp"`.'
         )
+
+
+def _check_averaging(callbacks: list[Callback]) -> None:
+    for callback in callbacks:
+        if isinstance(callback, _AVERAGING):
+            raise ValueError(
+                f"GenLoRAFinetuning does not work with {type(callback).__name__} in this release: it copies the module "
+                "before the adapters are in it, and writes the base into checkpoints. Leave one of the two out."
+            )
 
 
 def _write_content(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

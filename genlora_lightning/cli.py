@@ -19,9 +19,11 @@ from typing_extensions import override
 
 # A class is known by its short name once its module is imported.
 from genlora_lightning.callback import GenLoRAFinetuning
+from genlora_lightning.checkpoint_files import verify_checkpoint
 from genlora_lightning.cli_errors import find_user_error, leave, one_line
 from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
+from genlora_lightning.manifest import is_adapter_folder
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
 from genlora_lightning.predictions import PredictionWriter
 from genlora_lightning.progress import default_progress_bar
@@ -214,6 +216,13 @@ def _check_checkpoint_path(path: str | Path | None) -> None:
         return
     if not Path(name).exists():
         raise FileNotFoundError(f"There is no checkpoint {name!r} (`--ckpt_path`).")
+    if is_adapter_folder(Path(name)):
+        raise ValueError(
+            f"`--ckpt_path` {name!r} is an adapter folder; a checkpoint is a file, such as last.ckpt. To use the "
+            "folder, load it in Python with `load_module` or `load_adapter`."
+        )
+    if Path(name).is_file():
+        verify_checkpoint(name)
 
 
 def _default_logger(logger: Any, root: Any) -> Logger | list[Logger] | bool:

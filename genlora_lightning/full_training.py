@@ -111,6 +111,12 @@ def _cast_outputs(dtype: torch.dtype, module: nn.Module, args: Any, output: Any)
 
 def _apply_but_keep_float32(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
     before = {name: p.data for name, p in module.named_parameters() if p.dtype == torch.float32}
+    # What is done to the base around: a cast down or up changes what it gives and takes; a move does not.
+    device = next((p.device for p in module.parameters()), None)
+    narrowed = fn(torch.zeros(1, dtype=torch.float32, device=device)).dtype
+    widened = fn(torch.zeros(1, dtype=torch.bfloat16, device=device)).dtype
+    if narrowed in _LOW_PRECISION or widened not in _LOW_PRECISION:
+        surround_with(module, narrowed if narrowed in _LOW_PRECISION else None)
     type(module)._apply(module, fn, recurse)  # type: ignore[no-untyped-call]
     for name, parameter in module.named_parameters():
         if name in before and parameter.dtype in _LOW_PRECISION:

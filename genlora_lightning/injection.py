@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from genlora_lightning.layers import GenLoRALinear, linear_shape
 from genlora_lightning.targets import match_modules, select_targets
 
 _FAST_PATH_MARK = "_genlora_fast_path"
+_SKIPPED_MARK = "_genlora_left_alone"
 
 
 def adapter_layers(model: nn.Module) -> dict[str, GenLoRALinear]:
@@ -81,12 +83,16 @@ def inject_adapters(
     existing = adapter_layers(model)
     if existing:
         present = adapter_config(model)
-        if present != config:
+        if replace(present, dropout=config.dropout) != config:
             raise ValueError(
                 f"The model already has adapters made with another configuration ({_differences(present, config)}). "
                 "Call `remove_adapters(model)` first."
             )
-        return _report(model, {})
+        if present.dropout != config.dropout:  # a matter of this run, not of the adapter
+            for layer in existing.values():
+                layer.set_dropout(config)
+        _set_trainable(model)
+        return _report(model, getattr(model, _SKIPPED_MARK, {}))
     if linear_shape(model) is not None:
         raise ValueError("The model is itself a linear layer, which cannot be replaced in place: put it into a module.")
 
@@ -113,6 +119,7 @@ def inject_adapters(
     _replace(model, replacements)
     train_in_full(model, list(trained.values()))
     _disable_fast_paths(model)
+    setattr(model, _SKIPPED_MARK, skipped)
     return _report(model, skipped)
 
 
@@ -140,6 +147,7 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
         if not keep_merged:
             layer.unmerge()
     _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
+    vars(model).pop(_SKIPPED_MARK, None)
     for module in trained_modules(model).values():
         stop_training_in_full(module)
     for module in model.modules():
@@ -170,6 +178,17 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
             layer.enabled = enabled
             if merged:
                 layer.merge()
+
+
+def _set_trainable(model: nn.Module) -> None:
+    """Freeze all but the adapters and the modules trained in full, whatever was done to the flags meanwhile."""
+    model.requires_grad_(False)
+    for layer in adapter_layers(model).values():
+        for name, parameter in layer.adapter_parameters().items():
+            learned = {"centers": layer.config.learn_centers, "log_widths": layer.config.learn_widths}
+            parameter.requires_grad_(learned.get(name.rsplit(".", 1)[-1], True))
+    for module in trained_modules(model).values():
+        module.requires_grad_(True)
 
 
 def _replace(model: nn.Module, replacements: dict[int, Any]) -> None:

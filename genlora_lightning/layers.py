@@ -81,7 +81,7 @@ class GenLoRALinear(nn.Module):
 
         self.generator_A = make(self.in_features, zero_start=False)
         self.generator_B = make(self.out_features, zero_start=True)
-        self.dropout = nn.Dropout(config.dropout) if config.dropout else nn.Identity()
+        self.set_dropout(config)
         self.enabled = True
         self.train(base_layer.training)  # dropout follows the mode of the model it is put into
         # The weight as it was before `merge`, kept out of the module's parameters so that no state dict holds it.
@@ -110,6 +110,11 @@ class GenLoRALinear(nn.Module):
     def base_weight(self) -> Tensor:
         """The base layer's weight without the update, also while the layer is merged."""
         return self._unmerged_weight[0] if self._unmerged_weight else self.weight
+
+    def set_dropout(self, config: GenLoRAConfig) -> None:
+        """Take over a configuration that differs in its dropout at most."""
+        self.config = config
+        self.dropout = nn.Dropout(config.dropout).train(self.training) if config.dropout else nn.Identity()
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their names in this layer; fixed centres and widths are among them."""

@@ -50,6 +50,12 @@ def check_adapter_state(expected: Mapping[str, Tensor], state: Mapping[str, Tens
     if shapes:
         first = [f"{n}: stored {tuple(state[n].shape)}, needed {tuple(expected[n].shape)}" for n in shapes]
         problems.append(f"{len(shapes)} tensors have another shape ({_first(first)})")
+    wrapped = _wrapped_in(expected, state)
+    if wrapped:
+        raise ValueError(
+            f"The adapter in {source} does not fit this model: {wrapped}. Load it into that part, or inject into the "
+            "part that it was saved from (a LightningModule's `adapter_root()`). Nothing was loaded."
+        )
     raise ValueError(
         f"The adapter in {source} does not fit this model: {'; '.join(problems)}. It was probably trained on another "
         "base model, or with other `target_modules`, `rank` or `num_groups`. Nothing was loaded."
@@ -63,6 +69,19 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
     check_adapter_state(expected, state, source)
     for name, tensor in expected.items():
         tensor.copy_(state[name])
+
+
+def _wrapped_in(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:
+    """What to say if the names differ by a prefix only: one of the two models is a part of the other."""
+    for inner, outer, words in (
+        (expected, state, "its tensors have the prefix {!r}, so it was saved from a module that holds such a model"),
+        (state, expected, "this model's tensors have the prefix {!r}, so it was saved from a part of such a model"),
+    ):
+        first = next(iter(inner), "")
+        for prefix in {name.removesuffix(first) for name in outer if name.endswith(f".{first}")}:
+            if {prefix + name for name in inner} == set(outer):
+                return words.format(prefix)
+    return None
 
 
 def _first(names: list[str]) -> str:

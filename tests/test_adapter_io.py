@@ -483,3 +483,15 @@ def test_adapter_of_a_writer_killed_before_some_steps_is_the_old_or_the_new_one(
 @WAYS
 def test_adapter_of_a_writer_killed_before_every_step_is_the_old_or_the_new_one(tmp_path, monkeypatch, way):
     check_kills_before_steps(tmp_path, monkeypatch, way, 1)
+
+
+def test_loading_into_merged_adapters_is_an_error_that_says_what_to_do(tmp_path):
+    from genlora_lightning import merge_adapters
+
+    model = tiny_llama()
+    inject_adapters(model, small_config())
+    perturb(model)
+    folder = save_adapter(model, tmp_path / "adapter")
+    merge_adapters(model)
+    with pytest.raises(ValueError, match=r"14 adapters of this model are merged .* Call `unmerge_adapters"):
+        load_adapter(model, folder)

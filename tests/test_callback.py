@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
@@ -215,6 +215,38 @@ def test_configuration_may_be_a_dictionary_and_nothing_else():
     assert GenLoRAFinetuning({"rank": 4}).config.rank == 4
     with pytest.raises(TypeError, match="`config` must be a GenLoRAConfig or a dictionary of its fields, got 4"):
         GenLoRAFinetuning(4)
+
+
+@pytest.mark.parametrize("averaging", [StochasticWeightAveraging(0.1), EMAWeightAveraging()])
+def test_weight_averaging_is_refused_before_any_work(tmp_path, averaging):
+    module = PlainMLP()
+    with pytest.raises(ValueError, match=rf"does not work with {type(averaging).__name__} in this release"):
+        trainer(tmp_path, finetuning(), averaging).fit(module, mlp_loader())
+    assert not adapter_layers(module)
+
+
+@pytest.mark.parametrize("options", [{"save_on_exception": True}, {"every_n_train_steps": 1}])
+def test_checkpoint_of_a_run_that_fails_holds_no_base(tmp_path, options):
+    saver = ModelCheckpoint(dirpath=tmp_path, **options)
+    with pytest.raises(KeyError, match="a bug"):
+        trainer(tmp_path, finetuning(), BreakAt(2, KeyError("a bug")), saver, enable_checkpointing=True).fit(
+            PlainMLP(), mlp_loader()
+        )
+    (file,) = tmp_path.glob("*.ckpt")
+    checkpoint = torch.load(file, weights_only=True)
+    assert "genlora" in checkpoint
+    assert not [name for name in checkpoint["state_dict"] if "base_layer" in name]
+
+
+def test_checkpoint_saved_by_hand_after_the_run_holds_no_base_and_can_be_used(tmp_path):
+    module, fresh = PlainMLP(), PlainMLP()
+    run = trainer(tmp_path, finetuning())
+    run.fit(module, mlp_loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    assert not [n for n in torch.load(tmp_path / "x.ckpt", weights_only=True)["state_dict"] if "base_layer" in n]
+    trainer(tmp_path, finetuning()).validate(fresh, mlp_loader(), ckpt_path=tmp_path / "x.ckpt", verbose=False)
+    x = torch.randn(3, 8)
+    assert torch.equal(fresh(x), module(x))
 
 
 def test_two_callbacks_are_an_error(tmp_path):

@@ -112,3 +112,20 @@ def test_model_with_such_a_module_can_be_copied_and_pickled():
         twin.to(torch.float16)
         assert twin[1].weight.dtype == torch.float32
         assert model[0].weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_module_of_a_float32_base_that_is_cast_later_goes_on_fitting_into_it(dtype):
+    model = net(torch.float32).eval()
+    inject_adapters(model, CONFIG)
+    before = model[1].weight.clone()
+    x = torch.randn(4, 8)
+    expected = model(x)
+    model.to(dtype)
+    assert torch.equal(model[1].weight, before)
+    output = model(x.to(dtype))
+    assert output.dtype == dtype
+    torch.testing.assert_close(output.float(), expected, rtol=5e-2, atol=5e-2)
+    model.float()
+    assert not model[1]._forward_hooks
+    assert model(x).dtype == torch.float32

@@ -244,3 +244,18 @@ def test_adapting_the_projection_of_torch_attention_by_name_is_an_error():
     model = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
     with pytest.raises(ValueError, match=r"out_proj cannot be adapted: nn.MultiheadAttention reads its weight"):
         inject_adapters(model, small_config(target_modules=["out_proj"]))
+
+
+def test_second_injection_sets_the_trainable_flags_again_and_takes_another_dropout():
+    model = Net()
+    config = small_config(exclude_modules=["blocks.0"], modules_to_train=["head"], learn_widths=False)
+    first = inject_adapters(model, config)
+    before = trainable(model)
+    for flag in (True, False):
+        model.requires_grad_(flag)
+        again = inject_adapters(model, config)
+        assert trainable(model) == before
+        assert again == first
+    inject_adapters(model, small_config(**{**config.to_dict(), "dropout": 0.5}))
+    assert {layer.dropout.p for layer in adapter_layers(model).values()} == {0.5}
+    assert {layer.config.dropout for layer in adapter_layers(model).values()} == {0.5}

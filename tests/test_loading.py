@@ -118,7 +118,7 @@ def test_what_cannot_be_loaded_is_an_error_and_changes_nothing(tmp_path, trained
     with pytest.raises(FileNotFoundError, match=r"There is no checkpoint .*none.ckpt"):
         load_module(PlainMLP(), tmp_path / "none.ckpt")
     (tmp_path / "short.ckpt").write_bytes(file.read_bytes()[:-500])
-    with pytest.raises(ValueError, match=r"short.ckpt \([\d,]+ bytes\) is no checkpoint that can be loaded safely"):
+    with pytest.raises(ValueError, match=r"short.ckpt \([\d,]+ bytes\) has no end .* it is truncated"):
         load_module(PlainMLP(), tmp_path / "short.ckpt")
     torch.save({"weight": torch.ones(1)}, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="no Lightning checkpoint: it has no state dict"):

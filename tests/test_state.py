@@ -67,3 +67,12 @@ def test_equal_states_pass():
 def test_model_without_adapters_is_an_error():
     with pytest.raises(ValueError, match="no GenLoRA adapters"):
         adapter_state_dict(make())
+
+
+def test_adapter_of_a_wrapped_model_is_an_error_that_names_the_prefix():
+    inner = adapted()
+    outer = nn.ModuleDict({"net": adapted()})
+    with pytest.raises(ValueError, match=r"its tensors have the prefix 'net\.', so it was saved from a module that"):
+        load_adapter_state(inner, adapter_state_dict(outer), "here")
+    with pytest.raises(ValueError, match=r"this model's tensors have the prefix 'net\.', so it was saved from a part"):
+        load_adapter_state(outer, adapter_state_dict(inner), "here")

@@ -175,7 +175,7 @@ def test_bad_input_is_one_line_and_exit_code_1(files, capsys):
     (folder / "text.ckpt").write_text("no checkpoint")
     torch.save({"state_dict": {}}, folder / "plain.ckpt")
     assert "There is no adapter folder" in failure(capsys, "inspect", folder / "nothing")
-    assert "is no checkpoint that can be loaded safely" in failure(capsys, "inspect", folder / "text.ckpt")
+    assert "(UnpicklingError): it is damaged" in failure(capsys, "inspect", folder / "text.ckpt")
     assert "holds no GenLoRA adapters" in failure(capsys, "inspect", folder / "plain.ckpt")
     export = ("export-lora", folder / "adapter", folder / "base")
     assert "`rank` must be an integer from 1" in failure(capsys, *export, folder / "lora", "--rank", 99)
