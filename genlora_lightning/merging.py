@@ -282,7 +282,7 @@ def _warn_of_losses(report: MergeReport) -> None:
             f"Rounding to {str(worst.dtype).removeprefix('torch.')} changed the update of {len(lossy)} of "
             f"{len(report.rows)} linears by more than {_LOST:.0%} ({worst.module}: {worst.relative_error:.0%}). Merge "
             "with `dtype=torch.float32`, or keep the adapter separate.",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 
