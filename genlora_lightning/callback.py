@@ -67,8 +67,8 @@ class GenLoRAFinetuning(Callback):
     Args:
         config: What to adapt, and how, also as a dictionary; the defaults if ``None``.
         adapter_dir: Where to save the adapter folder when fitting ends; ``<log dir>/adapter`` if ``None`` (without a
-            logger ``<default_root_dir>/adapter``, which the next run replaces). After an error or Ctrl-C it is ``<adapter_dir>-interrupted``, so that a finished adapter is never replaced by an
-            unfinished one.
+            logger ``<default_root_dir>/adapter``, which the next run replaces). After an error or Ctrl-C it is
+            ``<adapter_dir>-interrupted``, so that a finished adapter is never replaced by an unfinished one.
         save_adapter: Whether to save the folder. Checkpoints are Lightning's matter and not concerned.
         train_mode: Whether to set the module to train mode when fitting starts (``from_pretrained`` returns models in
             evaluation mode, in which their dropout does nothing).
