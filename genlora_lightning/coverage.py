@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from genlora_lightning.tables import text_table
 from genlora_lightning.targets import NEW_HEAD, STACK
 
 
@@ -69,17 +70,12 @@ class CoverageReport:
         for row in (*self.adapted, *self.trained):
             name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$|^\d+$", "*", row.module) if collapse else row.module
             groups.setdefault((name, row.kind, row.shape), []).append(row)
-        lines = [("module", "count", "kind", "shape (out, in)", "parameters", "LoRA would have")]
+        lines = []
         for (name, kind, shape), rows in groups.items():
             own, lora = sum(r.trainable_parameters for r in rows), sum(r.lora_parameters for r in rows)
-            lines.append((name, str(len(rows)), kind, shape, f"{own:,}", f"{lora:,}" if lora else "-"))
-        widths = [max(len(line[i]) for line in lines) for i in range(6)]
-        left = (True, False, True, False, False, False)
-        text = [
-            "  ".join(c.ljust(w) if is_left else c.rjust(w) for c, w, is_left in zip(line, widths, left, strict=True))
-            for line in lines
-        ]
-        text.insert(1, "  ".join("-" * w for w in widths))
+            lines.append((name, kind, str(len(rows)), shape, f"{own:,}", f"{lora:,}" if lora else "-"))
+        header = ("module", "kind", "count", "shape (out, in)", "parameters", "LoRA would have")
+        text = [text_table(header, lines, left=2)]
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():
             by_reason.setdefault(reason, []).append(name)

@@ -19,6 +19,7 @@ from genlora_lightning.config import GenLoRAConfig, Kernel
 from genlora_lightning.generator import generate
 from genlora_lightning.loading import read_checkpoint
 from genlora_lightning.manifest import StoredAdapter, read_adapter
+from genlora_lightning.tables import text_table
 
 _PARTS = ("latent", "weight", "centers", "log_widths")
 
@@ -112,8 +113,8 @@ class AdapterDescription:
         return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "parameters": self.parameters}
 
     def __str__(self) -> str:
-        rows = [("module", "shape (out, in)", "rank", "effective rank", "parameters")]
-        rows += [
+        header = ("module", "shape (out, in)", "rank", "effective rank", "parameters")
+        rows = [
             (
                 layer.module,
                 f"({layer.out_features}, {layer.in_features})",
@@ -124,16 +125,10 @@ class AdapterDescription:
             for layer in self.layers
         ]
         rows += [(name, "trained in full", "-", "-", f"{count:,}") for name, count in self.trained_modules.items()]
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
-        lines.insert(1, "  ".join("-" * width for width in widths))
         mean = sum(layer.effective_rank for layer in self.layers) / max(len(self.layers), 1)
         return "\n".join(
             [
-                *lines,
+                text_table(header, rows, left=2),
                 f"GenLoRA adapter for {self.base}, written {self.created}: {self.parameters:,} values in "
                 f"{self.num_bytes:,} bytes; {len(self.layers)} linears, mean effective rank {mean:.2f} of "
                 f"{self.config['rank']}.",

@@ -23,8 +23,8 @@ def report(*adapted: CoverageRow, **changes: object) -> CoverageReport:
 def test_layers_that_differ_in_their_number_share_a_line_and_their_sums():
     table = report(row("layers.0.q"), row("layers.10.q"), row("layers.0.v", "(2, 4)")).table()
     lines = [line.split() for line in table.splitlines()]
-    assert ["layers.*.q", "2", "Linear", "(4,", "4)", "2,000", "6,000"] in lines
-    assert ["layers.*.v", "1", "Linear", "(2,", "4)", "1,000", "3,000"] in lines
+    assert ["layers.*.q", "Linear", "2", "(4,", "4)", "2,000", "6,000"] in lines
+    assert ["layers.*.v", "Linear", "1", "(2,", "4)", "1,000", "3,000"] in lines
 
 
 def test_numbers_inside_a_name_are_not_collapsed():

@@ -23,6 +23,7 @@ from genlora_lightning.data._loading import (
     tokenizer_identity,
 )
 from genlora_lightning.resumable import ResumableDataLoader
+from genlora_lightning.tables import text_table
 
 SPLITS = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 OPTIONS = {"val": "val_file or val_fraction", "test": "test_file", "predict": "predict_file or test_file"}
@@ -210,16 +211,8 @@ class FileDataModule(LightningDataModule):
         """
         shown = [split for split in self._summary if splits is None or split in splits]
         names = list(dict.fromkeys(name for split in shown for name, count in self._summary[split].items() if count))
-        cells = [["data", *(name.replace("_", " ") for name in names)]]
-        cells += [[SPLITS[split], *(f"{self._summary[split].get(name, 0):,}" for name in names)] for split in shown]
-        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if column else cell.ljust(width)
-                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in cells
-        )
+        rows = [[SPLITS[split], *(f"{self._summary[split].get(name, 0):,}" for name in names)] for split in shown]
+        return text_table(["data", *(name.replace("_", " ") for name in names)], rows)
 
     # How it is done.
 
