@@ -20,17 +20,20 @@ class GenLoRAConfig:
     """What is adapted, and how the low-rank matrices are generated.
 
     The update of a weight ``W (out, in)`` is ``ΔW = s · B · A`` with ``A (rank, in)`` and ``B (out, rank)``. Each of
-    the two matrices is generated from one latent vector by radial basis functions; see
-    :class:`~genlora_lightning.RBFGenerator` for the formula. One adapted linear has ``in + out`` latents and
-    ``2 · rank · num_centers · (num_groups + 2)`` other parameters, against LoRA's ``rank · (in + out)``.
+    the two matrices is generated from one latent vector, or a few, by radial basis functions; see
+    :class:`~genlora_lightning.RBFGenerator` for the formula. One adapted linear has ``Q_A · in + Q_B · out`` entries of
+    latents (Q_A, Q_B: the numbers of latents) and ``(Q_A + Q_B) · rank · num_centers · (num_groups + 2)`` other
+    parameters, against LoRA's ``rank · (in + out)``.
 
     Args:
         rank: Number R of generated basis vectors of each matrix, the highest rank ΔW can have. It may be generous:
-            one more costs ``2 · num_centers · (num_groups + 2)`` parameters per linear, whatever the linear's size.
+            one more costs ``(Q_A + Q_B) · num_centers · (num_groups + 2)`` parameters per linear, whatever its size.
         alpha: Numerator of the scaling ``s``. With ``scaling="sqrt_rank"`` one value suits every rank: the basis
             functions start with slopes of root-mean-square 1, so that a block of ΔW starts as ``alpha`` times a rank-1
             matrix of the latents times a number of variance 1.
         scaling: ``"sqrt_rank"``: ``s = alpha / √rank``; ``"rank"``: ``s = alpha / rank``, as in LoRA.
+        num_latents_a: Number Q_A of latent vectors of A. 1 is the paper's form.
+        num_latents_b: Number Q_B of latent vectors of B. 1 is the paper's form.
         num_groups: Number G of groups of consecutive entries of a latent. Each group has RBF weights of its own. More
             groups give more rank and cost ``rank · num_centers`` parameters each. At most the number of entries.
         num_centers: Number K of radial basis functions that are summed to one basis vector.
@@ -56,6 +59,8 @@ class GenLoRAConfig:
     rank: int = 16
     alpha: float = 2.0
     scaling: ScalingRule = "sqrt_rank"
+    num_latents_a: int = 1
+    num_latents_b: int = 1
     num_groups: int = 8
     num_centers: int = 1
     width: float = 1.0
@@ -69,7 +74,7 @@ class GenLoRAConfig:
     modules_to_train: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("rank", "num_groups", "num_centers"):
+        for name in ("rank", "num_latents_a", "num_latents_b", "num_groups", "num_centers"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}.")
@@ -131,9 +136,10 @@ class GenLoRAConfig:
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "sqrt_rank" else self.rank)
 
     def count_parameters(self, in_features: int, out_features: int) -> int:
-        """Trainable parameters of the adapter of one linear: ``in + out + 2·R·K·(G + [centres] + [widths])``."""
+        """Trainable parameters of one adapter: ``Q_A·in + Q_B·out + (Q_A + Q_B)·R·K·(G + [centres] + [widths])``."""
         per_function = self.num_groups + int(self.learn_centers) + int(self.learn_widths)
-        return in_features + out_features + 2 * self.rank * self.num_centers * per_function
+        functions = (self.num_latents_a + self.num_latents_b) * self.rank * self.num_centers
+        return self.num_latents_a * in_features + self.num_latents_b * out_features + functions * per_function
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain numbers, strings and lists, fit for JSON, YAML and safe checkpoint loading."""

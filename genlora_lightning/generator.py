@@ -1,7 +1,7 @@
-"""The generator: radial basis functions that turn one latent vector into the basis vectors of a low-rank matrix.
+"""The generator: radial basis functions that turn a latent vector into the basis vectors of a low-rank matrix.
 
-Shapes: R rank (basis vectors), G groups, K centres per basis function, n entries of a basis vector (in_features for A,
-out_features for B).
+Shapes: R rank (basis vectors), Q latents (mostly one or two), G groups, K centres per basis function and latent, n
+entries of a basis vector (in_features for A, out_features for B).
 """
 
 from __future__ import annotations
@@ -58,54 +58,55 @@ def slope_at_zero(centers: Tensor, kernel: Kernel) -> Tensor:
 
 
 def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor, kernel: Kernel) -> Tensor:
-    """Generate basis vectors from a latent: ``M[r, j] = Σ_k w[g(j), r, k] · ψ(z_j / h_rk; c_rk)``.
+    """Generate basis vectors: ``M[r, j] = Σ_q Σ_k w[g(j), r, q, k] · ψ(z[q, j] / h[r, q, k]; c[r, q, k])``.
 
     Entry j belongs to group ``g(j) = ⌊j·G/n⌋``: G runs of consecutive entries whose lengths differ by at most one.
 
     Args:
-        latent: ``z (n)``.
-        weight: ``w (G, R, K)``.
-        centers: ``c (R, K)``, in units of the width.
-        log_widths: ``log h (R, K)``.
+        latent: ``z (Q, n)``.
+        weight: ``w (G, R, Q, K)``.
+        centers: ``c (R, Q, K)``, in units of the width.
+        log_widths: ``log h (R, Q, K)``.
         kernel: Name of the radial basis function.
 
     Returns:
-        ``M (R, n)``, in the dtype of the inputs. Zero exactly where the latent is zero.
+        ``M (R, n)``, in the dtype of the inputs. A column is exactly zero where all its latents are.
     """
-    num_entries, num_groups = latent.numel(), weight.shape[0]
-    rank, num_centers = centers.shape
-    t = latent * torch.exp(-log_widths).unsqueeze(-1)  # (R, K, n)
-    psi = anchored_rbf(t, centers.unsqueeze(-1), kernel)
-    by_function = weight.permute(1, 2, 0)  # (R, K, G)
+    num_entries, num_groups = latent.shape[1], weight.shape[0]
+    rank = centers.shape[0]
+    t = latent.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
+    psi = anchored_rbf(t, centers.unsqueeze(-1), kernel).flatten(1, 2)
+    by_function = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (R, Q·K, G)
     if num_entries % num_groups == 0:
-        grouped = psi.view(rank, num_centers, num_groups, num_entries // num_groups)
+        grouped = psi.view(rank, psi.shape[1], num_groups, num_entries // num_groups)
         return (grouped * by_function.unsqueeze(-1)).sum(1).view(rank, num_entries)
     group_of_entry = torch.arange(num_entries, device=latent.device) * num_groups // num_entries
     return (psi * by_function.index_select(2, group_of_entry)).sum(1)
 
 
 class RBFGenerator(nn.Module):
-    r"""Generates a matrix of ``rank`` basis vectors of length ``num_entries`` from one latent vector.
+    r"""Generates a matrix of ``rank`` basis vectors of length ``num_entries`` from one latent vector, or a few.
 
     .. math::
-        M_{rj} = \sum_k w_{g(j)\,r\,k} \; \psi_{rk}(z_j), \qquad
-        \psi_{rk}(x) = \varphi(x / h_{rk} - c_{rk}) - \varphi(-c_{rk})
+        M_{rj} = \sum_q \sum_k w_{g(j)\,rqk} \; \psi_{rqk}(z_{qj}), \qquad
+        \psi_{rqk}(x) = \varphi(x / h_{rqk} - c_{rqk}) - \varphi(-c_{rqk})
 
-    with the latent z, cut into groups g of consecutive entries, the RBF weights w, the centres c (in units of the
+    with the latents z, cut into groups g of consecutive entries, the RBF weights w, the centres c (in units of the
     width) and the widths h. The idea (a latent vector per low-rank matrix, radial basis functions that make the basis
-    vectors) is GenLoRA's (arXiv 2602.05709); the anchoring at zero, the groups' own weights and the initialisation
-    are this library's reading of it.
+    vectors) is GenLoRA's (arXiv 2602.05709); the anchoring at zero, the groups' own weights, more than one latent and
+    the initialisation are this library's reading of it.
 
     Initial values: centres of random sign, |c| spread over [0.5, 2] (where the functions have slope *and* curvature at
-    zero); random weights, scaled in each group so that the R slopes :math:`\partial M_{rj}/\partial z_j` at zero have
-    the root mean square 1 (exactly for K = 1, in expectation for more); latent uniform in ±1/√n, like a row of LoRA's
-    A. With ``zero_start`` the matrix is zero.
+    zero); random weights, scaled for each group and latent so that the R slopes
+    :math:`\partial M_{rj}/\partial z_{qj}` at zero have the root mean square 1 (exactly for K = 1, in expectation for
+    more); latents uniform in ±1/√n, like the rows of LoRA's A. With ``zero_start`` the matrix is zero.
 
     Args:
         num_entries: Length n of a basis vector.
         rank: Number R of basis vectors.
+        num_latents: Number Q of latent vectors; each has basis functions of its own, which are summed.
         num_groups: Number G of groups; at most ``num_entries``.
-        num_centers: Number K of radial basis functions summed in one basis vector.
+        num_centers: Number K of radial basis functions summed in one basis vector, for each latent.
         width: Initial width of all radial basis functions, in units of the latent.
         kernel: Name of the radial basis function.
         learn_centers: Whether the centres are trainable.
@@ -128,6 +129,7 @@ class RBFGenerator(nn.Module):
         num_entries: int,
         *,
         rank: int,
+        num_latents: int = 1,
         num_groups: int = 1,
         num_centers: int = 1,
         width: float = 1.0,
@@ -146,6 +148,7 @@ class RBFGenerator(nn.Module):
             )
         self.num_entries = num_entries
         self.rank = rank
+        self.num_latents = num_latents
         self.num_groups = num_groups
         self.num_centers = num_centers
         self.width = width
@@ -156,10 +159,11 @@ class RBFGenerator(nn.Module):
             # dtype named: Lightning builds models under a default dtype of bfloat16 with precision "bf16-true"
             return torch.empty(*shape, dtype=torch.float32, device=device)
 
-        self.latent = nn.Parameter(empty(num_entries))
-        self.weight = nn.Parameter(empty(num_groups, rank, num_centers))
-        self.centers = nn.Parameter(empty(rank, num_centers), requires_grad=learn_centers)
-        self.log_widths = nn.Parameter(empty(rank, num_centers), requires_grad=learn_widths)
+        self.latent = nn.Parameter(empty(num_latents, num_entries))
+        self.weight = nn.Parameter(empty(num_groups, rank, num_latents, num_centers))
+        shape = (rank, num_latents, num_centers)
+        self.centers = nn.Parameter(empty(*shape), requires_grad=learn_centers)
+        self.log_widths = nn.Parameter(empty(*shape), requires_grad=learn_widths)
         self.reset_parameters(generator)
 
     @torch.no_grad()
@@ -171,9 +175,9 @@ class RBFGenerator(nn.Module):
         bound = 1 / math.sqrt(self.num_entries)
         self.latent.uniform_(-bound, bound, generator=generator)
         self.weight.normal_(generator=generator)
-        slopes = self.weight * slope_at_zero(self.centers, self.kernel) / self.width  # (G, R, K)
+        slopes = self.weight * slope_at_zero(self.centers, self.kernel) / self.width  # (G, R, Q, K)
         # Of a basis function's K slopes the squares are summed, not the slopes: their sum may happen to be nearly zero.
-        self.weight.div_(slopes.square().sum(2, keepdim=True).mean(1, keepdim=True).sqrt())
+        self.weight.div_(slopes.square().sum(3, keepdim=True).mean(1, keepdim=True).sqrt())
         if self.zero_start == "zero_latent":
             self.latent.zero_()
         elif self.zero_start == "zero_weight":
@@ -199,6 +203,6 @@ class RBFGenerator(nn.Module):
     @override
     def extra_repr(self) -> str:
         return (
-            f"num_entries={self.num_entries}, rank={self.rank}, num_groups={self.num_groups}, "
-            f"num_centers={self.num_centers}, kernel={self.kernel!r}"
+            f"num_entries={self.num_entries}, rank={self.rank}, num_latents={self.num_latents}, "
+            f"num_groups={self.num_groups}, num_centers={self.num_centers}, kernel={self.kernel!r}"
         )

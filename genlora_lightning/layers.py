@@ -64,10 +64,11 @@ class GenLoRALinear(nn.Module):
         weight = base_layer.weight
         assert isinstance(weight, Tensor)
 
-        def make(num_entries: int, zero_start: bool) -> RBFGenerator:
+        def make(num_entries: int, num_latents: int, zero_start: bool) -> RBFGenerator:
             return RBFGenerator(
                 num_entries,
                 rank=config.rank,
+                num_latents=num_latents,
                 num_groups=config.num_groups,
                 num_centers=config.num_centers,
                 width=config.width,
@@ -79,8 +80,8 @@ class GenLoRALinear(nn.Module):
                 generator=generator,
             )
 
-        self.generator_A = make(self.in_features, zero_start=False)
-        self.generator_B = make(self.out_features, zero_start=True)
+        self.generator_A = make(self.in_features, config.num_latents_a, zero_start=False)
+        self.generator_B = make(self.out_features, config.num_latents_b, zero_start=True)
         self.set_dropout(config)
         self.enabled = True
         self.train(base_layer.training)  # dropout follows the mode of the model it is put into

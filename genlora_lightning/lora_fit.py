@@ -1,7 +1,7 @@
 """The fit of generators to given low-rank updates, without ever forming an update.
 
-Shapes: L linears of one shape, R rank of the generators, r rank of the updates, G groups, K centres, n entries
-(I in_features for A, O out_features for B).
+Shapes: L linears of one shape, R rank of the generators, r rank of the updates, Q latents, G groups, K centres, n
+entries (I in_features for A, O out_features for B).
 """
 
 from __future__ import annotations
@@ -38,21 +38,23 @@ class GeneratorFit:
         rotation = torch.linalg.qr(torch.randn(A.shape[0], config.rank, k, generator=random))[0].mT.to(A.device)
         root = (s[:, :k] / abs(self.scaling)).sqrt().unsqueeze(1)
         sign = 1 if self.scaling > 0 else -1
-        self.of_a = _initial(z_a, (right.mT[:, :, :k] * root) @ rotation, config, random)
-        self.of_b = _initial(z_b, sign * (left[:, :, :k] * root) @ rotation, config, random)
+        of_a, of_b = (right.mT[:, :, :k] * root) @ rotation, sign * (left[:, :, :k] * root) @ rotation
+        self.of_a = _initial(z_a, of_a, config.num_latents_a, config, random)
+        self.of_b = _initial(z_b, of_b, config.num_latents_b, config, random)
         self._restart_where_zero(random)
 
     @torch.no_grad()
     def _restart_where_zero(self, random: torch.Generator) -> None:
         """Where the LoRA's update is zero, start as an adapter does: B zero, and nothing else."""
         for i in (self.squared_norm == 0).nonzero().flatten().tolist():
-            for group, entries, start in (
-                (self.of_a, self.A.shape[2], None),
-                (self.of_b, self.B.shape[1], self.config.init),
+            for group, entries, num_latents, start in (
+                (self.of_a, self.A.shape[2], self.config.num_latents_a, None),
+                (self.of_b, self.B.shape[1], self.config.num_latents_b, self.config.init),
             ):
                 fresh = RBFGenerator(
                     entries,
                     rank=self.config.rank,
+                    num_latents=num_latents,
                     num_groups=self.config.num_groups,
                     num_centers=self.config.num_centers,
                     width=self.config.width,
@@ -147,10 +149,10 @@ class GeneratorFit:
     def _resize_latents(self, size: float) -> None:
         """Give the latents another root-mean-square, and the weights the inverse."""
         for group in (self.of_a, self.of_b):
-            now = group["latent"].square().mean(1).sqrt()
+            now = group["latent"].square().mean((1, 2)).sqrt()
             factor = torch.where((now > 0) & (self.squared_norm > 0).to(now.device), size / now, torch.ones_like(now))
-            group["latent"] *= factor[:, None]
-            group["weight"] /= factor[:, None, None, None]
+            group["latent"] *= factor[:, None, None]
+            group["weight"] /= factor[:, None, None, None, None]
 
     def _trained_names(self) -> list[str]:
         fixed = {"centers": self.config.learn_centers, "log_widths": self.config.learn_widths}
@@ -215,28 +217,35 @@ def _block_vectors(A: Tensor, B: Tensor, num_groups: int) -> tuple[Tensor, Tenso
     return z_a, z_b, project(B.mT, z_b).mT @ project(A, z_a)
 
 
-def _initial(z: Tensor, slopes: Tensor, config: GenLoRAConfig, random: torch.Generator) -> dict[str, Tensor]:
+def _initial(
+    z: Tensor, slopes: Tensor, num_latents: int, config: GenLoRAConfig, random: torch.Generator
+) -> dict[str, Tensor]:
     """Parameters of generators that make, where their functions are straight, ``slopes[g] · z_g`` in each group.
+
+    The first latent does it alone; more latents start at zero, from where the descent finds what they can add.
 
     Args:
         z: ``(L, n)``, of norm 1 in each group.
         slopes: ``(L, G, R)``.
+        num_latents: Q.
         config: The generators.
-        random: For the centres.
+        random: For the centres, and for the directions of further latents.
     """
     num, entries = z.shape
-    shape = (num, config.rank, config.num_centers)
+    shape = (num, config.rank, num_latents, config.num_centers)
     centers = torch.empty(shape).uniform_(0.5, 2.0, generator=random)
     centers *= torch.empty(shape).bernoulli_(0.5, generator=random) * 2 - 1
     centers = centers.to(z.device)
     # As at the start of training: slopes of root-mean-square 1, the size in the latents.
     size = slopes.square().mean(2).sqrt().clamp_min(1e-8)  # (L, G)
-    z = z * size[:, _groups(entries, config.num_groups, z.device)]
-    unit = slopes / size.unsqueeze(2)
-    own = slope_at_zero(centers, config.kernel) / config.width  # (L, R, K)
-    weight = unit.unsqueeze(3) * (own / own.square().sum(2, keepdim=True)).unsqueeze(1)
+    further = torch.randn(num, num_latents - 1, *slopes.shape[1:], generator=random).to(z.device)
+    unit = torch.cat([(slopes / size.unsqueeze(2)).unsqueeze(1), further], 1)  # (L, Q, G, R)
+    latent = z.new_zeros(num, num_latents, entries)
+    latent[:, 0] = z * size[:, _groups(entries, config.num_groups, z.device)]
+    own = slope_at_zero(centers, config.kernel) / config.width  # (L, R, Q, K)
+    weight = unit.permute(0, 2, 3, 1).unsqueeze(4) * (own / own.square().sum(3, keepdim=True)).unsqueeze(1)
     return {
-        "latent": z,
+        "latent": latent,
         "weight": weight,
         "centers": centers,
         "log_widths": torch.full(shape, config.width, device=z.device).log(),

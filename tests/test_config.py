@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
+import torch
 
 from genlora_lightning import GenLoRAConfig
-from genlora_lightning.generator import RBFGenerator
+from genlora_lightning.layers import GenLoRALinear
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,8 @@ from genlora_lightning.generator import RBFGenerator
     [
         ({"rank": 0}, r"`rank` must be at least 1, got 0"),
         ({"rank": -3}, r"`rank` must be at least 1, got -3"),
+        ({"num_latents_a": 0}, r"`num_latents_a` must be at least 1, got 0"),
+        ({"num_latents_b": -1}, r"`num_latents_b` must be at least 1, got -1"),
         ({"num_groups": 0}, r"`num_groups` must be at least 1, got 0"),
         ({"num_centers": -1}, r"`num_centers` must be at least 1, got -1"),
         ({"alpha": 0.0}, r"`alpha` must be finite and not zero, got 0.0"),
@@ -69,18 +72,21 @@ def test_scaling_factor_follows_the_rule():
 
 
 @pytest.mark.parametrize("learn", [(True, True), (False, True), (True, False), (False, False)])
-@pytest.mark.parametrize(("rank", "groups", "centers"), [(16, 8, 1), (3, 5, 4), (1, 1, 1)])
-def test_counted_parameters_are_those_that_train(learn, rank, groups, centers):
+@pytest.mark.parametrize(
+    ("rank", "latents", "groups", "centers"), [(16, (1, 1), 8, 1), (3, (1, 2), 5, 4), (1, (3, 1), 1, 1)]
+)
+def test_counted_parameters_are_those_that_train(learn, rank, latents, groups, centers):
     config = GenLoRAConfig(
-        rank=rank, num_groups=groups, num_centers=centers, learn_centers=learn[0], learn_widths=learn[1]
+        rank=rank,
+        num_latents_a=latents[0],
+        num_latents_b=latents[1],
+        num_groups=groups,
+        num_centers=centers,
+        learn_centers=learn[0],
+        learn_widths=learn[1],
     )
-    pair = [
-        RBFGenerator(
-            n, rank=rank, num_groups=groups, num_centers=centers, learn_centers=learn[0], learn_widths=learn[1]
-        )
-        for n in (40, 24)
-    ]
-    trained = sum(p.numel() for g in pair for p in g.parameters() if p.requires_grad)
+    layer = GenLoRALinear(torch.nn.Linear(40, 24), config)
+    trained = sum(p.numel() for p in layer.adapter_parameters().values() if p.requires_grad)
     assert config.count_parameters(40, 24) == trained
 
 

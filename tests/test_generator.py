@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -20,37 +21,38 @@ def phi(u: float, kernel: str) -> float:
 
 def oracle(latent, weight, centers, log_widths, kernel):
     """The formula, entry by entry, in Python's float64."""
-    groups, rank, num_centers = weight.shape
-    n = len(latent)
+    groups, rank, num_latents, num_centers = weight.shape
+    n = latent.shape[1]
     rows = []
     for r in range(rank):
         row = []
         for j in range(n):
             total = 0.0
-            for k in range(num_centers):
-                c, h = float(centers[r, k]), math.exp(float(log_widths[r, k]))
-                psi = phi(float(latent[j]) / h - c, kernel) - phi(-c, kernel)
-                total += float(weight[j * groups // n, r, k]) * psi
+            for q, k in itertools.product(range(num_latents), range(num_centers)):
+                c, h = float(centers[r, q, k]), math.exp(float(log_widths[r, q, k]))
+                psi = phi(float(latent[q, j]) / h - c, kernel) - phi(-c, kernel)
+                total += float(weight[j * groups // n, r, q, k]) * psi
             row.append(total)
         rows.append(row)
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def random_inputs(n, rank, groups, centers, dtype=torch.float64):
+def random_inputs(n, rank, latents, groups, centers, dtype=torch.float64):
     return (
-        torch.randn(n, dtype=dtype),
-        torch.randn(groups, rank, centers, dtype=dtype),
-        torch.randn(rank, centers, dtype=dtype),
-        0.3 * torch.randn(rank, centers, dtype=dtype),
+        torch.randn(latents, n, dtype=dtype),
+        torch.randn(groups, rank, latents, centers, dtype=dtype),
+        torch.randn(rank, latents, centers, dtype=dtype),
+        0.3 * torch.randn(rank, latents, centers, dtype=dtype),
     )
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(
-    ("n", "rank", "groups", "centers"), [(12, 3, 4, 1), (13, 3, 4, 2), (7, 5, 7, 3), (5, 1, 1, 1), (11, 2, 3, 1)]
+    ("n", "rank", "latents", "groups", "centers"),
+    [(12, 3, 1, 4, 1), (13, 3, 1, 4, 2), (7, 5, 2, 7, 3), (5, 1, 1, 1, 1), (11, 2, 3, 3, 1), (12, 4, 2, 3, 2)],
 )
-def test_generated_matrix_equals_float64_loop_over_the_formula(kernel, n, rank, groups, centers):
-    inputs = random_inputs(n, rank, groups, centers)
+def test_generated_matrix_equals_float64_loop_over_the_formula(kernel, n, rank, latents, groups, centers):
+    inputs = random_inputs(n, rank, latents, groups, centers)
     expected = oracle(*inputs, kernel)
     torch.testing.assert_close(generate(*inputs, kernel), expected, rtol=1e-12, atol=1e-14)
     in_float32 = generate(*(t.float() for t in inputs), kernel)
@@ -60,13 +62,13 @@ def test_generated_matrix_equals_float64_loop_over_the_formula(kernel, n, rank, 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("n", [8, 9])
 def test_gradients_pass_gradcheck(kernel, n):
-    inputs = tuple(t.requires_grad_() for t in random_inputs(n, 3, 4, 2))
+    inputs = tuple(t.requires_grad_() for t in random_inputs(n, 3, 2, 4, 2))
     assert torch.autograd.gradcheck(lambda *t: generate(*t, kernel), inputs)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_gradients_at_a_zero_latent_pass_gradcheck(kernel):
-    latent, *rest = random_inputs(8, 3, 4, 2)
+    latent, *rest = random_inputs(8, 3, 2, 4, 2)
     inputs = (torch.zeros_like(latent).requires_grad_(), *(t.requires_grad_() for t in rest))
     assert torch.autograd.gradcheck(lambda *t: generate(*t, kernel), inputs)
     (gradient,) = torch.autograd.grad(generate(*inputs, kernel).sum(), inputs[0])
@@ -111,11 +113,11 @@ def test_slope_at_zero_is_the_derivative(kernel):
 @pytest.mark.parametrize("width", [0.3, 1.0, 4.0])
 def test_initial_slopes_have_root_mean_square_one_in_each_group(kernel, width):
     module = RBFGenerator(30, rank=16, num_groups=4, width=width, kernel=kernel)
-    latent = torch.zeros(30, requires_grad=True)
+    latent = torch.zeros(1, 30, requires_grad=True)
     jacobian = torch.autograd.functional.jacobian(
         lambda z: generate(z, module.weight, module.centers, module.log_widths, kernel), latent
     )
-    slopes = jacobian.diagonal(dim1=1, dim2=2)  # (R, n)
+    slopes = jacobian[:, :, 0].diagonal(dim1=1, dim2=2)  # (R, n)
     torch.testing.assert_close(slopes.square().mean(0).sqrt(), torch.ones(30), rtol=1e-4, atol=1e-4)
 
 
@@ -123,7 +125,7 @@ def test_initial_slopes_of_several_centers_have_mean_square_one_in_expectation_a
     squares, largest = [], 0.0
     for _ in range(200):
         module = RBFGenerator(4, rank=1, num_centers=3)
-        slopes = (module.weight * slope_at_zero(module.centers, module.kernel)).sum(2)
+        slopes = (module.weight * slope_at_zero(module.centers, module.kernel)).sum(3)
         squares.append(slopes.square().mean().item())
         largest = max(largest, module.weight.abs().max().item())
     assert sum(squares) / len(squares) == pytest.approx(1.0, abs=0.3)
@@ -132,7 +134,7 @@ def test_initial_slopes_of_several_centers_have_mean_square_one_in_expectation_a
 
 @pytest.mark.parametrize("zero_start", ["zero_latent", "zero_weight"])
 def test_zero_start_gives_exactly_zero_and_a_gradient_to_leave_it(zero_start):
-    module = RBFGenerator(24, rank=5, num_groups=3, num_centers=2, zero_start=zero_start)
+    module = RBFGenerator(24, rank=5, num_latents=2, num_groups=3, num_centers=2, zero_start=zero_start)
     matrix = module()
     assert torch.equal(matrix, torch.zeros(5, 24))
     (matrix * torch.randn_like(matrix)).sum().backward()
@@ -152,7 +154,7 @@ def test_rank_is_that_of_the_groups_near_zero_and_grows_beyond_it_where_the_func
 
 def generate_at(module, scale):
     """The module's matrix for a random latent of a given size."""
-    latent = scale * torch.randn(module.num_entries)
+    latent = scale * torch.randn_like(module.latent)
     return generate(latent, module.weight, module.centers, module.log_widths, module.kernel)
 
 
@@ -165,8 +167,8 @@ def test_one_group_of_one_shared_shape_collapses_to_rank_one():
 
 
 def test_entries_of_groups_are_consecutive_and_differ_in_number_by_at_most_one():
-    weight = torch.arange(4.0).view(4, 1, 1)
-    row = generate(torch.ones(10), weight, torch.ones(1, 1), torch.zeros(1, 1), "gaussian")[0]
+    weight = torch.arange(4.0).view(4, 1, 1, 1)
+    row = generate(torch.ones(1, 10), weight, torch.ones(1, 1, 1), torch.zeros(1, 1, 1), "gaussian")[0]
     groups = (row / row[-1] * 3).round().int().tolist()
     assert groups == sorted(groups)
     sizes = [groups.count(g) for g in range(4)]
