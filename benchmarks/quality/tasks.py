@@ -15,7 +15,7 @@ _SIZES = {"movies": (2000, 1000), "tweets": (1000, 600)}
 
 
 def bucketed(lengths: list[int], batch_size: int, seed: int, steps: int, window: int = 16) -> Iterator[list[int]]:
-    """Indices of random batches of similar length: shuffled, sorted within windows of batches, batches shuffled again."""
+    """Indices of random batches of similar length: shuffled, sorted within windows, and the batches shuffled again."""
     generator = torch.Generator().manual_seed(seed)
     made = 0
     while made < steps:
@@ -43,6 +43,7 @@ class Classifier(nn.Module):
             self.head.bias.zero_()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``(batch, num_classes)``."""
         hidden = self.base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
         mask = attention_mask.unsqueeze(-1).float()
         return self.head((hidden * mask).sum(1) / mask.sum(1))
@@ -51,16 +52,18 @@ class Classifier(nn.Module):
 class SentimentTask:
     """Fine-grained sentiment with all-MiniLM-L6-v2; the base in bfloat16, adapters and head in float32."""
 
-    metrics = ("loss", "accuracy")
     batch_size = 16
+    steps = 300
+    num_seeds = 5
     head_lr = 2e-3
+    lr_factor = 1.0  # on the rates that experiments try
 
     def __init__(self, domain: str) -> None:
         self.name = domain
         self.splits = data.sentiment(domain, _SIZES[domain])
 
     def build(self, seed: int, *, full: bool = False) -> Classifier:
-        """The model with a frozen base (float32 and trainable where all of it is trained) and a head made from the seed."""
+        """The model with a frozen bfloat16 base (float32 where all is trained) and a head made from the seed."""
         from transformers import AutoModel
 
         base = AutoModel.from_pretrained(data.minilm_folder(), attn_implementation="eager", dtype=torch.float32)
@@ -69,6 +72,15 @@ class SentimentTask:
         if not full:
             base.to(torch.bfloat16).requires_grad_(False)
         return Classifier(base, base.config.hidden_size, data.NUM_CLASSES, seed)
+
+    def skeleton(self) -> nn.Module:
+        """What the adapters are put on, without values."""
+        from transformers import AutoConfig, AutoModel
+
+        with torch.device("meta"):
+            base = AutoModel.from_config(AutoConfig.from_pretrained(data.minilm_folder()))
+        base.pooler = None
+        return base
 
     def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
         """Batches of a seed: the same for every method."""
