@@ -12,12 +12,12 @@ come nearest to the budget:
 | VeRA | nothing: rank 256 as in PEFT (below) | out + r |
 | RandLoRA | rank of the bases | n · (r + min(in, out)), n = ⌈min(in, out) / r⌉ |
 | FourierFT | number of frequencies, the same for every linear | n |
-| VB-LoRA | number h of vectors of length v, the largest that divides all sizes | 4 · h · (in + out) / v, and h · v for all |
+| VB-LoRA | number h of vectors; their length v divides all sizes | 4 · h · (in + out) / v, and h · v for all |
 | LoKr | Kronecker factor and rank | a · b + r · (in / b + out / a), or the second factor in full |
 | GenLoRA | groups, at a given rank | in + out + 2 · R · K · (G + 2) |
 
 VeRA is not matched: with LoRA rank 2's parameters its frozen matrices would have rank 1,728 on MiniLM, and a step would
-take ten times as long. VB-LoRA's logits are counted in full, as trained, although two of each h are kept.
+take several times as long. VB-LoRA's logits are counted in full, as trained, although two of each h are kept.
 """
 
 from __future__ import annotations
