@@ -19,6 +19,7 @@ from .runs import Spec, get_task
 TRIALS = 4
 TUNING_SEED = 100
 SENTIMENT_TASKS = ("movies", "tweets")
+LANGUAGE_TASKS = ("siqa", "asdiv")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,6 +114,8 @@ OTHERS = (
 EXPERIMENTS: dict[str, Experiment] = {
     # The main table and the Pareto picture.
     "main": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS)),
+    # The same for the small language model; its rows stand in the main table too.
+    "llm": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS), tasks=LANGUAGE_TASKS),
     # Effective rank over training, at the rates that were found for the main table.
     "ranks": Experiment(
         arms=(*LORAS[:4], *GENLORAS, *(arm for arm in OTHERS if arm.name in ("full", "VeRA r256", "PoLAR r2"))),

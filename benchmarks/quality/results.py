@@ -7,10 +7,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from .experiments import EXPERIMENTS, LANGUAGE_TASKS, SENTIMENT_TASKS
 from .rows import Row, read_rows
 from .stats import mean_over_tasks
 
 AVERAGE = "average"
+ARM_ORDER = [arm.name for arm in EXPERIMENTS["main"].arms]
+TASK_ORDER = [*SENTIMENT_TASKS, *LANGUAGE_TASKS]
 
 
 @dataclass
@@ -69,7 +72,7 @@ class Cell:
 
 @dataclass
 class Results:
-    """All cells, in the order in which the arms first appear."""
+    """All cells, in the order of the main experiment's arms and tasks; others follow as they appear."""
 
     cells: dict[str, dict[str, Cell]]  # arm, task
     parameters: dict[str, dict[str, int]]  # arm, task: adapter parameters
@@ -83,14 +86,15 @@ class Results:
 
     def arms(self, task: str | None = None) -> list[str]:
         """Arms with final runs, on the task or on any."""
-        return [
+        found = [
             arm for arm, tasks in self.cells.items() if any(c.finals for t, c in tasks.items() if task in (None, t))
         ]
+        return sorted(found, key=lambda arm: ARM_ORDER.index(arm) if arm in ARM_ORDER else len(ARM_ORDER))
 
     def tasks(self) -> list[str]:
         """Tasks with final runs."""
         found = {task: None for tasks in self.cells.values() for task, cell in tasks.items() if cell.finals}
-        return sorted(found, key=list(found).index)
+        return sorted(found, key=lambda task: TASK_ORDER.index(task) if task in TASK_ORDER else len(TASK_ORDER))
 
     def scores(self, arm: str, task: str, column: str) -> dict[int, float]:
         """Final scores by seed; of the average over tasks for those seeds that all tasks have."""

@@ -9,25 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import data
+from . import data, questions
+from .batches import bucketed
+from .language import QuestionTask
 
 _SIZES = {"movies": (2000, 1000), "tweets": (1000, 600)}
-
-
-def bucketed(lengths: list[int], batch_size: int, seed: int, steps: int, window: int = 16) -> Iterator[list[int]]:
-    """Indices of random batches of similar length: shuffled, sorted within windows, and the batches shuffled again."""
-    generator = torch.Generator().manual_seed(seed)
-    made = 0
-    while made < steps:
-        order = torch.randperm(len(lengths), generator=generator).tolist()
-        for start in range(0, len(order) - batch_size + 1, window * batch_size):
-            part = sorted(order[start : start + window * batch_size], key=lambda index: lengths[index])
-            batches = [part[i : i + batch_size] for i in range(0, len(part) - batch_size + 1, batch_size)]
-            for index in torch.randperm(len(batches), generator=generator).tolist():
-                if made == steps:
-                    return
-                made += 1
-                yield batches[index]
 
 
 class Classifier(nn.Module):
@@ -118,4 +104,6 @@ def make_task(name: str) -> Any:
     """The task of a name."""
     if name in _SIZES:
         return SentimentTask(name)
-    raise ValueError(f"Unknown task {name!r}; the tasks are {sorted(_SIZES)}.")
+    if name in questions.FILES:
+        return QuestionTask(name)
+    raise ValueError(f"Unknown task {name!r}; the tasks are {[*_SIZES, *questions.FILES]}.")
