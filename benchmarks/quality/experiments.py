@@ -20,6 +20,7 @@ TRIALS = 4
 TUNING_SEED = 100
 SENTIMENT_TASKS = ("movies", "tweets")
 LANGUAGE_TASKS = ("siqa", "asdiv")
+VISION_TASKS = ("fashion",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +115,9 @@ OTHERS = (
 EXPERIMENTS: dict[str, Experiment] = {
     # The main table and the Pareto picture.
     "main": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS)),
-    # The same for the small language model; its rows stand in the main table too.
+    # The same for the small language model and for pictures; their rows stand in the main table too.
     "llm": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS), tasks=LANGUAGE_TASKS),
+    "vision": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS), tasks=VISION_TASKS),
     # Effective rank over training, at the rates that were found for the main table.
     "ranks": Experiment(
         arms=(*LORAS[:4], *GENLORAS, *(arm for arm in OTHERS if arm.name in ("full", "VeRA r256", "PoLAR r2"))),

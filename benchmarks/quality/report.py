@@ -14,13 +14,14 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT = Path(__file__).parent / "REPORT.md"
 IMAGES = ROOT / "docs" / "images"
 LOSS, ACCURACY = "test_loss", "test_accuracy"
+TABLE = ("main", "llm", "vision")  # the experiments of the main table
 MATCH = 0.05  # two arms are of equal size if their parameters differ by less than this share
 
 
 def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> None:
     """Write the report and its pictures."""
     main, rates, traces, scaling = (
-        load(folder, names) for names in (("main", "llm"), ("main", "llm", "rates"), ("ranks",), ("rank-scaling",))
+        load(folder, names) for names in (TABLE, (*TABLE, "rates"), ("ranks",), ("rank-scaling",))
     )
     images.mkdir(parents=True, exist_ok=True)
     parts = [_head(main), _score_tables(main), _difference_tables(main), _bars(main, rates), _rank_table(main)]

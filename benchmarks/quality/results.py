@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .experiments import EXPERIMENTS, LANGUAGE_TASKS, SENTIMENT_TASKS
+from .experiments import EXPERIMENTS, LANGUAGE_TASKS, SENTIMENT_TASKS, VISION_TASKS
 from .rows import Row, read_rows
 from .stats import mean_over_tasks
 
 AVERAGE = "average"
 ARM_ORDER = [arm.name for arm in EXPERIMENTS["main"].arms]
-TASK_ORDER = [*SENTIMENT_TASKS, *LANGUAGE_TASKS]
+TASK_ORDER = [*SENTIMENT_TASKS, *LANGUAGE_TASKS, *VISION_TASKS]
 
 
 @dataclass

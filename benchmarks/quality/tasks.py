@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from . import data, questions
 from .batches import bucketed
 from .language import QuestionTask
+from .vision import FashionTask
 
 _SIZES = {"movies": (2000, 1000), "tweets": (1000, 600)}
 
@@ -106,4 +107,6 @@ def make_task(name: str) -> Any:
         return SentimentTask(name)
     if name in questions.FILES:
         return QuestionTask(name)
-    raise ValueError(f"Unknown task {name!r}; the tasks are {[*_SIZES, *questions.FILES]}.")
+    if name == FashionTask.name:
+        return FashionTask()
+    raise ValueError(f"Unknown task {name!r}; the tasks are {[*_SIZES, *questions.FILES, FashionTask.name]}.")
