@@ -1,0 +1,245 @@
+"""The experiments: which methods, sizes and learning rates run on which tasks, and in which order.
+
+Fair by construction: on a task every arm has the same steps, the same batches for a seed, the same head, and the same
+number of trials of the learning rate, a factor of 2 apart, judged by validation loss at one seed. Then fresh seeds at
+the best rate, and only there the test data are looked at.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from .methods import METHODS, Shapes, linear_shapes
+from .rows import Row
+from .runs import Spec, get_task
+
+TRIALS = 4
+TUNING_SEED = 100
+SENTIMENT_TASKS = ("movies", "tweets")
+LANGUAGE_TASKS = ("siqa", "asdiv")
+VISION_TASKS = ("fashion",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """A method at a size.
+
+    Args:
+        name: In tables and on the command line.
+        method: Key of `METHODS`.
+        budget: Adapter parameters in units of LoRA rank 1, from which the method makes its settings.
+        fixed: Settings that are given; for a "variant" all of them.
+        lr: Lowest rate that is tried, on the encoder tasks.
+        weight_decay: AdamW's.
+    """
+
+    name: str
+    method: str
+    lr: float
+    budget: float = 2.0
+    fixed: dict[str, Any] = field(default_factory=dict)
+    weight_decay: float = 0.0
+
+    def settings(self, shapes: Shapes) -> dict[str, Any]:
+        """The method's settings for the linears of a model."""
+        return METHODS[self.method].size(shapes, self.budget, **self.fixed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Arms on tasks.
+
+    Args:
+        arms: In the order in which they run.
+        tasks: Names of tasks.
+        trials: Rates per arm and task, each twice the one before.
+        tuning_seeds: Seeds of the trials.
+        final: Whether fresh seeds run at the best rate.
+        trace: Points of training at which the final runs measure the effective rank.
+        most_seeds: At most so many final seeds; as many as the task asks for if ``None``.
+    """
+
+    arms: Sequence[Arm]
+    tasks: Sequence[str] = SENTIMENT_TASKS
+    trials: int = TRIALS
+    tuning_seeds: Sequence[int] = (TUNING_SEED,)
+    final: bool = True
+    trace: int = 0
+    most_seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A run that is still to be made."""
+
+    arm: str
+    spec: Spec
+
+
+def _lora(rank: int, lr: float) -> Arm:
+    return Arm(name=f"LoRA r{rank}", method="lora", budget=rank, lr=lr)
+
+
+def _genlora(budget: float, rank: int, lr: float = 1e-3, name: str | None = None) -> Arm:
+    return Arm(name=name or f"GenLoRA b{budget:g}", method="genlora", budget=budget, fixed={"rank": rank}, lr=lr)
+
+
+LORAS = (_lora(1, 1e-3), _lora(2, 1e-3), _lora(4, 5e-4), _lora(8, 5e-4), _lora(16, 2.5e-4))
+# Names say the budget: b2 has as many parameters as LoRA of rank 2.
+GENLORAS = (
+    _genlora(1.05, 4, name="GenLoRA b1"),  # the latents alone are as many as LoRA's parameters of rank 1
+    _genlora(1.28, 16),
+    _genlora(2.0, 64),
+    _genlora(4.0, 64),
+)
+# Rates: LoRA's are where it is known to live. The others' were placed so that ΔW after seven steps at the middle of the
+# range is about as long as that of LoRA r2 at the middle of its own.
+OTHERS = (
+    Arm(name="frozen + head", method="frozen", lr=1e-3, budget=0),
+    Arm(name="full", method="full", lr=2.5e-5, budget=0),
+    Arm(name="rsLoRA r2", method="rslora", lr=1e-3),
+    Arm(name="LoRA+ r2", method="lora+", lr=6.25e-5),
+    Arm(name="DoRA b2", method="dora", lr=1e-3),
+    Arm(name="VeRA r256", method="vera", lr=1e-2),
+    Arm(name="RandLoRA b2", method="randlora", lr=2e-4),
+    Arm(name="FourierFT b2", method="fourierft", lr=5e-3),
+    Arm(name="VB-LoRA b2", method="vblora", lr=2e-3),
+    Arm(name="LoKr b2", method="lokr", lr=1e-3),
+    Arm(name="PoLAR r2", method="polar", lr=1e-3),
+    Arm(name="sine LoRA r2", method="sine", lr=1e-3),
+)
+
+EXPERIMENTS: dict[str, Experiment] = {
+    # The main table and the Pareto picture.
+    "main": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS)),
+    # The same for the small language model and for pictures; their rows stand in the main table too.
+    "llm": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS), tasks=LANGUAGE_TASKS),
+    "vision": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS), tasks=VISION_TASKS),
+    # Effective rank over training, at the rates that were found for the main table.
+    "ranks": Experiment(
+        arms=(*LORAS[:4], *GENLORAS, *(arm for arm in OTHERS if arm.name in ("full", "VeRA r256", "PoLAR r2"))),
+        tasks=("movies",),
+        trace=12,
+        most_seeds=1,
+    ),
+    # The paper's picture: R grows at a nearly fixed budget, so groups fall.
+    "rank-scaling": Experiment(
+        arms=tuple(_genlora(4.0, rank, name=f"GenLoRA R{rank}") for rank in (16, 64, 256)), tasks=("movies",)
+    ),
+    # How wide the range of good rates is.
+    "rates": Experiment(
+        arms=(
+            *(replace(arm, lr=1.25e-4) for arm in (_lora(1, 0), _lora(2, 0), _lora(8, 0))),
+            *(replace(arm, lr=1.25e-4) for arm in GENLORAS),
+        ),
+        tasks=("movies",),
+        trials=9,
+        tuning_seeds=(TUNING_SEED, TUNING_SEED + 1),
+        final=False,
+    ),
+}
+
+
+def rates(arm: Arm, experiment: Experiment, task: str) -> list[float]:
+    """The rates that are tried, in ascending order."""
+    lowest = arm.lr * get_task(task).lr_factor
+    return [float(f"{lowest * 2**i:.6g}") for i in range(experiment.trials)]
+
+
+def tuning_specs(experiment: Experiment, arm: Arm, task: str) -> list[Spec]:
+    """One run per rate and tuning seed."""
+    settings = arm.settings(_shapes(task))
+    return [
+        _spec(arm, task, settings, lr, seed, "tuning")
+        for seed in experiment.tuning_seeds
+        for lr in rates(arm, experiment, task)
+    ]
+
+
+def final_specs(experiment: Experiment, arm: Arm, task: str, done: dict[str, Row]) -> list[Spec] | None:
+    """Fresh seeds at the best rate; ``None`` while the trials are not complete or all have diverged."""
+    if not experiment.final:
+        return []
+    trials = tuning_specs(experiment, arm, task)
+    if any(spec.key not in done for spec in trials):
+        return None
+    scored = [(_score(done[spec.key]), spec) for spec in trials]
+    best_score, best = min(scored, key=lambda pair: pair[0])
+    if not math.isfinite(best_score):
+        return []
+    return [
+        replace(best, seed=seed, stage="final", trace=experiment.trace) for seed in range(_num_seeds(experiment, task))
+    ]
+
+
+def pending(experiment: Experiment, done: dict[str, Row], skip: Iterable[str] = ()) -> list[Planned]:
+    """The runs that can start now: all trials first, then the final runs, in the order of the arms.
+
+    Args:
+        experiment: The experiment, its arms and tasks narrowed down as wanted.
+        done: Rows by key, of all experiments: a run that another one made is not made again.
+        skip: Keys of runs that are under way, or have failed.
+    """
+    out = {*done, *skip}
+    cells = [(arm, task) for arm in experiment.arms for task in experiment.tasks]
+    trials = [Planned(arm.name, spec) for arm, task in cells for spec in tuning_specs(experiment, arm, task)]
+    finals = [Planned(arm.name, spec) for arm, task in cells for spec in final_specs(experiment, arm, task, done) or ()]
+    return [planned for planned in (*trials, *finals) if planned.spec.key not in out]
+
+
+def total_runs(experiment: Experiment) -> int:
+    """How many runs the experiment has."""
+    trials = experiment.trials * len(experiment.tuning_seeds) * len(experiment.tasks)
+    finals = sum(_num_seeds(experiment, task) for task in experiment.tasks) if experiment.final else 0
+    return len(experiment.arms) * (trials + finals)
+
+
+def narrowed(experiment: Experiment, tasks: Sequence[str], arms: Sequence[str]) -> Experiment:
+    """The experiment with the named tasks and arms only; all where nothing is named.
+
+    Raises:
+        ValueError: A name is not known; the message lists those that are.
+    """
+    known_arms = [arm.name for arm in experiment.arms]
+    for wanted, known, what in ((tasks, list(experiment.tasks), "tasks"), (arms, known_arms, "methods")):
+        if unknown := sorted(set(wanted) - set(known)):
+            raise ValueError(f"Unknown {what} {unknown}; the experiment has {known}.")
+    return replace(
+        experiment,
+        tasks=[task for task in experiment.tasks if not tasks or task in tasks],
+        arms=[arm for arm in experiment.arms if not arms or arm.name in arms],
+    )
+
+
+def _num_seeds(experiment: Experiment, task: str) -> int:
+    wanted: int = get_task(task).num_seeds
+    return wanted if experiment.most_seeds is None else min(wanted, experiment.most_seeds)
+
+
+_SHAPES: dict[str, Shapes] = {}
+
+
+def _shapes(task: str) -> Shapes:
+    if task not in _SHAPES:
+        _SHAPES[task] = linear_shapes(get_task(task).skeleton())
+    return _SHAPES[task]
+
+
+def _spec(arm: Arm, task: str, settings: dict[str, Any], lr: float, seed: int, stage: str) -> Spec:
+    return Spec(
+        task=task,
+        method=arm.method,
+        settings=settings,
+        lr=lr,
+        seed=seed,
+        steps=get_task(task).steps,
+        stage=stage,
+        weight_decay=arm.weight_decay,
+    )
+
+
+def _score(row: Row) -> float:
+    return float(row["val_loss"]) if row["status"] == "ok" else math.inf

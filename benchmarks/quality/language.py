@@ -1,0 +1,175 @@
+"""Tasks for SmolLM2-135M: choose among answers by their likelihood, or write a number.
+
+The loss is that of the right answer's tokens alone, and logits are computed there alone: the vocabulary is large.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import data, questions
+from .batches import bucketed
+from .questions import Encoded
+
+ATTENTION = "eager"
+MODEL_VARIABLE = "GENLORA_BENCHMARK_LLM"
+
+
+def model_folder() -> Path:
+    """SmolLM2-135M as `examples/quickstart/prepare.py` makes it, or the folder that the environment names.
+
+    Raises:
+        FileNotFoundError: It is not there; the message says how to make it.
+    """
+    folder = Path(os.environ.get(MODEL_VARIABLE, data.ROOT / "data" / "quickstart" / "model"))
+    if not (folder / "model.safetensors").is_file():
+        raise FileNotFoundError(
+            f"No model in {folder}. Run `python examples/quickstart/prepare.py`, or set {MODEL_VARIABLE} to its folder."
+        )
+    return folder
+
+
+class LanguageModel(nn.Module):
+    """The decoder's blocks, and log-probabilities at the places that are asked for."""
+
+    head = None  # the output layer is the embedding, which stays frozen
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+
+    def forward(self, input_ids: Tensor, places: Tensor, **arguments: Any) -> Tensor:
+        """Logits ``(places, vocabulary)`` at the flat indices `places` into ``(batch · tokens)``."""
+        hidden = self.base(input_ids=input_ids, use_cache=False, **arguments).last_hidden_state
+        return F.linear(hidden.flatten(0, 1)[places], self.base.embed_tokens.weight).float()
+
+
+class QuestionTask:
+    """Questions; the loss of the right answer per token, and the share of questions answered right.
+
+    With several answers, the one with the highest mean log-likelihood per token counts as given. With one, it counts as
+    right if each of its tokens is the most likely one after those before: then greedy generation writes just that.
+    """
+
+    batch_size = 8
+    steps = 100
+    num_seeds = 3
+    head_lr = 0.0
+    lr_factor = 0.5  # on the rates that experiments try
+
+    def __init__(self, name: str) -> None:
+        from transformers import AutoTokenizer
+
+        self.name = name
+        self.splits = questions.splits(name, AutoTokenizer.from_pretrained(model_folder()))
+
+    def build(self, seed: int, *, full: bool = False) -> LanguageModel:
+        """The model with a frozen bfloat16 base (float32 where all is trained)."""
+        from transformers import AutoModel
+
+        dtype = torch.float32 if full else torch.bfloat16
+        base = AutoModel.from_pretrained(model_folder(), attn_implementation=ATTENTION, dtype=dtype)
+        base.eval().requires_grad_(False)
+        return LanguageModel(base)
+
+    def skeleton(self) -> nn.Module:
+        """What the adapters are put on, without values."""
+        from transformers import AutoConfig, AutoModel
+
+        with torch.device("meta"):
+            return AutoModel.from_config(AutoConfig.from_pretrained(model_folder()))
+
+    def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of a seed: the same for every method."""
+        train = self.splits["train"]
+        for chosen in bucketed([question.length for question in train], self.batch_size, seed, steps):
+            yield _right_answers([train[index] for index in chosen])
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy, the mean over the right answers' tokens."""
+        return F.cross_entropy(model(batch["input_ids"], batch["places"]), batch["targets"])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Mean loss per token of the right answers, and the share of questions answered right."""
+        found = sorted(self.splits[split], key=lambda question: question.length)
+        total, tokens, right = 0.0, 0, 0
+        for start in range(0, len(found), 16):
+            part = found[start : start + 16]
+            batch, owners = _all_answers(part, model.base.dtype)
+            logits = model(batch["input_ids"], batch["places"], **_arguments(batch))
+            losses = F.cross_entropy(logits, batch["targets"], reduction="none")
+            hits = logits.argmax(1) == batch["targets"]
+            for index, question in enumerate(part):
+                mine = [owners == 1000 * index + answer for answer in range(len(question.answers))]
+                total += losses[mine[question.right]].sum().item()
+                tokens += int(mine[question.right].sum())
+                if len(mine) == 1:
+                    right += bool(hits[mine[0]].all())
+                else:
+                    right += int(torch.stack([losses[m].mean() for m in mine]).argmin()) == question.right
+        return {"loss": total / tokens, "accuracy": right / len(found)}
+
+
+def _arguments(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: batch[key] for key in ("attention_mask", "position_ids") if key in batch}
+
+
+def _right_answers(found: Sequence[Encoded]) -> dict[str, Tensor]:
+    """Questions with their right answers, padded on the right: with causal attention no mask is needed."""
+    longest = max(question.length for question in found)
+    rows, places, targets = [], [], []
+    for number, question in enumerate(found):
+        answer = question.answers[question.right]
+        rows.append([*question.prompt, *answer, *[0] * (longest - question.length)])
+        first = number * longest + len(question.prompt) - 1
+        places += range(first, first + len(answer))
+        targets += answer
+    return {"input_ids": torch.tensor(rows), "places": torch.tensor(places), "targets": torch.tensor(targets)}
+
+
+def _all_answers(found: Sequence[Encoded], dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+    """Each question once, followed by all its answers, each of which sees the question and itself alone.
+
+    Returns:
+        The batch, and for each place ``1000 · question + answer``.
+    """
+    lengths = [len(question.prompt) + sum(map(len, question.answers)) for question in found]
+    longest = max(lengths)
+    ids = torch.zeros(len(found), longest, dtype=torch.long)
+    positions = torch.zeros_like(ids)
+    segment = torch.full_like(ids, -1)  # 0 for the question, 1 and up for the answers
+    places, targets, owners = [], [], []
+    for number, question in enumerate(found):
+        start = n_prompt = len(question.prompt)
+        ids[number, :n_prompt] = torch.tensor(question.prompt)
+        positions[number, :n_prompt] = torch.arange(n_prompt)
+        segment[number, :n_prompt] = 0
+        for index, answer in enumerate(question.answers):
+            end = start + len(answer)
+            ids[number, start:end] = torch.tensor(answer)
+            positions[number, start:end] = torch.arange(n_prompt, n_prompt + len(answer))
+            segment[number, start:end] = index + 1
+            places += [number * longest + place for place in (n_prompt - 1, *range(start, end - 1))]
+            targets += answer
+            owners += [1000 * number + index] * len(answer)
+            start = end
+    same = segment.unsqueeze(2) == segment.unsqueeze(1)
+    sees_question = (segment == 0).unsqueeze(1) & (segment >= 0).unsqueeze(2)
+    allowed = (same | sees_question) & torch.ones(longest, longest, dtype=torch.bool).tril()
+    mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
+    batch = {
+        "input_ids": ids,
+        "position_ids": positions,
+        "attention_mask": mask,
+        "places": torch.tensor(places),
+        "targets": torch.tensor(targets),
+    }
+    return batch, torch.tensor(owners)

@@ -1,0 +1,294 @@
+"""The methods that are compared: how each is put on a model, and how large it is made for a budget.
+
+A budget is a number of adapter parameters in units of LoRA of rank 1 on the same linears, ``Σ (in + out)``: LoRA of
+rank r has budget r. Every method adapts every linear of the blocks. `Method.size` gives the settings whose parameters
+come nearest to the budget:
+
+| method | what is chosen | parameters per linear |
+|---|---|---|
+| LoRA, rsLoRA, LoRA+, sine | rank | r · (in + out), exact |
+| DoRA | rank, one higher on the kinds of linears that fill the budget best | r · (in + out) + out |
+| PoLAR | rank | r · (in + out) + r² |
+| VeRA | nothing: rank 256 as in PEFT (below) | out + r |
+| RandLoRA | rank of the bases | n · (r + min(in, out)), n = ⌈min(in, out) / r⌉ |
+| FourierFT | number of frequencies, the same for every linear | n |
+| VB-LoRA | number h of vectors; their length v divides all sizes | 4 · h · (in + out) / v, and h · v for all |
+| LoKr | Kronecker factor and rank | a · b + r · (in / b + out / a), or the second factor in full |
+| GenLoRA | groups, at a given rank | in + out + 2 · R · K · (G + 2) |
+
+VeRA is not matched: with LoRA rank 2's parameters its frozen matrices would have rank 1,728 on MiniLM, and a step would
+take several times as long. VB-LoRA's logits are counted in full, as trained, although two of each h are kept.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genlora_lightning import GenLoRAConfig, OptimizerConfig, inject_adapters
+from genlora_lightning.layers import GenLoRALinear
+from genlora_lightning.optim import parameter_groups
+
+from .adapters import PolarLinear, SineLinear, replace_linears
+from .variants import VariantLinear, inject_variant
+
+Shapes = dict[str, tuple[int, int]]  # name: (in_features, out_features)
+Settings = dict[str, Any]
+Group = dict[str, Any]  # "params", and a "factor" on the learning rate
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to fine-tune.
+
+    Args:
+        apply: Put it on a frozen model with the settings and a seed; returns the parameters in groups.
+        size: Settings for the shapes of the linears and a budget; further arguments are settings held fixed.
+        full: Trains the base itself: float32 weights under bf16 autocast, where the others have a bf16 base.
+    """
+
+    apply: Callable[[nn.Module, Settings, int], list[Group]]
+    size: Callable[..., Settings]
+    full: bool = False
+
+
+def linear_shapes(base: nn.Module) -> Shapes:
+    """The linears that are adapted: all in the model without its head."""
+    return {
+        name: (module.in_features, module.out_features)
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear)
+    }
+
+
+def lora_unit(shapes: Shapes) -> int:
+    """Parameters of LoRA of rank 1."""
+    return sum(sum(shape) for shape in shapes.values())
+
+
+# --- PEFT -------------------------------------------------------------------------------------------------------------
+
+_CONFIGS = {
+    "lora": "LoraConfig",
+    "vera": "VeraConfig",
+    "randlora": "RandLoraConfig",
+    "fourierft": "FourierFTConfig",
+    "vblora": "VBLoRAConfig",
+    "lokr": "LoKrConfig",
+}
+_SEEDS = {"vera": "projection_prng_key", "randlora": "projection_prng_key", "fourierft": "random_loc_seed"}
+_RATES = ("b_rate", "logits_rate")  # settings of ours: factors on the learning rate of some of the parameters
+
+
+def _peft(kind: str) -> Callable[[nn.Module, Settings, int], list[Group]]:
+    def apply(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
+        import peft
+
+        given = {key: value for key, value in settings.items() if key not in _RATES}
+        if kind in _SEEDS:
+            given[_SEEDS[kind]] = seed
+        config = getattr(peft, _CONFIGS[kind])(target_modules=list(linear_shapes(base)), **given)
+        torch.manual_seed(seed)
+        peft.get_peft_model(base, config)  # changes the base in place; adapters become float32
+        _exact_magnitudes(base)
+        slow, fast = [], []
+        for name, parameter in base.named_parameters():
+            if parameter.requires_grad:
+                is_fast = ("lora_B" in name and "b_rate" in settings) or "vblora_logits" in name
+                (fast if is_fast else slow).append(parameter)
+        factor = settings.get("b_rate", settings.get("logits_rate", 1.0))
+        return [g for g in ({"params": slow, "factor": 1.0}, {"params": fast, "factor": factor}) if g["params"]]
+
+    return apply
+
+
+@torch.no_grad()
+def _exact_magnitudes(base: nn.Module) -> None:
+    """DoRA's magnitudes in float32: PEFT rounds the norms to the base's bfloat16, which would change the outputs."""
+    for module in base.modules():
+        if vectors := getattr(module, "lora_magnitude_vector", None):
+            vectors["default"].weight = nn.Parameter(torch.linalg.norm(module.get_base_layer().weight.float(), dim=1))
+
+
+def _lora_size(**fixed: Any) -> Callable[..., Settings]:
+    def size(shapes: Shapes, budget: float) -> Settings:
+        rank = max(1, round(budget))
+        return {"r": rank, "lora_alpha": 2 * rank, **fixed}
+
+    return size
+
+
+def _dora_size(shapes: Shapes, budget: float) -> Settings:
+    """Uniform rank below the budget, and one more on the kinds of linears that come nearest to it."""
+    target = budget * lora_unit(shapes)
+    magnitudes = sum(out for _, out in shapes.values())
+    rank = max(1, int((target - magnitudes) // lora_unit(shapes)))
+    kinds: dict[str, int] = {}
+    for name, (n_in, n_out) in shapes.items():
+        kind = re.sub(r".*\.\d+\.", "", name)
+        kinds[kind] = kinds.get(kind, 0) + n_in + n_out
+    spare = target - magnitudes - rank * lora_unit(shapes)
+    subsets = itertools.chain.from_iterable(itertools.combinations(kinds, n) for n in range(len(kinds) + 1))
+    raised = min(subsets, key=lambda subset: abs(sum(kinds[kind] for kind in subset) - spare))
+    # PEFT anchors the pattern as `^…$` after an optional prefix.
+    patterns = {rf".*\.\d+\.{re.escape(kind)}": rank + 1 for kind in raised}
+    return {
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "use_dora": True,
+        "rank_pattern": patterns,
+        "alpha_pattern": dict.fromkeys(patterns, 2 * (rank + 1)),
+    }
+
+
+def _vera_size(shapes: Shapes, budget: float) -> Settings:
+    return {"r": 256, "d_initial": 0.1}
+
+
+def _randlora_size(shapes: Shapes, budget: float) -> Settings:
+    def count(rank: int) -> int:
+        return sum(math.ceil(min(shape) / rank) * (rank + min(shape)) for shape in shapes.values())
+
+    largest = max(min(shape) for shape in shapes.values())
+    rank = min(range(8, largest + 1), key=lambda rank: abs(count(rank) - budget * lora_unit(shapes)))
+    return {"r": rank, "randlora_alpha": 20 * rank}
+
+
+def _fourierft_size(shapes: Shapes, budget: float) -> Settings:
+    # `init_weights` starts at zero. PEFT's default, a random spectrum, changes a small model's weights by as much as
+    # they are themselves.
+    frequencies = round(budget * lora_unit(shapes) / len(shapes))
+    return {"n_frequency": frequencies, "scaling": 150.0, "init_weights": True}
+
+
+def _vblora_size(shapes: Shapes, budget: float) -> Settings:
+    length = math.gcd(*(n for shape in shapes.values() for n in shape))
+    rank = 4
+    vectors = round(budget * lora_unit(shapes) / (rank * lora_unit(shapes) / length + length))
+    # The authors train the logits at ten times the rate of the bank.
+    return {"r": rank, "num_vectors": max(2, vectors), "vector_length": length, "topk": 2, "logits_rate": 10.0}
+
+
+def _lokr_size(shapes: Shapes, budget: float) -> Settings:
+    from peft.tuners.lokr.layer import factorization
+
+    def count(factor: int, rank: int) -> int:
+        total = 0
+        for n_in, n_out in shapes.values():
+            (b, inner_in), (a, inner_out) = factorization(n_in, factor), factorization(n_out, factor)
+            full = rank >= max(inner_out, inner_in) / 2
+            total += a * b + (inner_out * inner_in if full else rank * (inner_out + inner_in))
+        return total
+
+    target = budget * lora_unit(shapes)
+    choices = [(factor, rank) for factor in (4, 8, 16, 32) for rank in range(1, 65)]
+    # Of the choices within 2 % the one of the highest rank of ΔW: rank(A ⊗ B) = rank(A) · rank(B).
+    near = [c for c in choices if abs(count(*c) / target - 1) < 0.02] or choices
+    factor, rank = min(near, key=lambda c: (-c[0] * c[1] if len(near) < len(choices) else 0, abs(count(*c) - target)))
+    return {"r": rank, "alpha": rank, "decompose_factor": factor}
+
+
+# --- others -----------------------------------------------------------------------------------------------------------
+
+
+def _polar(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
+    generator = torch.Generator().manual_seed(seed)
+    replace_linears(base, lambda linear: PolarLinear(linear, settings["r"], generator))
+    return _one_group(base)
+
+
+def _sine(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
+    generator = torch.Generator().manual_seed(seed)
+    replace_linears(base, lambda li: SineLinear(li, settings["r"], settings["alpha"], settings["omega"], generator))
+    return _one_group(base)
+
+
+def _genlora(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
+    names = {field.name for field in fields(GenLoRAConfig)}
+    config = GenLoRAConfig(**{key: value for key, value in settings.items() if key in names})
+    factors = {key: value for key, value in settings.items() if key not in names}
+    inject_adapters(base, config, generator=torch.Generator().manual_seed(seed))
+    groups = parameter_groups(base, OptimizerConfig(lr=1.0, **factors))
+    return [{"params": group["params"], "factor": group["lr"]} for group in groups]
+
+
+def _genlora_size(shapes: Shapes, budget: float, **fixed: Any) -> Settings:
+    """As many groups as the budget allows at the given rank; at least one."""
+    config = GenLoRAConfig(**{key: value for key, value in fixed.items() if not key.endswith("_lr_factor")})
+    per_function = 2 * config.rank * config.num_centers * len(shapes)
+    spare = (budget - 1) * lora_unit(shapes) / per_function - config.learn_centers - config.learn_widths
+    groups = min(max(1, round(spare)), min(min(shape) for shape in shapes.values()))
+    # All fields that decide the numbers are written down: defaults may change.
+    plain = {key: value for key, value in config.to_dict().items() if "modules" not in key}
+    return {**plain, **fixed, "num_groups": groups}
+
+
+def _full(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
+    base.requires_grad_(True)
+    return _one_group(base)
+
+
+def _one_group(base: nn.Module) -> list[Group]:
+    parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    return [{"params": parameters, "factor": 1.0}]
+
+
+def _nothing(shapes: Shapes, budget: float) -> Settings:
+    return {}
+
+
+METHODS: dict[str, Method] = {
+    "frozen": Method(lambda base, settings, seed: [], _nothing),
+    "full": Method(_full, _nothing, full=True),
+    "lora": Method(_peft("lora"), _lora_size()),
+    "rslora": Method(_peft("lora"), _lora_size(use_rslora=True)),
+    "lora+": Method(_peft("lora"), _lora_size(b_rate=16.0)),  # the ratio the authors recommend
+    "dora": Method(_peft("lora"), _dora_size),
+    "vera": Method(_peft("vera"), _vera_size),
+    "randlora": Method(_peft("randlora"), _randlora_size),
+    "fourierft": Method(_peft("fourierft"), _fourierft_size),
+    "vblora": Method(_peft("vblora"), _vblora_size),
+    "lokr": Method(_peft("lokr"), _lokr_size),
+    "polar": Method(_polar, lambda shapes, budget: {"r": max(1, round(budget))}),
+    "sine": Method(
+        _sine, lambda shapes, budget: {"r": max(1, round(budget)), "alpha": 2.0 * max(1, round(budget)), "omega": 200.0}
+    ),
+    "genlora": Method(_genlora, _genlora_size),
+    "variant": Method(inject_variant, lambda shapes, budget, **spec: spec),
+}
+
+
+# --- what was learned -------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def deltas(base: nn.Module, before: dict[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    """ΔW of each adapted linear in float32.
+
+    Args:
+        base: A model that a method was put on.
+        before: Of full fine-tuning: the weights as they were, by name of the linear.
+    """
+    for name, module in base.named_modules():
+        if before is not None:
+            if name in before:
+                yield name, module.weight.float() - before[name]
+        elif isinstance(module, VariantLinear):
+            yield name, module.delta()
+        elif isinstance(module, (GenLoRALinear, PolarLinear, SineLinear)):
+            yield name, module.delta_weight()
+        elif hasattr(module, "get_delta_weight"):
+            delta = module.get_delta_weight("default").float()
+            if vectors := getattr(module, "lora_magnitude_vector", None):
+                weight = module.get_base_layer().weight.float()
+                changed = weight + delta
+                scale = vectors["default"].weight / torch.linalg.norm(changed, dim=1)
+                delta = scale.unsqueeze(1) * changed - weight
+            yield name, delta

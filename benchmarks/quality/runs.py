@@ -1,0 +1,157 @@
+"""One run: a method, a rate and a seed on a task; its result is one row."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import platform
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from typing import Any
+
+import torch
+
+from .methods import METHODS, deltas, linear_shapes, lora_unit
+from .ranks import mean_ranks
+from .tasks import make_task
+
+WARMUP_SHARE = 0.06
+get_task = functools.cache(make_task)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spec:
+    """What decides a run's numbers.
+
+    Args:
+        task: Name of the task.
+        method: Key of `METHODS`.
+        settings: The method's settings, all of them.
+        lr: Peak learning rate; of a group of parameters times its factor. The head's rate is the task's, except for the
+            frozen base, where this is the head's rate.
+        seed: Decides the initial values of adapter and head, and the batches.
+        steps: Optimizer steps.
+        stage: "tuning" evaluates on validation data alone, "final" on test data too.
+        weight_decay: AdamW's, on the adapter.
+        trace: At how many points of training the effective rank is measured.
+    """
+
+    task: str
+    method: str
+    settings: dict[str, Any]
+    lr: float
+    seed: int
+    steps: int
+    stage: str
+    weight_decay: float = 0.0
+    trace: int = 0
+
+    @property
+    def key(self) -> str:
+        """A digest, the run's name in the table."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def execute(spec: Spec, experiment: str, arm: str) -> dict[str, object]:
+    """Train and evaluate; returns the row. A loss that is not finite ends the run and is a result like others."""
+    warnings.filterwarnings("ignore")
+    started = time.perf_counter()
+    task = get_task(spec.task)
+    method = METHODS[spec.method]
+    torch.manual_seed(spec.seed)
+    model = task.build(spec.seed, full=method.full)
+    shapes = linear_shapes(model.base)
+    before = {name: model.base.get_submodule(name).weight.float().clone() for name in shapes} if method.full else None
+    groups = method.apply(model.base, spec.settings, spec.seed)
+    head = list(model.head.parameters()) if model.head is not None else []
+    head_lr = spec.lr if spec.method == "frozen" else task.head_lr
+    adapter_parameters = sum(p.numel() for group in groups for p in group["params"])
+
+    optimizer_groups = [
+        {"params": g["params"], "peak": spec.lr * g["factor"], "weight_decay": spec.weight_decay} for g in groups
+    ]
+    if head:
+        optimizer_groups.append({"params": head, "peak": head_lr, "weight_decay": 0.0})
+    losses: list[float] = []
+    trace: list[list[float]] = []
+    points = {round(spec.steps * (i + 1) / spec.trace) for i in range(spec.trace)}
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=method.full)
+    train_started = time.perf_counter()
+    if optimizer_groups:
+        optimizer = torch.optim.AdamW(optimizer_groups, lr=0.0, fused=True)
+        for step, batch in enumerate(task.batches(spec.seed, spec.steps)):
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * schedule(step, spec.steps)
+            with autocast:
+                loss = task.loss(model, batch)
+            losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                break
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if step + 1 in points:
+                trace.append([step + 1, *(round(value, 4) for value in mean_ranks(deltas(model.base, before)))])
+    train_seconds = time.perf_counter() - train_started
+
+    diverged = bool(losses) and not math.isfinite(losses[-1])
+    empty = {"loss": "", "accuracy": ""}
+    val, test = dict(empty), dict(empty)
+    ranks: tuple[Any, Any] = ("", "")
+    if not diverged:
+        with autocast:
+            val = task.evaluate(model, "val")
+            if spec.stage == "final":
+                test = task.evaluate(model, "test")
+        diverged = not math.isfinite(val["loss"])
+    if not diverged:
+        ranks = mean_ranks(deltas(model.base, before))
+    last = losses[-max(1, spec.steps // 3) :]
+    return {
+        "key": spec.key,
+        "experiment": experiment,
+        "arm": arm,
+        "task": spec.task,
+        "method": spec.method,
+        "settings": json.dumps(spec.settings | ({"weight_decay": spec.weight_decay} if spec.weight_decay else {})),
+        "budget": adapter_parameters / lora_unit(shapes),
+        "adapter_parameters": adapter_parameters,
+        "head_parameters": sum(p.numel() for p in head),
+        "lr": spec.lr,
+        "head_lr": head_lr if head else "",
+        "seed": spec.seed,
+        "steps": spec.steps,
+        "batch_size": task.batch_size,
+        "dtype": "float32 weights, bfloat16 autocast" if method.full else "bfloat16 base, float32 adapter",
+        "stage": spec.stage,
+        "status": "diverged" if diverged else "ok",
+        "train_loss": sum(last) / len(last) if last else "",
+        "val_loss": val["loss"],
+        "val_accuracy": val["accuracy"],
+        "test_loss": test["loss"],
+        "test_accuracy": test["accuracy"],
+        "entropy_rank": ranks[0],
+        "stable_rank": ranks[1],
+        "rank_trace": json.dumps(trace) if trace else "",
+        "train_seconds": train_seconds,
+        "seconds": time.perf_counter() - started,
+        "versions": versions(),
+    }
+
+
+def schedule(step: int, steps: int) -> float:
+    """Factor on the rate: a linear warm-up, then linear decay to zero."""
+    warmup = max(1, int(WARMUP_SHARE * steps))
+    return (step + 1) / warmup if step < warmup else (steps - step) / max(1, steps - warmup)
+
+
+@functools.cache
+def versions() -> str:
+    """Versions of what the numbers depend on."""
+    packages = ("genlora-lightning", "torch", "transformers", "peft")
+    return " ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])

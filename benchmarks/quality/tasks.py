@@ -1,0 +1,112 @@
+"""Tasks: a frozen model, the batches it sees, and what is measured on sentences it has never seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from . import data, questions
+from .batches import bucketed
+from .language import QuestionTask
+from .vision import FashionTask
+
+_SIZES = {"movies": (2000, 1000), "tweets": (1000, 600)}
+
+
+class Classifier(nn.Module):
+    """An encoder, mean pooling over the tokens, and a linear head."""
+
+    def __init__(self, base: nn.Module, width: int, num_classes: int, seed: int) -> None:
+        super().__init__()
+        self.base = base
+        self.head = nn.Linear(width, num_classes)
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            self.head.weight.normal_(0.0, 0.02, generator=generator)
+            self.head.bias.zero_()
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Logits ``(batch, num_classes)``."""
+        hidden = self.base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
+        mask = attention_mask.unsqueeze(-1).float()
+        return self.head((hidden * mask).sum(1) / mask.sum(1))
+
+
+class SentimentTask:
+    """Fine-grained sentiment with all-MiniLM-L6-v2; the base in bfloat16, adapters and head in float32."""
+
+    batch_size = 16
+    steps = 300
+    num_seeds = 5
+    head_lr = 2e-3
+    lr_factor = 1.0  # on the rates that experiments try
+
+    def __init__(self, domain: str) -> None:
+        self.name = domain
+        self.splits = data.sentiment(domain, _SIZES[domain])
+
+    def build(self, seed: int, *, full: bool = False) -> Classifier:
+        """The model with a frozen bfloat16 base (float32 where all is trained) and a head made from the seed."""
+        from transformers import AutoModel
+
+        base = AutoModel.from_pretrained(data.minilm_folder(), attn_implementation="eager", dtype=torch.float32)
+        base.pooler = None
+        base.eval()  # no dropout: batches and seeds decide everything, for every method alike
+        if not full:
+            base.to(torch.bfloat16).requires_grad_(False)
+        return Classifier(base, base.config.hidden_size, data.NUM_CLASSES, seed)
+
+    def skeleton(self) -> nn.Module:
+        """What the adapters are put on, without values."""
+        from transformers import AutoConfig, AutoModel
+
+        with torch.device("meta"):
+            base = AutoModel.from_config(AutoConfig.from_pretrained(data.minilm_folder()))
+        base.pooler = None
+        return base
+
+    def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of a seed: the same for every method."""
+        train = self.splits["train"]
+        lengths = [len(tokens) for tokens in train.tokens]
+        for chosen in bucketed(lengths, self.batch_size, seed, steps):
+            yield _pad(train, chosen)
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy, the mean over the batch."""
+        return F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Mean cross-entropy and accuracy."""
+        examples = self.splits[split]
+        order = sorted(range(len(examples)), key=lambda index: len(examples.tokens[index]))
+        total, right = 0.0, 0
+        for start in range(0, len(order), 64):
+            batch = _pad(examples, order[start : start + 64])
+            logits = model(batch["input_ids"], batch["attention_mask"])
+            total += F.cross_entropy(logits, batch["labels"], reduction="sum").item()
+            right += int((logits.argmax(1) == batch["labels"]).sum())
+        return {"loss": total / len(order), "accuracy": right / len(order)}
+
+
+def _pad(split: data.Split, chosen: list[int]) -> dict[str, Tensor]:
+    tokens = nn.utils.rnn.pad_sequence([split.tokens[index] for index in chosen], batch_first=True)
+    lengths = torch.tensor([len(split.tokens[index]) for index in chosen])
+    mask = (torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)).long()
+    return {"input_ids": tokens, "attention_mask": mask, "labels": split.labels[chosen]}
+
+
+def make_task(name: str) -> Any:
+    """The task of a name."""
+    if name in _SIZES:
+        return SentimentTask(name)
+    if name in questions.FILES:
+        return QuestionTask(name)
+    if name == FashionTask.name:
+        return FashionTask()
+    raise ValueError(f"Unknown task {name!r}; the tasks are {[*_SIZES, *questions.FILES, FashionTask.name]}.")

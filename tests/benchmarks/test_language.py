@@ -1,0 +1,83 @@
+"""The quality benchmark's questions: no leakage between splits, and a packed evaluation that equals the plain one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from benchmarks.quality.language import LanguageModel, QuestionTask, _all_answers, _arguments, _right_answers
+from benchmarks.quality.questions import Encoded, Question, _choices, _numbers, split
+from tests.models import tiny_llama
+
+QUESTIONS = [
+    Encoded([1, 2, 3, 4], [[5, 6], [7, 8, 9], [10]], 1),
+    Encoded([11, 12], [[13, 14, 15], [16]], 0),
+    Encoded([17, 18, 19, 20, 21, 22], [[23], [24]], 1),
+]
+
+
+@pytest.fixture
+def model():
+    return LanguageModel(tiny_llama().model.eval())
+
+
+@torch.no_grad()
+def test_answers_packed_behind_their_question_score_as_each_on_its_own(model):
+    batch, owners = _all_answers(QUESTIONS, torch.float32)
+    logits = model(batch["input_ids"], batch["places"], **_arguments(batch))
+    packed = F.cross_entropy(logits, batch["targets"], reduction="none")
+    for number, question in enumerate(QUESTIONS):
+        for index, answer in enumerate(question.answers):
+            alone = _right_answers([Encoded(question.prompt, [answer], 0)])
+            plain = model(torch.tensor([question.prompt + answer]), alone["places"])
+            expected = F.cross_entropy(plain, torch.tensor(answer), reduction="none")
+            torch.testing.assert_close(packed[owners == 1000 * number + index], expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_padding_changes_no_loss(model):
+    task = object.__new__(QuestionTask)
+    together = _right_answers(QUESTIONS)
+    sums = [(task.loss(model, b := _right_answers([q])) * len(b["targets"])).item() for q in QUESTIONS]
+    assert task.loss(model, together).item() == pytest.approx(sum(sums) / len(together["targets"]), rel=1e-5)
+
+
+def test_number_is_right_exactly_if_greedy_generation_writes_it(model):
+    task = object.__new__(QuestionTask)
+    prompt = [3, 1, 4]
+    written = []
+    for _ in range(3):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + written]), torch.tensor([len(prompt + written) - 1]))
+        written.append(int(logits.argmax()))
+    wrong = [*written[:2], (written[2] + 1) % 64]
+    task.splits = {"val": [Encoded(prompt, [written], 0), Encoded(prompt, [wrong], 0)]}
+    assert task.evaluate(model, "val")["accuracy"] == 0.5
+
+
+def test_likeliest_answer_counts_as_given(model):
+    task = object.__new__(QuestionTask)
+    task.splits = {"val": QUESTIONS}
+    found = task.evaluate(model, "val")
+    best = []
+    for question in QUESTIONS:
+        losses = [task.loss(model, _right_answers([Encoded(question.prompt, [a], 0)])) for a in question.answers]
+        best.append(int(torch.stack(losses).argmin()) == question.right)
+    assert found["accuracy"] == pytest.approx(sum(best) / 3)
+
+
+def test_no_context_stands_in_two_splits_and_the_order_depends_on_the_text_alone():
+    questions = [Question(f"Context {i // 3}", f"Question {i}?", ("a", "b"), 0) for i in range(60)]
+    parts = split([*questions, questions[0]], (10, 8))
+    contexts = [{question.context for question in part} for part in parts.values()]
+    assert len(set.union(*contexts)) == sum(map(len, contexts))
+    assert split(questions[::-1], (10, 8)) == parts
+    assert sum(map(len, parts.values())) > 50
+
+
+def test_labels_are_read_from_the_rows():
+    row = {"passage": "P.", "question": "Why?", "options": "A. x\nB. y z\nC. w", "answer": "B. y z"}
+    assert list(_choices([row])) == [Question("P.", "P. Why?\nAnswer:", (" x\n", " y z\n", " w\n"), 1)]
+    rows = [{"passage": "P", "question": "How many?", "answer": a} for a in ("1,200 apples", "Yes", "3:30", "0.5")]
+    assert [question.answers for question in _numbers(rows)] == [(" 1200\n",), (" 0.5\n",)]

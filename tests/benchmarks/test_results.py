@@ -1,0 +1,147 @@
+"""The quality benchmark's bookkeeping: fair trials, resumable runs, intervals, and the report out of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import math
+
+import pytest
+
+from benchmarks.quality import experiments
+from benchmarks.quality.experiments import EXPERIMENTS, Experiment, pending
+from benchmarks.quality.report import difference, reference, write_report
+from benchmarks.quality.results import AVERAGE, Cell, load
+from benchmarks.quality.rows import FIELDS, append_row, read_rows
+from benchmarks.quality.runs import Spec
+from benchmarks.quality.stats import estimate, mean_over_tasks, paired
+
+SHAPES = {"a.0.x": (384, 384), "a.0.y": (384, 1536)}
+
+
+class FakeTask:
+    steps, num_seeds, lr_factor = 10, 3, 1.0
+
+
+@pytest.fixture(autouse=True)
+def without_data(monkeypatch):
+    monkeypatch.setattr(experiments, "get_task", lambda name: FakeTask)
+    monkeypatch.setattr(experiments, "_shapes", lambda task: SHAPES)
+
+
+def row_of(arm: str, spec: Spec, loss: float, experiment: str = "main") -> dict[str, object]:
+    is_final = spec.stage == "final"
+    return {
+        **dict.fromkeys(FIELDS, ""),
+        "key": spec.key,
+        "experiment": experiment,
+        "arm": arm,
+        "task": spec.task,
+        "method": spec.method,
+        "settings": json.dumps(spec.settings),
+        "budget": float(arm.rpartition("r")[2]),
+        "adapter_parameters": 1000,
+        "lr": spec.lr,
+        "seed": spec.seed,
+        "stage": spec.stage,
+        "status": "ok" if math.isfinite(loss) else "diverged",
+        "val_loss": loss,
+        "test_loss": loss if is_final else "",
+        "test_accuracy": 0.5 if is_final else "",
+        "entropy_rank": 1.0,
+        "stable_rank": 1.0,
+        "seconds": 1.0,
+    }
+
+
+def small() -> Experiment:
+    return dataclasses.replace(EXPERIMENTS["main"], arms=experiments.LORAS[:2], tasks=("movies", "tweets"))
+
+
+def test_every_arm_has_the_same_number_of_trials_a_factor_of_two_apart():
+    for experiment in EXPERIMENTS.values():
+        for arm in experiment.arms:
+            for task in experiment.tasks:
+                tried = sorted({spec.lr for spec in experiments.tuning_specs(experiment, arm, task)})
+                assert len(tried) == experiment.trials
+                assert all(b / a == pytest.approx(2, rel=1e-3) for a, b in itertools.pairwise(tried))
+
+
+def test_final_runs_follow_at_the_best_rate_and_finished_runs_are_not_made_again(tmp_path):
+    experiment = small()
+    first = pending(experiment, {})
+    assert [p.spec.stage for p in first] == ["tuning"] * 16
+    for index, planned in enumerate(first):
+        loss = math.inf if index % 4 == 3 else 1.0 - 0.1 * (index % 4)  # the third of four rates is the best
+        append_row("main", row_of(planned.arm, planned.spec, loss), tmp_path)
+    second = pending(experiment, read_rows(tmp_path))
+    assert len(second) == 2 * 2 * 3
+    assert all(p.spec.stage == "final" and p.spec.lr == pytest.approx(4e-3) for p in second)
+    append_row("main", row_of(second[0].arm, second[0].spec, 0.9), tmp_path)
+    assert pending(experiment, read_rows(tmp_path)) == second[1:]
+
+
+def test_key_depends_on_everything_that_decides_the_numbers():
+    spec = Spec(task="movies", method="lora", settings={"r": 1}, lr=1e-3, seed=0, steps=5, stage="final")
+    others = [
+        dataclasses.replace(spec, **change)
+        for change in ({"settings": {"r": 2}}, {"lr": 2e-3}, {"seed": 1}, {"steps": 6}, {"stage": "tuning"})
+    ]
+    assert len({spec.key, *(other.key for other in others)}) == 6
+
+
+def test_row_with_another_set_of_fields_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="fields differ"):
+        append_row("main", {"key": "x"}, tmp_path)
+
+
+def test_intervals_are_students():
+    found = estimate([1.0, 2.0, 3.0])
+    assert found.mean == 2.0
+    assert found.half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
+    assert estimate([1.0]).half == math.inf
+    assert paired({0: 1.0, 1: 2.0}, {1: 1.5, 2: 0.0}) == (0.5, math.inf)
+    assert paired({0: math.nan}, {0: 1.0}) is None
+    assert mean_over_tasks([{0: 1.0, 1: 3.0}, {0: 2.0}]) == {0: 1.5}
+
+
+def test_width_of_the_range_is_interpolated_and_says_where_it_is_open():
+    cell = Cell(trials={1.0: {0: 1.02}, 2.0: {0: 1.0}, 4.0: {0: 1.005}, 8.0: {0: math.inf}})
+    width, is_open = cell.range_width(0.01)
+    assert width == pytest.approx(1.5)
+    assert not is_open
+    assert cell.best_rate == 2.0
+    assert cell.is_at_edge == ""
+    assert Cell(trials={1.0: {0: 1.0}, 2.0: {0: 1.1}, 4.0: {0: 1.2}}).is_at_edge == "lowest"
+
+
+def test_report_compares_with_lora_of_the_same_size_and_bears_gaps(tmp_path):
+    for arm, offset in (("LoRA r1", 0.0), ("GenLoRA r1", -0.1), ("GenLoRA r2", -0.2)):
+        for task in ("movies", "tweets"):
+            if arm == "GenLoRA r2" and task == "tweets":
+                continue  # not run yet
+            for seed in range(3):
+                spec = Spec(
+                    task=task,
+                    method=arm.split()[0].lower(),
+                    settings={"name": arm},
+                    lr=1e-3,
+                    seed=seed,
+                    steps=5,
+                    stage="final",
+                )
+                append_row("main", row_of(arm, spec, 1.0 + 0.01 * seed + offset), tmp_path)
+    results = load(tmp_path, ("main",))
+    assert reference(results, "GenLoRA r1") == "LoRA r1"
+    assert reference(results, "GenLoRA r2") is None
+    found = difference(results, "GenLoRA r1", "LoRA r1", AVERAGE)
+    assert found.mean == pytest.approx(-0.1)
+    assert found.half == pytest.approx(0, abs=1e-9)  # paired: what seeds have in common drops out
+    assert results.scores("GenLoRA r2", AVERAGE, "test_loss") == {}
+    pytest.importorskip("matplotlib")
+    write_report(tmp_path, tmp_path / "REPORT.md", tmp_path / "images")
+    text = (tmp_path / "REPORT.md").read_text()
+    assert "| 1. GenLoRA r1 better than LoRA r1 on average, worse on no task | yes |" in text
+    assert "left out below: LoRA r2" in text
+    assert (tmp_path / "images" / "quality-pareto.png").stat().st_size > 5000
