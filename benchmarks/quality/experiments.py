@@ -83,17 +83,18 @@ def _lora(rank: int, lr: float) -> Arm:
     return Arm(name=f"LoRA r{rank}", method="lora", budget=rank, lr=lr)
 
 
-def _genlora(budget: float, rank: int, lr: float = 1e-3, name: str | None = None) -> Arm:
-    return Arm(name=name or f"GenLoRA b{budget:g}", method="genlora", budget=budget, fixed={"rank": rank}, lr=lr)
+def _genlora(name: str, budget: float, rank: int = 16, latents: tuple[int, int] = (1, 1)) -> Arm:
+    fixed = {"rank": rank, "num_latents_a": latents[0], "num_latents_b": latents[1]}
+    return Arm(name=name, method="genlora", budget=budget, fixed=fixed, lr=1e-3)
 
 
 LORAS = (_lora(1, 1e-3), _lora(2, 1e-3), _lora(4, 5e-4), _lora(8, 5e-4), _lora(16, 2.5e-4))
 # Names say the budget: b2 has as many parameters as LoRA of rank 2.
 GENLORAS = (
-    _genlora(1.05, 4, name="GenLoRA b1"),  # the latents alone are as many as LoRA's parameters of rank 1
-    _genlora(1.28, 16),
-    _genlora(2.0, 64),
-    _genlora(4.0, 64),
+    _genlora("GenLoRA b1", 1.05, rank=4),  # one latent for each factor is as much as LoRA of rank 1 already
+    _genlora("GenLoRA b1.28", 1.28),
+    _genlora("GenLoRA b2", 2.0, latents=(1, 2)),
+    _genlora("GenLoRA b4", 4.0, latents=(2, 4)),
 )
 # Rates: LoRA's are where it is known to live. The others' were placed so that ΔW after seven steps at the middle of the
 # range is about as long as that of LoRA r2 at the middle of its own.
@@ -127,7 +128,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     ),
     # The paper's picture: R grows at a nearly fixed budget, so groups fall.
     "rank-scaling": Experiment(
-        arms=tuple(_genlora(4.0, rank, name=f"GenLoRA R{rank}") for rank in (16, 64, 256)), tasks=("movies",)
+        arms=tuple(_genlora(f"GenLoRA R{rank}", 4.0, rank) for rank in (16, 64, 256)), tasks=("movies",)
     ),
     # How wide the range of good rates is.
     "rates": Experiment(

@@ -14,7 +14,7 @@ come nearest to the budget:
 | FourierFT | number of frequencies, the same for every linear | n |
 | VB-LoRA | number h of vectors; their length v divides all sizes | 4 · h · (in + out) / v, and h · v for all |
 | LoKr | Kronecker factor and rank | a · b + r · (in / b + out / a), or the second factor in full |
-| GenLoRA | groups, at a given rank | in + out + 2 · R · K · (G + 2) |
+| GenLoRA | groups, at given rank and numbers of latents | Q_A · in + Q_B · out + (Q_A + Q_B) · R · K · (G + 2) |
 
 VeRA is not matched: with LoRA rank 2's parameters its frozen matrices would have rank 1,728 on MiniLM, and a step would
 take several times as long. VB-LoRA's logits are counted in full, as trained, although two of each h are kept.
@@ -222,8 +222,9 @@ def _genlora(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
 def _genlora_size(shapes: Shapes, budget: float, **fixed: Any) -> Settings:
     """As many groups as the budget allows at the given rank; at least one."""
     config = GenLoRAConfig(**{key: value for key, value in fixed.items() if not key.endswith("_lr_factor")})
-    per_function = 2 * config.rank * config.num_centers * len(shapes)
-    spare = (budget - 1) * lora_unit(shapes) / per_function - config.learn_centers - config.learn_widths
+    latents = sum(config.num_latents_a * n_in + config.num_latents_b * n_out for n_in, n_out in shapes.values())
+    per_group = (config.num_latents_a + config.num_latents_b) * config.rank * config.num_centers * len(shapes)
+    spare = (budget * lora_unit(shapes) - latents) / per_group - config.learn_centers - config.learn_widths
     groups = min(max(1, round(spare)), min(min(shape) for shape in shapes.values()))
     # All fields that decide the numbers are written down: defaults may change.
     plain = {key: value for key, value in config.to_dict().items() if "modules" not in key}

@@ -106,12 +106,34 @@ class VariantLinear(nn.Module):
         self.B = factor(base.out_features, "b")
         R = spec["R"]
         self.s = spec["alpha"] / (math.sqrt(R) if spec["scaling"] == "sqrt" else R)
+        self.core = None
+        start = spec.get("start")
+        if start:
+            W = base.weight.detach().float()
+            if start == "gradient":
+                W = base.gradient
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            with torch.no_grad():
+                if isinstance(self.A, Dense):
+                    self.A.matrix.copy_(Vh[:R] * spec["a_scale"] / math.sqrt(3))
+                else:
+                    for g in range(self.A.G):
+                        mask = self.A.group == g
+                        v = torch.linalg.svd(W[:, mask], full_matrices=False)[2][0]
+                        self.A.latent[0, mask] = v * spec["a_scale"] * math.sqrt(int(mask.sum()) / W.shape[1] / 3)
+                if spec.get("core"):
+                    self.B.matrix.copy_(U[:, :R].T)
+        if spec.get("core"):
+            self.core = nn.Parameter(torch.zeros(R, R))
+
+    def left(self) -> Tensor:
+        return self.B() if self.core is None else self.core @ self.B()
 
     def delta(self) -> Tensor:
-        return self.s * self.B().T @ self.A()
+        return self.s * self.left().T @ self.A()
 
     def forward(self, x: Tensor) -> Tensor:
-        A, B = self.A().to(x.dtype), (self.s * self.B()).to(x.dtype)
+        A, B = self.A().to(x.dtype), (self.s * self.left()).to(x.dtype)
         return self.base_layer(x) + F.linear(F.linear(x, A), B.T)
 
 
@@ -123,6 +145,16 @@ def inject_variant(base: nn.Module, spec: dict, seed: int) -> list[dict]:
         if type(module) is nn.Linear:
             parent = base.get_submodule(name.rpartition(".")[0])
             setattr(parent, name.rpartition(".")[2], VariantLinear(module, spec, gen))
+    readers = ("query", "key", "value", "intermediate.dense")
+    for side, chosen in (("A", lambda n: n.endswith(readers)), ("B", lambda n: not n.endswith(readers))):
+        if full.get(f"share_{side.lower()}"):
+            first = None
+            for name, module in base.named_modules():
+                if isinstance(module, VariantLinear) and chosen(name):
+                    factor = getattr(module, side)
+                    if first is None:
+                        first = factor.latent
+                    factor.latent = first
     groups: dict[float, list] = {}
     for name, p in base.named_parameters():
         if p.requires_grad:
