@@ -19,7 +19,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 from .experiments import EXPERIMENTS, Experiment, Planned, narrowed, pending, total_runs
 from .rows import RESULTS, append_row, read_rows
-from .runs import execute
+from .runs import execute, start_worker
 
 
 def run_all(name: str, experiment: Experiment, folder: Path, workers: int, most: int | None = None) -> int:
@@ -31,7 +31,7 @@ def run_all(name: str, experiment: Experiment, folder: Path, workers: int, most:
     running: dict[Future[dict[str, object]], Planned] = {}
     started = 0
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker) as pool:
         while True:
             done = read_rows(folder)
             under_way = {planned.spec.key for planned in running.values()}
@@ -72,12 +72,6 @@ def describe(row: dict[str, object]) -> str:
 def say(text: str) -> None:
     """Print with the time, at once."""
     print(time.strftime("%H:%M:%S"), text, flush=True)
-
-
-def _start_worker() -> None:
-    import torch
-
-    torch.set_num_threads(1)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -144,6 +144,12 @@ def execute(spec: Spec, experiment: str, arm: str) -> dict[str, object]:
     }
 
 
+def start_worker() -> None:
+    """Keep a worker process to one thread."""
+    # Here and not in the command's module: a spawned process does not import a package's `__main__`.
+    torch.set_num_threads(1)
+
+
 def schedule(step: int, steps: int) -> float:
     """Factor on the rate: a linear warm-up, then linear decay to zero."""
     warmup = max(1, int(WARMUP_SHARE * steps))
