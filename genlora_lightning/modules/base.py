@@ -11,10 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from genlora_lightning.architectures import enable_gradient_checkpointing
 from genlora_lightning.callback import GenLoRAFinetuning
 from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.loading import load_module
-from genlora_lightning.modules.pretrained import enable_gradient_checkpointing, load_pretrained, load_tokenizer
+from genlora_lightning.modules.pretrained import load_pretrained, load_tokenizer
 from genlora_lightning.optim import OptimizerConfig, build_optimizer, build_scheduler
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -48,20 +48,6 @@ def load_pretrained(auto_class: str, source: str, **options: Any) -> tuple[Any, 
     return model, [name for name, _ in model.named_parameters() if name in absent]
 
 
-def enable_gradient_checkpointing(model: Any) -> None:
-    """Let a model compute its activations again in the backward pass.
-
-    Raises:
-        ValueError: The model does not support it.
-    """
-    # Not the reentrant kind: behind an input that needs no gradient, which a frozen embedding is, it gives none.
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the newer name; the older one warns
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
 def load_tokenizer(source: str, **options: Any) -> Any:
     """Load the tokenizer of a model.
 
