@@ -50,6 +50,9 @@ class GenLoRAModule(LightningModule):
         attn_implementation: transformers' attention, such as ``"sdpa"`` or ``"eager"``; its choice if ``None``.
         trust_remote_code: Run the Python code that comes with the model.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        low_memory: Build the model without weights; each process reads from the safetensors files what it keeps once
+            the strategy has sharded the model, so that no process ever holds all of it. For FSDP; with other
+            strategies each process reads all, once. Without a trainer the model is loaded as always.
         model_kwargs: More arguments for ``from_pretrained``; plain values, because checkpoints hold them.
 
     Raises:
@@ -72,6 +75,7 @@ class GenLoRAModule(LightningModule):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
+        low_memory: bool = False,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -86,6 +90,7 @@ class GenLoRAModule(LightningModule):
             optimizer = OptimizerConfig.from_dict(optimizer)
         self.optimizer_config = optimizer if optimizer is not None else OptimizerConfig()
         self.gradient_checkpointing = gradient_checkpointing
+        self.low_memory = low_memory
         self.tokenizer_options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.loading_options: dict[str, Any] = {
             **self.tokenizer_options,
@@ -122,7 +127,9 @@ class GenLoRAModule(LightningModule):
         Returns:
             The model, and the names of parameters that its checkpoint lacks.
         """
-        return load_pretrained(auto_class, self.source, **{**self.loading_options, **options})
+        # Without a trainer there is no callback either, which has the weights read.
+        low_memory = self.low_memory and self._trainer_or_none() is not None
+        return load_pretrained(auto_class, self.source, low_memory=low_memory, **{**self.loading_options, **options})
 
     @override
     def configure_model(self) -> None:

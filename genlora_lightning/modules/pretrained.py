@@ -11,19 +11,22 @@ from typing import Any
 
 import torch
 
+from genlora_lightning.sharded_loading import build_without_weights, weight_source
+
 _PROBE_SECONDS = 10
 
 
-def load_pretrained(auto_class: str, source: str, **options: Any) -> tuple[Any, list[str]]:
+def load_pretrained(auto_class: str, source: str, *, low_memory: bool = False, **options: Any) -> tuple[Any, list[str]]:
     """Load a transformers model onto the CPU.
 
     Args:
         auto_class: Name of transformers' class to load with, such as ``"AutoModelForCausalLM"``.
         source: Local folder or name on the Hugging Face Hub.
+        low_memory: Leave the weights in their files; :mod:`genlora_lightning.sharded_loading` reads them later.
         options: Passed on to ``from_pretrained``.
 
     Returns:
-        The model, and the names of the parameters that the checkpoint lacks (or has in another shape), which were
+        The model, and the names of the parameters that the checkpoint lacks (or has in another shape), which are
         initialised at random.
 
     Raises:
@@ -39,6 +42,11 @@ def load_pretrained(auto_class: str, source: str, **options: Any) -> tuple[Any, 
     # transformers wants `accelerate`; Lightning moves the model afterwards.
     with _quiet_transformers(), torch.device("cpu"):
         try:
+            if low_memory:
+                model = build_without_weights(auto_class, source, **options)
+                waiting = weight_source(model)
+                assert waiting is not None
+                return model, waiting.absent
             model, info = getattr(transformers, auto_class).from_pretrained(source, output_loading_info=True, **options)
         except Exception as error:
             raise _explained(error, source, f"with transformers' {auto_class}") from error

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from genlora_lightning.injection import adapter_layers, inject_adapters
 from genlora_lightning.planning import Setup, model_sizes, plan_traffic
 from tests.conftest import small_config
+from tests.distributed.ranks import on_two_ranks
 from tests.models import tiny_llama
 
 pytestmark = [
@@ -35,24 +31,6 @@ def model() -> nn.Module:
     made = tiny_llama(num_hidden_layers=3, intermediate_size=27, vocab_size=63)
     inject_adapters(made, small_config(rank=5, num_groups=3))
     return made
-
-
-def on_two_ranks(work: Any, folder: Path) -> list[dict[str, int]]:
-    context = mp.start_processes(_rank, (work, str(folder)), nprocs=2, join=False, start_method="fork")
-    end = time.monotonic() + 90
-    while not context.join(timeout=5, grace_period=5):  # it returns when the first one ends
-        assert time.monotonic() < end, "the ranks hang"
-    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
-
-
-def _rank(rank: int, work: Any, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    try:
-        torch.save(dict(work(rank)), os.path.join(folder, f"rank{rank}.pt"))
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def steps(module: nn.Module, set_sync: Any) -> None:
@@ -84,15 +62,15 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def ddp(rank: int) -> Counter[str]:
+def ddp(rank: int) -> dict[str, int]:
     wrapped = nn.parallel.DistributedDataParallel(model())
     with Collectives() as collectives:
         steps(wrapped, lambda last: setattr(wrapped, "require_backward_grad_sync", last))
-    return collectives.counted
+    return dict(collectives.counted)
 
 
-def fsdp2(sharding: str) -> Callable[[int], Counter[str]]:
-    def work(rank: int) -> Counter[str]:
+def fsdp2(sharding: str) -> Callable[[int], dict[str, int]]:
+    def work(rank: int) -> dict[str, int]:
         sharded = model()
         ours = {p for layer in adapter_layers(sharded).values() for p in layer.adapter_parameters().values()}
         ignored = ours if sharding == "replicate" else set()
@@ -101,7 +79,7 @@ def fsdp2(sharding: str) -> Callable[[int], Counter[str]]:
         fully_shard(sharded, ignored_params=ignored)
         with Collectives() as collectives:
             steps(sharded, lambda last: None)
-        return collectives.counted
+        return dict(collectives.counted)
 
     return work
 
