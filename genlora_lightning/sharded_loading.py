@@ -30,6 +30,7 @@ from typing_extensions import override
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.generator import RBFGenerator
 
+_MAPPED_BYTES = 32 * 2**20
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # On a model whose weights are still in files.
 _SOURCE_MARK = "_genlora_weight_source"
@@ -163,21 +164,29 @@ class WeightSource:
                     path = self.files.files[self._keys[id(module), name]]
                     # Tied weights stay tied: one parameter in several places.
                     by_file.setdefault(path, {}).setdefault(id(parameter), []).append((module, name))
-        # One file at a time is mapped, so that its pages do not stay.
         for path, places in by_file.items():
-            with self.files.open(path) as file:
-                for users in places.values():
-                    module, name = users[0]
-                    key = self._keys[id(module), name]
-                    parameter = module._parameters[name]
-                    assert parameter is not None
-                    loaded = nn.Parameter(_read(file.get_slice(key), parameter, device), requires_grad=False)
-                    loaded.requires_grad_(parameter.requires_grad)
-                    for module, name in users:
-                        module._parameters[name] = loaded
+            waiting = list(places.values())
+            while waiting:
+                # Pages of a mapped file stay as long as it is mapped: it is opened again now and then.
+                with self.files.open(path) as file:
+                    size = 0
+                    while waiting and size < _MAPPED_BYTES:
+                        size += self._load_one(file, waiting.pop(), device)
         self._load_buffers()
         delattr(self.model, _SOURCE_MARK)
         check_none_on_meta(self.model)
+
+    def _load_one(self, file: Any, users: list[tuple[nn.Module, str]], device: torch.device | str) -> int:
+        """Read one parameter and put it in all its places; returns the bytes of this rank's part."""
+        module, name = users[0]
+        parameter = module._parameters[name]
+        assert parameter is not None
+        values = _read(file.get_slice(self._keys[id(module), name]), parameter, device)
+        loaded = nn.Parameter(values, requires_grad=parameter.requires_grad)
+        for module, name in users:
+            module._parameters[name] = loaded
+        local: Tensor = cast("Any", values).to_local() if hasattr(values, "to_local") else values
+        return local.numel() * local.element_size()
 
     def for_fsdp1(self, device: torch.device | str) -> Callable[[nn.Module], None]:
         """A function that makes a module's own parameters real, whole, on a device: FSDP1's ``param_init_fn``."""
