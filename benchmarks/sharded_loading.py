@@ -1,7 +1,7 @@
 """Peak resident memory of each of two processes that start a sharded model: read whole first, or each its part.
 
-The quickstart's model in float32, two CPU processes, ``fully_shard`` on each layer and the root. "whole" loads the model
-with ``from_pretrained`` in each process and shards it; "pieces" builds it without weights and reads what is kept. What
+The quickstart's model in float32, two CPU processes, ``fully_shard`` on each layer and the root. "whole" loads it
+with ``from_pretrained`` in each process and shards it; "pieces" builds it without weights, and reads what is kept. What
 the interpreter and the libraries take is subtracted. Linux only.
 """
 

@@ -36,7 +36,7 @@ ROWS = [
     ["checkpoint", "merging", "lora_export", "lora_files", "lora_fit", "lora_import"],
     ["loading"],
     ["activations", "planning"],
-    ["inspection", "tool", "tool_plan", "__main__"],
+    ["inspection", "last_checkpoint", "tool", "tool_plan", "__main__"],
     ["resume", "checkpoint_io"],
     ["callback", "data", "throughput"],
     ["modules", "progress", "predictions", "cli_errors"],

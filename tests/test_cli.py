@@ -436,3 +436,35 @@ def test_exit_code_of_two_processes(config: Path, tmp_path: Path, flags: list[st
     assert done.returncode == code, done.stderr
     assert ("error: train_file: there is no file 'nowhere.jsonl'" in done.stderr) == (code == 1)
     assert (tmp_path / "out" / "logs" / "version_0" / "adapter").is_dir() == (code == 0)
+
+
+def test_auto_starts_a_new_run_and_then_goes_on_from_the_last_good_checkpoint(config, capsys, caplog):
+    options = ["--ckpt_path", "auto", "--trainer.max_epochs", "3"]
+    first = main(["fit", "--config", str(config), *options, "--trainer.max_steps", "1"])
+    assert first.trainer.global_step == 1
+    good = Path(checkpoint_of(first))
+    damaged = good.with_name("newer.ckpt")
+    damaged.write_bytes(good.read_bytes()[:-300])
+    with pytest.warns(UserWarning, match=r"Skipped the checkpoint .*newer\.ckpt: .*truncated"):
+        second = main(["fit", "--config", str(config), *options, "--trainer.max_steps", "3"])
+    assert second.trainer.global_step == 3
+    assert second.trainer.ckpt_path == good.resolve()
+    saved = Path(second.trainer.log_dir) / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["ckpt_path"] == "auto"  # so that a run from it goes on, too
+
+
+def test_auto_finds_checkpoints_where_the_callback_puts_them(config, tmp_path):
+    saver = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "kept"), "save_last": True}}
+    content = yaml.safe_load(config.read_text())
+    content["trainer"] |= {"callbacks": [saver], "logger": False}
+    config.write_text(yaml.safe_dump(content))
+    for steps in (1, 2):
+        run = main(["fit", "--config", str(config), "--ckpt_path", "auto", "--trainer.max_steps", str(steps)])
+    assert Path(run.trainer.ckpt_path).parent == tmp_path / "kept"
+    assert run.trainer.global_step == 2
+
+
+def test_auto_is_for_fit_only(config, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["test", "--config", str(config), "--ckpt_path", "auto"])
+    assert "`--ckpt_path auto` is for `fit`; for `test` give a checkpoint" in capsys.readouterr().err
