@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The adapters of this .* are new 
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = [*sorted((ROOT / "configs" / "strategy").glob("*.yaml")), ROOT / "examples/multi_node/two_nodes.yaml"]
 WORDS = ["red", "green", "blue", "sky", "grass", "rose", "what", "colour", "is", "the", "?"]
 PAIRS = [("what colour is the sky ?", "blue"), ("what colour is the grass ?", "green"), ("the rose ?", "red")]
 TEMPLATE = (
@@ -147,6 +148,30 @@ def test_each_shipped_config_is_valid_for_each_subcommand(
     assert printed["model"]["init_args"]["model"] == given["model"]["init_args"]["model"]
     assert printed["data"]["init_args"].items() >= given["data"]["init_args"].items()
     assert printed["trainer"]["max_epochs"] == given["trainer"]["max_epochs"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_strategy_can_be_laid_over_each_shipped_config(
+    path: Path, overlay: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["fit", "--config", str(path), "--config", str(overlay), "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    base, laid = yaml.safe_load(path.read_text()), yaml.safe_load(overlay.read_text())
+    trainer = printed["trainer"]
+    assert (trainer["devices"], trainer["num_nodes"]) == (laid["trainer"]["devices"], laid["trainer"]["num_nodes"])
+    assert printed["model"]["init_args"]["model"] == base["model"]["init_args"]["model"]
+    strategy = laid["trainer"]["strategy"]
+    if isinstance(strategy, str):
+        assert trainer["strategy"] == strategy
+    else:
+        sizes = strategy["init_args"]
+        assert trainer["strategy"]["init_args"].items() >= sizes.items()
+        assert sizes["data_parallel_size"] == trainer["devices"] * trainer["num_nodes"]
+        assert sizes["tensor_parallel_size"] == 1
+    low_memory = {**base["model"]["init_args"], **laid.get("model", {}).get("init_args", {})}.get("low_memory", False)
+    assert printed["model"]["init_args"]["low_memory"] is low_memory
 
 
 def test_a_printed_config_can_be_run_from(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
