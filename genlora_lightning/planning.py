@@ -419,6 +419,8 @@ def _text(plan: Plan) -> str:
                 ("each GPU sends per optimizer step (MB, ring)", "adapters", "frozen base"),
                 [(label, f"{t.sent / 1e6:,.3f}", f"{t.base_sent / 1e6:,.1f}") for label, t in plan.traffic.items()],
             ),
+            "adapters: replicate, one all-reduce of the gradients; shard, gathered and reduce-scattered per micro-batch.",
+            "frozen base: gathered in forward and backward of each micro-batch; the same for LoRA.",
             "",
         ]
     limit = USABLE * setup.gpu_memory
@@ -428,5 +430,6 @@ def _text(plan: Plan) -> str:
         "is not counted)."
     )
     if plan.overlay:
-        lines.append(f"Configuration: add --config {plan.overlay}, and set its number of devices and nodes.")
+        sizes = "devices * num_nodes" + (" = data_parallel_size" if setup.strategy == "fsdp2" else "")
+        lines.append(f"Configuration: add --config {plan.overlay}, with {sizes} = {setup.gpus}.")
     return "\n".join(lines)

@@ -60,7 +60,7 @@ def test_ranks_that_read_their_parts_end_where_one_process_does(tmp_path, strate
     from safetensors.torch import load_file
 
     model = saved(tiny_llama(intermediate_size=27), tmp_path / "model")
-    single, all_values = fit(model, tmp_path / "single", low_memory=False)
+    _, all_values = fit(model, tmp_path / "single", low_memory=False)
 
     def work(rank):
         settings = {"strategy": STRATEGIES[strategy](), "devices": 2, "use_distributed_sampler": False}
