@@ -75,7 +75,8 @@ def planned(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
 
     from genlora_lightning import GenLoRAConfig
     from genlora_lightning.architectures import read_config
-    from genlora_lightning.planning import Setup, make_plan
+    from genlora_lightning.planning import make_plan
+    from genlora_lightning.traffic import Setup
 
     setup = Setup(batch=BATCH, tokens=TOKENS, autocast=case["autocast"], gradient_checkpointing=case["checkpointing"])
     dtype = getattr(torch, case["dtype"])

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from genlora_lightning import GenLoRAConfig
 from genlora_lightning.architectures import read_config
-from genlora_lightning.planning import GIB, Plan, Setup, make_plan
+from genlora_lightning.planning import GIB, Plan, make_plan
 from genlora_lightning.shapes import SHAPES
+from genlora_lightning.traffic import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "runs/benchmarks/plan_table.json"

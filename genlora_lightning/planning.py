@@ -41,93 +41,20 @@ keeps in reserve. A tenth of the GPU's memory is left for them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
-from math import prod
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
 
 from genlora_lightning.activations import count_step
-from genlora_lightning.architectures import build_on_meta, enable_gradient_checkpointing, repeated_blocks
+from genlora_lightning.architectures import build_on_meta, enable_gradient_checkpointing
 from genlora_lightning.config import GenLoRAConfig
-from genlora_lightning.full_training import trained_modules
-from genlora_lightning.injection import adapter_layers, inject_adapters
-from genlora_lightning.layers import GenLoRALinear
+from genlora_lightning.injection import inject_adapters
 from genlora_lightning.tables import text_table
+from genlora_lightning.traffic import FLOAT32, Setup, Sharding, Sizes, Traffic, count_values, model_sizes, plan_traffic
 
-Strategy = Literal["single", "ddp", "fsdp1", "fsdp2"]
-Sharding = Literal["replicate", "shard"]
-Shape = tuple[int, ...]
-FLOAT32 = 4
 USABLE = 0.9  # of a GPU's memory; the rest is for what is not counted
 GIB = 2**30
-
-
-@dataclass(frozen=True, kw_only=True)
-class Setup:
-    """How a run is spread over GPUs, and what a step of it holds.
-
-    Args:
-        strategy: ``"single"``, ``"ddp"``, ``"fsdp1"`` or ``"fsdp2"``.
-        adapter_sharding: With FSDP: whether the adapters are replicated or sharded.
-        gpus: Number of GPUs.
-        gpu_memory: Memory of each, GiB.
-        batch: Sequences in a micro-batch of one GPU.
-        tokens: Length of a sequence.
-        accumulate: Micro-batches of an optimizer step.
-        autocast: Matrix products in bfloat16 (``precision: bf16-mixed``).
-        gradient_checkpointing: Whether activations are computed again in the backward pass.
-
-    Raises:
-        ValueError: A value is out of its range, or does not fit the strategy.
-    """
-
-    strategy: Strategy = "single"
-    adapter_sharding: Sharding = "replicate"
-    gpus: int = 1
-    gpu_memory: float = 80.0
-    batch: int = 1
-    tokens: int = 2048
-    accumulate: int = 1
-    autocast: bool = True
-    gradient_checkpointing: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("gpus", "gpu_memory", "batch", "tokens", "accumulate"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
-        if self.strategy == "single" and self.gpus > 1:
-            raise ValueError(f"The strategy 'single' is for one GPU, got {self.gpus}. Choose ddp, fsdp1 or fsdp2.")
-        if self.adapter_sharding == "shard" and not self.is_sharded:
-            raise ValueError(f"Adapters are sharded by fsdp1 and fsdp2, not by {self.strategy!r}. Choose replicate.")
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether the base is sharded."""
-        return self.strategy in ("fsdp1", "fsdp2")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """Collectives of one optimizer step: values in them, and the bytes that each GPU sends.
-
-    Args:
-        all_reduced: Values in all-reduces.
-        reduce_scattered: Values that reduce-scatters start from, padding included.
-        gathered: Adapter values that all-gathers result in, padding included.
-        base_gathered: The same of the frozen base.
-        sent: Bytes that each GPU sends for the adapters, with ring algorithms.
-        base_sent: The same for the frozen base.
-    """
-
-    all_reduced: int = 0
-    reduce_scattered: int = 0
-    gathered: int = 0
-    base_gathered: int = 0
-    sent: int = 0
-    base_sent: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,32 +76,6 @@ class Memory:
         """The sum."""
         parts = (self.base, self.base_gathered, self.adapters, self.gradients, self.optimizer, self.buckets)
         return sum(parts) + self.activations
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """The parameter shapes of a model with adapters, by FSDP unit: one list per layer, the root's first."""
-
-    base: list[list[Shape]]
-    adapters: list[list[Shape]]
-    trainable: list[list[Shape]]
-    lora: list[list[Shape]]
-    base_itemsize: int
-
-    @property
-    def num_base(self) -> int:
-        """P."""
-        return _values(self.base)
-
-    @property
-    def num_trainable(self) -> int:
-        """T."""
-        return _values(self.trainable)
-
-    @property
-    def num_lora(self) -> int:
-        """What LoRA of the same rank would train, with the modules trained in full."""
-        return _values(self.lora)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,77 +127,6 @@ class Plan:
 
     def __str__(self) -> str:
         return _text(self)
-
-
-def model_sizes(model: nn.Module) -> Sizes:
-    """Collect a model's parameter shapes by FSDP unit."""
-    blocks = list(repeated_blocks(model) or [])
-    unit_of = {id(m): index for index, block in enumerate(blocks, 1) for m in block.modules()}
-    layers = list(adapter_layers(model).values())
-    full = {id(p): p for module in trained_modules(model).values() for p in module.parameters()}
-    own = {id(p) for layer in layers for p in layer.adapter_parameters().values()} | set(full)
-    count = len(blocks) + 1
-    base: list[list[Shape]] = [[] for _ in range(count)]
-    adapters: list[list[Shape]] = [[] for _ in range(count)]
-    trainable: list[list[Shape]] = [[] for _ in range(count)]
-    lora: list[list[Shape]] = [[] for _ in range(count)]
-    seen: set[int] = set()
-    itemsize = 0
-    for module in model.modules():
-        unit = unit_of.get(id(module), 0)
-        if isinstance(module, GenLoRALinear):
-            rank = module.config.rank
-            lora[unit] += [(rank, module.in_features), (module.out_features, rank)]
-        for parameter in module.parameters(recurse=False):
-            if id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            shape = tuple(parameter.shape)
-            if id(parameter) not in own:
-                base[unit].append(shape)
-                itemsize = max(itemsize, parameter.element_size())
-                continue
-            adapters[unit].append(shape)
-            if parameter.requires_grad:
-                trainable[unit].append(shape)
-            if id(parameter) in full:
-                lora[unit].append(shape)
-    return Sizes(base=base, adapters=adapters, trainable=trainable, lora=lora, base_itemsize=itemsize)
-
-
-def plan_traffic(sizes: Sizes, setup: Setup, *, lora: bool = False, sharding: Sharding | None = None) -> Traffic:
-    """Collectives of one optimizer step.
-
-    Args:
-        sizes: The model's.
-        setup: Strategy, GPUs, accumulation.
-        lora: For LoRA of the same rank in place of GenLoRA.
-        sharding: In place of the setup's ``adapter_sharding``.
-    """
-    n, steps = setup.gpus, setup.accumulate
-    if n == 1:
-        return Traffic()
-    adapters, trainable = (sizes.lora, sizes.lora) if lora else (sizes.adapters, sizes.trainable)
-    base_gathered = 0
-    if setup.is_sharded:
-        root, *blocks = (_padded(unit, n) for unit in sizes.base)
-        base_gathered = steps * (root + 2 * sum(blocks))
-    share = (n - 1) / n
-    base_sent = round(share * base_gathered * sizes.base_itemsize)
-    if (sharding or setup.adapter_sharding) == "replicate" or not setup.is_sharded:
-        reduced = _values(trainable)
-        sent = round(2 * share * reduced * FLOAT32)
-        return Traffic(all_reduced=reduced, base_gathered=base_gathered, sent=sent, base_sent=base_sent)
-    root, *blocks = (_padded(unit, n) for unit in adapters)
-    gathered = steps * (root + 2 * sum(blocks))
-    scattered = steps * sum(_padded(unit, n) for unit in trainable)
-    return Traffic(
-        reduce_scattered=scattered,
-        gathered=gathered,
-        base_gathered=base_gathered,
-        sent=round(share * (gathered + scattered) * FLOAT32),
-        base_sent=base_sent,
-    )
 
 
 def make_plan(
@@ -358,7 +188,7 @@ def make_plan(
 def _memory(sizes: Sizes, setup: Setup, activations: int, factors: int, other_way: int) -> Memory:
     size, n = sizes.base_itemsize, setup.gpus if setup.is_sharded else 1
     whole = setup.adapter_sharding == "replicate" or not setup.is_sharded
-    root, *blocks = (_values([unit]) for unit in sizes.base)
+    root, *blocks = (count_values([unit]) for unit in sizes.base)
 
     def share(values: int) -> int:
         return values if whole else -(-values // n)
@@ -367,7 +197,7 @@ def _memory(sizes: Sizes, setup: Setup, activations: int, factors: int, other_wa
     return Memory(
         base=size * -(-sizes.num_base // n),
         base_gathered=size * (root + sum(sorted(blocks)[-2:])) if n > 1 else 0,
-        adapters=FLOAT32 * share(_values(sizes.adapters)),
+        adapters=FLOAT32 * share(count_values(sizes.adapters)),
         gradients=FLOAT32 * trainable,
         optimizer=2 * FLOAT32 * trainable,
         buckets=FLOAT32 * sizes.num_trainable if setup.gpus > 1 and whole else 0,
@@ -375,15 +205,6 @@ def _memory(sizes: Sizes, setup: Setup, activations: int, factors: int, other_wa
         activations_other_way=other_way,
         factors=factors,
     )
-
-
-def _values(units: Iterable[Iterable[Shape]]) -> int:
-    return sum(prod(shape) for unit in units for shape in unit)
-
-
-def _padded(unit: Iterable[Shape], n: int) -> int:
-    """Values of a unit with each first dimension padded to a multiple of ``n``, as FSDP2 has them."""
-    return sum(-(-shape[0] // n) * n * prod(shape[1:]) for shape in unit)
 
 
 def _text(plan: Plan) -> str:
@@ -419,8 +240,8 @@ def _text(plan: Plan) -> str:
                 ("each GPU sends per optimizer step (MB, ring)", "adapters", "frozen base"),
                 [(label, f"{t.sent / 1e6:,.3f}", f"{t.base_sent / 1e6:,.1f}") for label, t in plan.traffic.items()],
             ),
-            "adapters: replicate, one all-reduce of the gradients; shard, gathered and reduce-scattered per micro-batch.",
-            "frozen base: gathered in forward and backward of each micro-batch; the same for LoRA.",
+            "adapters: replicate, one all-reduce of the gradients; shard, gathered and scattered in each micro-batch",
+            "frozen base: gathered in forward and backward of each micro-batch; the same for LoRA",
             "",
         ]
     limit = USABLE * setup.gpu_memory

@@ -93,7 +93,8 @@ def run_plan(options: argparse.Namespace) -> None:
     """Print a plan."""
     import torch
 
-    from genlora_lightning.planning import Setup, make_plan
+    from genlora_lightning.planning import make_plan
+    from genlora_lightning.traffic import Setup
 
     setup = Setup(
         strategy=options.strategy or ("fsdp2" if options.gpus > 1 else "single"),

@@ -35,7 +35,7 @@ ROWS = [
     ],
     ["checkpoint", "merging", "lora_export", "lora_files", "lora_fit", "lora_import"],
     ["loading"],
-    ["activations", "planning"],
+    ["activations", "planning", "traffic"],
     ["inspection", "last_checkpoint", "tool", "tool_plan", "__main__"],
     ["resume", "checkpoint_io"],
     ["callback", "data", "throughput"],

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from genlora_lightning.injection import adapter_layers, inject_adapters
-from genlora_lightning.planning import Setup, model_sizes, plan_traffic
+from genlora_lightning.traffic import Setup, model_sizes, plan_traffic
 from tests.conftest import small_config
 from tests.distributed.ranks import on_two_ranks
 from tests.models import tiny_llama
