@@ -15,6 +15,7 @@ Nothing here needs Lightning or a process group.
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -25,6 +26,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from genlora_lightning.full_training import trained_modules
@@ -105,8 +107,8 @@ class WeightSource:
         self.files = files
         self.model = model
         shapes = files.shapes()
-        # With the parameter that was replaced, so that no other one gets its id.
-        self._filled: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+        # What was read for a parameter without values, while it is in use: FSDP1 takes it apart, and it must go then.
+        self._filled: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         # By module and not by name: an adapter or FSDP puts modules around modules, but leaves them what they are.
         self._keys: dict[tuple[int, str], str] = {}
         self._names: dict[str, tuple[str, torch.dtype]] = {}
@@ -174,7 +176,7 @@ class WeightSource:
                         size += self._load_one(file, waiting.pop(), device)
         self._load_buffers()
         delattr(self.model, _SOURCE_MARK)
-        check_none_on_meta(self.model)
+        check_none_on_meta(self.model)  # what the files lack
 
     def _load_one(self, file: Any, users: list[tuple[nn.Module, str]], device: torch.device | str) -> int:
         """Read one parameter and put it in all its places; returns the bytes of this rank's part."""
@@ -189,7 +191,18 @@ class WeightSource:
         return local.numel() * local.element_size()
 
     def for_fsdp1(self, device: torch.device | str) -> Callable[[nn.Module], None]:
-        """A function that makes a module's own parameters real, whole, on a device: FSDP1's ``param_init_fn``."""
+        """A function that makes a module's own parameters real, whole, on a device: FSDP1's ``param_init_fn``.
+
+        Raises:
+            ValueError: The checkpoint lacks a parameter of the base; the message names it.
+        """
+        unknown = {
+            id(parameter)
+            for module in self.model.modules()
+            for name, parameter in module._parameters.items()
+            if parameter is not None and parameter.is_meta and (id(module), name) not in self._keys
+        }
+        check_none_on_meta(self.model, unknown)
         self._load_buffers()
         delattr(self.model, _SOURCE_MARK)
         return partial(self._fill_module, device=device)
@@ -201,8 +214,9 @@ class WeightSource:
         for name, parameter in list(module._parameters.items()):
             if parameter is None or not parameter.is_meta:
                 continue
-            earlier = self._filled.get(id(parameter))
-            if earlier is None:
+            earlier = self._filled.get(parameter)  # type: ignore[no-untyped-call]
+            filled: nn.Parameter | None = None if earlier is None else earlier()
+            if filled is None:
                 key = self._keys.get((id(module), name))
                 if key is None:
                     values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
@@ -210,9 +224,9 @@ class WeightSource:
                 else:
                     with self.files.open(self.files.files[key]) as file:
                         values = _read(file.get_slice(key), parameter, device)
-                earlier = (nn.Parameter(values, requires_grad=parameter.requires_grad), parameter)
-                self._filled[id(parameter)] = earlier
-            module._parameters[name] = earlier[0]
+                filled = nn.Parameter(values, requires_grad=parameter.requires_grad)
+                self._filled[parameter] = weakref.ref(filled)
+            module._parameters[name] = filled
         if fresh:
             cast("Any", self.model)._init_weights(module)
 
@@ -290,19 +304,24 @@ def build_without_weights(auto_class: str, source: str, *, dtype: Any = "auto", 
         )
     if model.can_generate():
         with suppress(OSError):  # where there is none, the one made from the configuration stays
-            model.generation_config = transformers.GenerationConfig.from_pretrained(source)
+            revision = options.get("revision") or "main"
+            model.generation_config = transformers.GenerationConfig.from_pretrained(source, revision=revision)
     WeightSource(model, files)
     return model.eval()
 
 
-def check_none_on_meta(module: nn.Module) -> None:
+def check_none_on_meta(module: nn.Module, among: set[int] | None = None) -> None:
     """Check that every parameter and buffer has values.
+
+    Args:
+        module: The module.
+        among: Parameters by id: look at no others, which will get theirs later.
 
     Raises:
         ValueError: One is on the meta device; the message names it.
     """
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    left = [name for name, tensor in tensors if tensor.is_meta]
+    parameters = [(name, p) for name, p in module.named_parameters() if among is None or id(p) in among]
+    left = [name for name, tensor in (*parameters, *module.named_buffers()) if tensor.is_meta]
     if left:
         raise ValueError(
             f"{len(left)} tensors of this {type(module).__name__} have no values yet (they are on the meta device), "

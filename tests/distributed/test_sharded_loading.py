@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from torch import nn
@@ -89,10 +91,18 @@ def test_fsdp2_rank_reads_the_rows_it_keeps_and_computes_what_one_process_does(
             torch.testing.assert_close(gradient, reference.get_parameter(name).grad, rtol=1e-4, atol=1e-6)
 
 
+def live_bytes() -> int:
+    """Bytes of all tensors that live."""
+    gc.collect()
+    tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.device.type == "cpu"]
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
 def test_fsdp1_reads_one_unit_after_the_other(folder, reference, tmp_path, monkeypatch):
     def work(rank):
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+        before = live_bytes()
         model = started(folder)
         ours = list(adapter_parameters(model).values())
         fill = weight_source(model).for_fsdp1("cpu")
@@ -106,10 +116,11 @@ def test_fsdp1_reads_one_unit_after_the_other(folder, reference, tmp_path, monke
             use_orig_params=True,
         )
         check_none_on_meta(wrapped)
+        alive = live_bytes() - before
         loss = wrapped(input_ids=IDS, labels=IDS).loss
         loss.backward()
         held = sum(p.numel() for p in wrapped.parameters() if not p.requires_grad)
-        return {"loss": loss.detach(), "held": held, "gradients": [p.grad for p in ours]}
+        return {"loss": loss.detach(), "held": held, "alive": alive, "gradients": [p.grad for p in ours]}
 
     results = on_two_ranks(work, tmp_path)
     loss = reference(input_ids=IDS, labels=IDS).loss
@@ -118,5 +129,6 @@ def test_fsdp1_reads_one_unit_after_the_other(folder, reference, tmp_path, monke
     for result in results:
         assert result["loss"] == pytest.approx(loss.item(), abs=1e-6)
         assert result["held"] < 0.6 * base
+        assert result["alive"] < 0.6 * 4 * base + 4 * sum(p.numel() for p in adapter_parameters(reference).values())
         for gradient, parameter in zip(result["gradients"], adapter_parameters(reference).values(), strict=True):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-6)
