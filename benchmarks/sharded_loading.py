@@ -1,8 +1,9 @@
 """Peak resident memory of each of two processes that start a sharded model: read whole first, or each its part.
 
 The quickstart's model in float32, two CPU processes, ``fully_shard`` on each layer and the root. "whole" loads it
-with ``from_pretrained`` in each process and shards it; "pieces" builds it without weights, and reads what is kept. What
-the interpreter and the libraries take is subtracted. Linux only.
+with ``from_pretrained`` in each process and shards it; "pieces" builds it without weights, and reads what is kept;
+"units" is the same with FSDP1, for which one layer after the other is read whole. What the interpreter and the
+libraries take is subtracted. Linux only.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def rank_main(way: str, model_folder: str, store: str, rank: int) -> None:
     import torch
     import torch.distributed as dist
     import transformers
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     from genlora_lightning import GenLoRAConfig, inject_adapters
     from genlora_lightning.architectures import repeated_blocks
@@ -49,7 +51,7 @@ def rank_main(way: str, model_folder: str, store: str, rank: int) -> None:
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     torch.manual_seed(0)
-    if way == "pieces":
+    if way != "whole":
         model = build_without_weights("AutoModelForCausalLM", model_folder, dtype=torch.float32)
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
@@ -58,11 +60,24 @@ def rank_main(way: str, model_folder: str, store: str, rank: int) -> None:
     if source is not None:
         source.start_trained()
     adapters = set(adapter_parameters(model).values())
-    for block in repeated_blocks(model) or []:
-        fully_shard(block, ignored_params=adapters)
-    fully_shard(model, ignored_params=adapters)
-    if source is not None:
-        source.load("cpu")
+    blocks = repeated_blocks(model)
+    assert blocks is not None
+    if way == "units":
+        assert source is not None
+        model = FullyShardedDataParallel(
+            model,
+            auto_wrap_policy=ModuleWrapPolicy({type(blocks[0])}),
+            ignored_states=adapters,
+            param_init_fn=source.for_fsdp1("cpu"),
+            device_id=torch.device("cpu"),
+            use_orig_params=True,
+        )
+    else:
+        for block in blocks:
+            fully_shard(block, ignored_params=adapters)
+        fully_shard(model, ignored_params=adapters)
+        if source is not None:
+            source.load("cpu")
     started = resident("VmHWM") - before
     kept = resident("VmRSS") - before
     ids = torch.arange(64)[None]
@@ -83,7 +98,7 @@ def main() -> None:
         rank_main(way, options.model, store, int(rank))
         return
     results = {}
-    for way in ("whole", "pieces"):
+    for way in ("whole", "pieces", "units"):
         with tempfile.TemporaryDirectory() as folder:
             processes = [
                 subprocess.Popen(
@@ -102,10 +117,12 @@ def main() -> None:
                 f"loss {result['loss']:.6f}",
                 flush=True,
             )
-    ratio = max(r["peak"] for r in results["pieces"]) / min(r["peak"] for r in results["whole"])
-    print(f"peak, pieces / whole: {ratio:.3f}")
+    whole = min(result["peak"] for result in results["whole"])
+    ratios = {way: max(result["peak"] for result in results[way]) / whole for way in ("pieces", "units")}
+    for way, ratio in ratios.items():
+        print(f"peak, {way} / whole: {ratio:.3f}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps({**results, "ratio": ratio}, indent=2) + "\n")
+    options.output.write_text(json.dumps({**results, "ratios": ratios}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
