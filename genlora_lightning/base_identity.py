@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from genlora_lightning.digests import dtype_name, sha256
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
+from genlora_lightning.sharded_loading import WeightSource, weight_source
 
 SAMPLES_PER_TENSOR = 8
 _MOST_TENSORS = 512
@@ -78,6 +79,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
     stride = max(1, -(-len(parameters) // _MOST_TENSORS))
     config = next((c for m in model.modules() if hasattr(c := getattr(m, "config", None), "model_type")), None)
     values = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
+    source = weight_source(model)
     rope = getattr(config, "rope_parameters", None)  # transformers 5 has the angle's base there
     if values["rope_theta"] is None and isinstance(rope, dict):
         values["rope_theta"] = rope.get("rope_theta")
@@ -91,7 +93,7 @@ def base_identity(model: nn.Module) -> dict[str, Any]:
             "num_values": sum(tensor.numel() for _, tensor in parameters),
             "structure_sha256": sha256(structure.encode()),
             "samples": {
-                name: [dtype_name(tensor.dtype), list(tensor.shape), _sample(tensor)]
+                name: [dtype_name(tensor.dtype), list(tensor.shape), _sample(tensor, name, source)]
                 for name, tensor in islice(parameters, 0, None, stride)
             },
         },
@@ -156,19 +158,29 @@ def base_model_name(model: nn.Module) -> str | None:
     return names.pop() if len(names) == 1 else None
 
 
-def _sample(tensor: Tensor) -> str | None:
-    """A few values as base64 of little-endian float32; ``None`` if there are none to be had (no memory, or packed)."""
+def _sample(tensor: Tensor, name: str, source: WeightSource | None) -> str | None:
+    """A few values as base64 of little-endian float32; ``None`` if there are none to be had (no memory, or packed).
+
+    Values that were not read yet are taken from the file in which they are.
+    """
     size = tensor.numel()
-    if tensor.is_meta or not size:
+    if not size or (tensor.is_meta and source is None):
         return None
     # Multiples of the golden ratio lie evenly, but in step with no row length.
     places = torch.tensor([int(size * ((k + 0.5) * _GOLDEN % 1)) for k in range(SAMPLES_PER_TENSOR)])
+    if tensor.is_meta and source is not None:
+        stored = source.values_at(name, places)
+        return None if stored is None else _encoded(stored)
     try:
         places = places.to(tensor.device)
         flat = tensor.view(-1)[places] if tensor.is_contiguous() else tensor[torch.unravel_index(places, tensor.shape)]
         values = flat.to("cpu", torch.float32)
     except (RuntimeError, NotImplementedError, TypeError, IndexError):  # a tensor class with a layout of its own
         return None
+    return _encoded(values)
+
+
+def _encoded(values: Tensor) -> str:
     return base64.b64encode(values.numpy().astype("<f4").tobytes()).decode()
 
 

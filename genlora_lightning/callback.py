@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -30,6 +30,7 @@ from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.coverage import CoverageReport
 from genlora_lightning.injection import adapter_layers, inject_adapters
 from genlora_lightning.resume import Resume, add_resume_state, release_loaders, use_resumable_loaders
+from genlora_lightning.sharded_loading import weight_source
 from genlora_lightning.state import adapter_state_dict
 
 SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
@@ -139,6 +140,7 @@ class GenLoRAFinetuning(Callback):
         def configure_model() -> None:
             original_configure()
             self._inject(pl_module)
+            _load_waiting_weights(trainer, pl_module)
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             # Here and not in the callback's own hook, which Lightning skips with `save_weights_only=True`.
@@ -176,6 +178,9 @@ class GenLoRAFinetuning(Callback):
         config = resolve(self.config) if resolve is not None else self.config
         self._untrained = not adapter_layers(pl_module)
         self.report = inject_adapters(adapter_root(pl_module), config)
+        waiting = weight_source(pl_module)
+        if waiting is not None:
+            waiting.start_trained()
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -312,6 +317,16 @@ def _check_strategy(trainer: Trainer) -> None:
             f"GenLoRAFinetuning does not support {type(strategy).__name__} in this release: it trains on one device "
             'and with DDP. Set `strategy="auto"` or `strategy="ddp"`.'
         )
+
+
+def _load_waiting_weights(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Read the base's weights, if the model was built without them; FSDP1 does it when it makes its units."""
+    waiting = weight_source(pl_module)
+    strategy = trainer.strategy
+    if waiting is not None and isinstance(strategy, FSDPStrategy):
+        strategy.kwargs["param_init_fn"] = waiting.for_fsdp1(strategy.root_device)
+    elif waiting is not None:
+        waiting.load(strategy.root_device)
 
 
 def _check_averaging(callbacks: list[Callback]) -> None:

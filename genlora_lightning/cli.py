@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ProgressBar
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 # A class is known by its short name once its module is imported.
@@ -23,6 +24,7 @@ from genlora_lightning.checkpoint_files import verify_checkpoint
 from genlora_lightning.cli_errors import find_user_error, leave, one_line
 from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
+from genlora_lightning.last_checkpoint import last_good_checkpoint
 from genlora_lightning.manifest import is_adapter_folder
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
 from genlora_lightning.predictions import PredictionWriter
@@ -31,7 +33,8 @@ from genlora_lightning.throughput import TokensPerSecond
 
 SHORT_NAMES = (CausalLMModule, SequenceClassificationModule, InstructionDataModule, TextClassificationDataModule)
 TRACEBACK_VARIABLE = "GENLORA_TRACEBACK"
-_SPECIAL_CHECKPOINTS = ("best", "last", "hpc", "registry")
+AUTO = "auto"
+_SPECIAL_CHECKPOINTS = (AUTO, "best", "last", "hpc", "registry")
 _USAGE_ERROR = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -44,6 +47,7 @@ class GenLoRACLI(LightningCLI):
       are ``model.init_args.model`` and ``model.init_args.label_names``.
     - A checkpoint gives weights, not settings: the configuration and the command line always win over the
       hyperparameters stored in it.
+    - ``fit --ckpt_path auto`` goes on from the newest good checkpoint of the run's directory, or starts a new run.
     - Metrics go to CSV files below ``trainer.default_root_dir``; the configuration is saved beside them.
     - A progress bar on a terminal, lines elsewhere; tokens per second; ``predict`` writes JSON lines.
 
@@ -104,7 +108,21 @@ class GenLoRACLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        _check_checkpoint_path(self.config[self.subcommand].get("ckpt_path"))
+        path = self.config[self.subcommand].get("ckpt_path")
+        if self.subcommand != "fit" and str(path) == AUTO:
+            raise ValueError(f"`--ckpt_path {AUTO}` is for `fit`; for `{self.subcommand}` give a checkpoint.")
+        _check_checkpoint_path(path)
+
+    def before_fit(self) -> None:
+        """Called by Lightning before it fits: find what ``ckpt_path: auto`` stands for."""
+        settings = self.config_init["fit"]
+        if str(settings.ckpt_path) != AUTO:
+            return
+        path, skipped = last_good_checkpoint(_checkpoint_folders(self.trainer))
+        for line in skipped:
+            rank_zero_warn(line)
+        rank_zero_info(f"Going on from {path}." if path else f"`ckpt_path: {AUTO}`: no checkpoint yet, a new run.")
+        settings.ckpt_path = path
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
@@ -223,6 +241,17 @@ def _check_checkpoint_path(path: str | Path | None) -> None:
         )
     if Path(name).is_file():
         verify_checkpoint(name)
+
+
+def _checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """Where this run and those before it with the same directories have put their checkpoints."""
+    savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+    folders = [Path(saver.dirpath) for saver in savers if saver.dirpath is not None]
+    if not trainer.loggers:
+        return [*folders, Path(trainer.default_root_dir) / "checkpoints"]
+    logger = trainer.loggers[0]  # as ModelCheckpoint does
+    place = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
+    return [*folders, *sorted(place.glob("*/checkpoints"))]
 
 
 def _default_logger(logger: Any, root: Any) -> Logger | list[Logger] | bool:

@@ -168,7 +168,9 @@ class RBFGenerator(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Draw new initial values; the class docstring says which."""
+        """Draw new initial values; the class docstring says which. On the meta device there are none to draw."""
+        if self.latent.is_meta:
+            return
         self.centers.uniform_(0.5, 2.0, generator=generator)
         self.centers.mul_(torch.empty_like(self.centers).bernoulli_(0.5, generator=generator).mul_(2).sub_(1))
         self.log_widths.fill_(math.log(self.width))

@@ -1,4 +1,4 @@
-"""The ``genlora`` command: inspect, verify, convert, export, compress and merge adapters.
+"""The ``genlora`` command: plan, and inspect, verify, convert, export, compress and merge adapters.
 
 Exit codes: 0 done, 1 the input is bad or the work failed, 2 the command line is wrong.
 """
@@ -13,15 +13,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from genlora_lightning.shapes import TASKS
+from genlora_lightning.tool_plan import add_budget, add_plan, run_budget, run_plan
+
 # torch and transformers take seconds to import: only the commands that need them do.
 if TYPE_CHECKING:
     from torch import nn
-
-_TASKS = {
-    "causal-lm": "AutoModelForCausalLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-}
-_TASK_OF = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,11 +53,29 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="genlora",
-        description="Inspect, verify, convert, export, compress and merge GenLoRA adapters.",
+        description="Plan runs, and inspect, verify, convert, export, compress and merge GenLoRA adapters.",
         epilog="`genlora COMMAND --help` shows a command's options and an example.",
     )
     parser.add_argument("--version", action="version", version=f"genlora-lightning {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    plan = _command(
+        commands,
+        "plan",
+        run_plan,
+        "say what a run takes on each GPU and what it sends, from the model's configuration alone",
+        "--model llama-70b --rank 64 --gpus 16 --strategy fsdp2 --gpu-memory 80 --seq 4096 --gradient-checkpointing",
+    )
+    add_plan(plan)
+
+    budget = _command(
+        commands,
+        "budget",
+        run_budget,
+        "turn a number of parameters into rank, groups and centres",
+        "--model HuggingFaceTB/SmolLM2-135M-Instruct --like-lora-rank 2",
+    )
+    add_budget(budget)
 
     inspect = _command(
         commands, "inspect", _inspect, "say what an adapter folder or a checkpoint holds", "runs/reviews/adapter --json"
@@ -141,7 +156,7 @@ def _add_adapter_base_out(parser: argparse.ArgumentParser, out: str) -> None:
 def _add_base_out(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("base", metavar="BASE", help="the base model's folder, or its name on the Hugging Face Hub")
     parser.add_argument("out", metavar="OUT", help=out)
-    parser.add_argument("--task", choices=list(_TASKS), help="what the model is for (default: as the base says)")
+    parser.add_argument("--task", choices=list(TASKS), help="what the model is for (default: as the base says)")
     parser.add_argument("--num-labels", type=int, help="labels of a sequence classification model")
 
 
@@ -218,12 +233,14 @@ def _load_base(options: argparse.Namespace, adapter_tensors: set[str]) -> nn.Mod
     """Load the base in its own dtype; weights that neither it nor the adapter has are an error."""
     import transformers
 
+    from genlora_lightning.architectures import task_of
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(options.base)
-    task = options.task or _task_of(config, options.base)
+    task = options.task or task_of(config, options.base)
     changes = {} if options.num_labels is None else {"num_labels": options.num_labels}
-    model, info = getattr(transformers, _TASKS[task]).from_pretrained(
+    model, info = getattr(transformers, TASKS[task]).from_pretrained(
         options.base, dtype="auto", output_loading_info=True, **changes
     )
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
@@ -234,19 +251,6 @@ def _load_base(options: argparse.Namespace, adapter_tensors: set[str]) -> nn.Mod
             "does not have them either. Give the base the adapter was trained on, or another --task."
         )
     return model  # type: ignore[no-any-return]
-
-
-def _task_of(config: Any, base: str) -> str:
-    from genlora_lightning.bases import class_tasks
-
-    for name in getattr(config, "architectures", None) or []:
-        for task in class_tasks(name):
-            if task in _TASK_OF:
-                return _TASK_OF[task]
-    raise ValueError(
-        f"{base} does not say what it is for (its architectures are {getattr(config, 'architectures', None)}). Give "
-        f"--task {' or --task '.join(_TASKS)}."
-    )
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -15,22 +15,34 @@ PACKAGE = Path(genlora_lightning.__file__).parent
 
 # Each module may import those of rows above its own, and of its own row. Lightning begins at the row of the callback.
 ROWS = [
-    ["config", "tables", "atomic", "digests", "random_state", "resumable"],
+    ["budget", "config", "tables", "atomic", "digests", "random_state", "resumable", "shapes"],
     ["generator"],
     ["layers"],
     ["coverage", "targets", "full_training"],
+    ["sharded_loading"],
     ["injection"],
     ["state", "analysis", "optim", "base_identity"],
-    ["adapter_io", "checks", "bases", "checkpoint_files", "folders", "manifest", "model_card", "tensor_file"],
+    [
+        "adapter_io",
+        "architectures",
+        "checks",
+        "bases",
+        "checkpoint_files",
+        "folders",
+        "manifest",
+        "model_card",
+        "tensor_file",
+    ],
     ["checkpoint", "merging", "lora_export", "lora_files", "lora_fit", "lora_import"],
     ["loading"],
-    ["inspection", "tool", "__main__"],
+    ["activations", "planning", "traffic"],
+    ["inspection", "last_checkpoint", "tool", "tool_plan", "__main__"],
     ["resume", "checkpoint_io"],
     ["callback", "data", "throughput"],
     ["modules", "progress", "predictions", "cli_errors"],
     ["cli"],
 ]
-WITHOUT_LIGHTNING = {name for row in ROWS[:9] for name in row}
+WITHOUT_LIGHTNING = {name for row in ROWS[:11] for name in row}
 
 
 def top_module(path: Path) -> str:

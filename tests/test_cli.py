@@ -30,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The adapters of this .* are new 
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+OVERLAYS = [*sorted((ROOT / "configs" / "strategy").glob("*.yaml")), ROOT / "examples/multi_node/two_nodes.yaml"]
 WORDS = ["red", "green", "blue", "sky", "grass", "rose", "what", "colour", "is", "the", "?"]
 PAIRS = [("what colour is the sky ?", "blue"), ("what colour is the grass ?", "green"), ("the rose ?", "red")]
 TEMPLATE = (
@@ -147,6 +148,30 @@ def test_each_shipped_config_is_valid_for_each_subcommand(
     assert printed["model"]["init_args"]["model"] == given["model"]["init_args"]["model"]
     assert printed["data"]["init_args"].items() >= given["data"]["init_args"].items()
     assert printed["trainer"]["max_epochs"] == given["trainer"]["max_epochs"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_each_strategy_can_be_laid_over_each_shipped_config(
+    path: Path, overlay: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["fit", "--config", str(path), "--config", str(overlay), "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    base, laid = yaml.safe_load(path.read_text()), yaml.safe_load(overlay.read_text())
+    trainer = printed["trainer"]
+    assert (trainer["devices"], trainer["num_nodes"]) == (laid["trainer"]["devices"], laid["trainer"]["num_nodes"])
+    assert printed["model"]["init_args"]["model"] == base["model"]["init_args"]["model"]
+    strategy = laid["trainer"]["strategy"]
+    if isinstance(strategy, str):
+        assert trainer["strategy"] == strategy
+    else:
+        sizes = strategy["init_args"]
+        assert trainer["strategy"]["init_args"].items() >= sizes.items()
+        assert sizes["data_parallel_size"] == trainer["devices"] * trainer["num_nodes"]
+        assert sizes["tensor_parallel_size"] == 1
+    low_memory = {**base["model"]["init_args"], **laid.get("model", {}).get("init_args", {})}.get("low_memory", False)
+    assert printed["model"]["init_args"]["low_memory"] is low_memory
 
 
 def test_a_printed_config_can_be_run_from(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -436,3 +461,35 @@ def test_exit_code_of_two_processes(config: Path, tmp_path: Path, flags: list[st
     assert done.returncode == code, done.stderr
     assert ("error: train_file: there is no file 'nowhere.jsonl'" in done.stderr) == (code == 1)
     assert (tmp_path / "out" / "logs" / "version_0" / "adapter").is_dir() == (code == 0)
+
+
+def test_auto_starts_a_new_run_and_then_goes_on_from_the_last_good_checkpoint(config, capsys, caplog):
+    options = ["--ckpt_path", "auto", "--trainer.max_epochs", "3"]
+    first = main(["fit", "--config", str(config), *options, "--trainer.max_steps", "1"])
+    assert first.trainer.global_step == 1
+    good = Path(checkpoint_of(first))
+    damaged = good.with_name("newer.ckpt")
+    damaged.write_bytes(good.read_bytes()[:-300])
+    with pytest.warns(UserWarning, match=r"Skipped the checkpoint .*newer\.ckpt: .*truncated"):
+        second = main(["fit", "--config", str(config), *options, "--trainer.max_steps", "3"])
+    assert second.trainer.global_step == 3
+    assert second.trainer.ckpt_path == good.resolve()
+    saved = Path(second.trainer.log_dir) / "config.yaml"
+    assert yaml.safe_load(saved.read_text())["ckpt_path"] == "auto"  # so that a run from it goes on, too
+
+
+def test_auto_finds_checkpoints_where_the_callback_puts_them(config, tmp_path):
+    saver = {"class_path": "ModelCheckpoint", "init_args": {"dirpath": str(tmp_path / "kept"), "save_last": True}}
+    content = yaml.safe_load(config.read_text())
+    content["trainer"] |= {"callbacks": [saver], "logger": False}
+    config.write_text(yaml.safe_dump(content))
+    for steps in (1, 2):
+        run = main(["fit", "--config", str(config), "--ckpt_path", "auto", "--trainer.max_steps", str(steps)])
+    assert Path(run.trainer.ckpt_path).parent == tmp_path / "kept"
+    assert run.trainer.global_step == 2
+
+
+def test_auto_is_for_fit_only(config, capsys):
+    with pytest.raises(SystemExit, match="1"):
+        main(["test", "--config", str(config), "--ckpt_path", "auto"])
+    assert "`--ckpt_path auto` is for `fit`; for `test` give a checkpoint" in capsys.readouterr().err

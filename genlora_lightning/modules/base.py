@@ -11,10 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from genlora_lightning.architectures import enable_gradient_checkpointing
 from genlora_lightning.callback import GenLoRAFinetuning
 from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.loading import load_module
-from genlora_lightning.modules.pretrained import enable_gradient_checkpointing, load_pretrained, load_tokenizer
+from genlora_lightning.modules.pretrained import load_pretrained, load_tokenizer
 from genlora_lightning.optim import OptimizerConfig, build_optimizer, build_scheduler
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -49,6 +50,9 @@ class GenLoRAModule(LightningModule):
         attn_implementation: transformers' attention, such as ``"sdpa"`` or ``"eager"``; its choice if ``None``.
         trust_remote_code: Run the Python code that comes with the model.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        low_memory: Build the model without weights; each process reads from the safetensors files what it keeps once
+            the strategy has sharded the model, so that no process ever holds all of it. For FSDP; with other
+            strategies each process reads all, once. Without a trainer the model is loaded as always.
         model_kwargs: More arguments for ``from_pretrained``; plain values, because checkpoints hold them.
 
     Raises:
@@ -71,6 +75,7 @@ class GenLoRAModule(LightningModule):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
+        low_memory: bool = False,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -85,6 +90,7 @@ class GenLoRAModule(LightningModule):
             optimizer = OptimizerConfig.from_dict(optimizer)
         self.optimizer_config = optimizer if optimizer is not None else OptimizerConfig()
         self.gradient_checkpointing = gradient_checkpointing
+        self.low_memory = low_memory
         self.tokenizer_options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         self.loading_options: dict[str, Any] = {
             **self.tokenizer_options,
@@ -121,7 +127,9 @@ class GenLoRAModule(LightningModule):
         Returns:
             The model, and the names of parameters that its checkpoint lacks.
         """
-        return load_pretrained(auto_class, self.source, **{**self.loading_options, **options})
+        # Without a trainer there is no callback either, which has the weights read.
+        low_memory = self.low_memory and self._trainer_or_none() is not None
+        return load_pretrained(auto_class, self.source, low_memory=low_memory, **{**self.loading_options, **options})
 
     @override
     def configure_model(self) -> None:

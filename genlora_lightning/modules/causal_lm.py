@@ -40,6 +40,7 @@ class CausalLMModule(GenLoRAModule):
         attn_implementation: transformers' attention, such as ``"sdpa"`` or ``"eager"``; its choice if ``None``.
         trust_remote_code: Run the Python code that comes with the model.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
+        low_memory: Read the weights only once the model is sharded, each process what it keeps; for FSDP.
         model_kwargs: More arguments for ``from_pretrained``; plain values, because checkpoints hold them.
         generation: Arguments of transformers' ``generate`` for prediction, over ``max_new_tokens: 64`` and
             ``do_sample: false``.
@@ -60,6 +61,7 @@ class CausalLMModule(GenLoRAModule):
         attn_implementation: str | None = None,
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
+        low_memory: bool = False,
         model_kwargs: dict[str, Any] | None = None,
         generation: dict[str, Any] | None = None,
     ) -> None:
@@ -72,6 +74,7 @@ class CausalLMModule(GenLoRAModule):
             attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
             gradient_checkpointing=gradient_checkpointing,
+            low_memory=low_memory,
             model_kwargs=model_kwargs,
         )
         check_plain("generation", generation)

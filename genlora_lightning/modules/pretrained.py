@@ -11,19 +11,22 @@ from typing import Any
 
 import torch
 
+from genlora_lightning.sharded_loading import build_without_weights, weight_source
+
 _PROBE_SECONDS = 10
 
 
-def load_pretrained(auto_class: str, source: str, **options: Any) -> tuple[Any, list[str]]:
+def load_pretrained(auto_class: str, source: str, *, low_memory: bool = False, **options: Any) -> tuple[Any, list[str]]:
     """Load a transformers model onto the CPU.
 
     Args:
         auto_class: Name of transformers' class to load with, such as ``"AutoModelForCausalLM"``.
         source: Local folder or name on the Hugging Face Hub.
+        low_memory: Leave the weights in their files; :mod:`genlora_lightning.sharded_loading` reads them later.
         options: Passed on to ``from_pretrained``.
 
     Returns:
-        The model, and the names of the parameters that the checkpoint lacks (or has in another shape), which were
+        The model, and the names of the parameters that the checkpoint lacks (or has in another shape), which are
         initialised at random.
 
     Raises:
@@ -39,6 +42,11 @@ def load_pretrained(auto_class: str, source: str, **options: Any) -> tuple[Any, 
     # transformers wants `accelerate`; Lightning moves the model afterwards.
     with _quiet_transformers(), torch.device("cpu"):
         try:
+            if low_memory:
+                model = build_without_weights(auto_class, source, **options)
+                waiting = weight_source(model)
+                assert waiting is not None
+                return model, waiting.absent
             model, info = getattr(transformers, auto_class).from_pretrained(source, output_loading_info=True, **options)
         except Exception as error:
             raise _explained(error, source, f"with transformers' {auto_class}") from error
@@ -46,20 +54,6 @@ def load_pretrained(auto_class: str, source: str, **options: Any) -> tuple[Any, 
     mismatched = [key if isinstance(key, str) else key[0] for key in info["mismatched_keys"]]
     absent = {*info["missing_keys"], *mismatched}
     return model, [name for name, _ in model.named_parameters() if name in absent]
-
-
-def enable_gradient_checkpointing(model: Any) -> None:
-    """Let a model compute its activations again in the backward pass.
-
-    Raises:
-        ValueError: The model does not support it.
-    """
-    # Not the reentrant kind: behind an input that needs no gradient, which a frozen embedding is, it gives none.
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the newer name; the older one warns
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
 
 
 def load_tokenizer(source: str, **options: Any) -> Any:

@@ -294,3 +294,23 @@ def test_copy_of_a_config_given_as_dictionary_is_not_shared() -> None:
 
 def test_tokens_are_counted_without_padding() -> None:
     assert CausalLMModule("nowhere").count_tokens(batches_of([0, 1])[0]) == 3 + 7
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_run_that_reads_the_weights_later_equals_one_that_loads_them_first(
+    make_trainer: MakeTrainer, model_folders: dict[str, str], precision: str
+) -> None:
+    steps = {}
+    for low_memory in (False, True):
+        torch.manual_seed(1)
+        module = PlainDescent(model_folders["llama"], adapter=small_config(), low_memory=low_memory)
+        make_trainer(max_epochs=1, precision=precision).fit(module, loader(batches_of([0, 1], [2, 3])))
+        steps[low_memory] = module.steps
+        assert module.model.lm_head.weight is module.model.model.embed_tokens.weight
+    assert all(torch.equal(a, b) for a, b in zip(steps[False], steps[True], strict=True))
+
+
+def test_module_without_a_trainer_is_loaded_as_always(model_folders: dict[str, str]) -> None:
+    module = CausalLMModule(model_folders["llama"], low_memory=True)
+    module.configure_model()
+    assert not any(parameter.is_meta for parameter in module.model.parameters())

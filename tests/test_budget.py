@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from genlora_lightning.budget import ALLOWANCE, count, fit_budget, ladder
+from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.injection import adapter_layers, adapter_parameters, inject_adapters
+from tests.models import tiny_llama
+
+SMOLLM2 = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)] * 30
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 16])
+def test_budget_of_a_lora_rank_is_met_within_five_percent(rank):
+    lora = rank * sum(i + o for i, o in SMOLLM2)
+    found = fit_budget(GenLoRAConfig(), SMOLLM2, lora)
+    assert 0.95 * lora <= found.parameters <= ALLOWANCE * lora
+    assert found.parameters == count(found.config, SMOLLM2)
+    assert found.lora_rank == pytest.approx(found.parameters / lora * rank)
+
+
+def test_no_other_step_of_the_ladder_is_closer():
+    for wanted in (340_000, 500_000, 1_000_000):
+        found = fit_budget(GenLoRAConfig(), SMOLLM2, wanted)
+        sizes = [count(config, SMOLLM2) for config in itertools.islice(ladder(GenLoRAConfig(), SMOLLM2), 150)]
+        allowed = [size for size in sizes if size <= ALLOWANCE * wanted]
+        assert abs(found.parameters - wanted) == min(abs(size - wanted) for size in allowed)
+
+
+def test_every_step_of_the_ladder_is_larger_than_the_one_before_and_fits_the_linears():
+    shapes = [(6, 10), (8, 5)]
+    steps = list(ladder(GenLoRAConfig(), shapes))
+    sizes = [count(config, shapes) for config in steps]
+    assert sizes == sorted(set(sizes))
+    assert all(config.num_groups <= 5 for config in steps)
+    assert GenLoRAConfig() in list(itertools.islice(ladder(GenLoRAConfig(), SMOLLM2), 20))
+
+
+def test_what_is_not_searched_is_kept():
+    config = GenLoRAConfig(kernel="inverse_quadratic", learn_widths=False, alpha=3.0)
+    found = fit_budget(config, SMOLLM2, 600_000).config
+    assert (found.kernel, found.learn_widths, found.alpha) == ("inverse_quadratic", False, 3.0)
+
+
+def test_model_with_the_configuration_found_has_the_parameters_said():
+    model = tiny_llama()
+    shapes = [(16, 16), (16, 8), (16, 8), (16, 16), (16, 24), (16, 24), (24, 16)] * 2
+    found = fit_budget(GenLoRAConfig(), shapes, 1000)
+    inject_adapters(model, found.config)
+    assert [(layer.in_features, layer.out_features) for layer in adapter_layers(model).values()] == shapes
+    assert sum(p.numel() for p in adapter_parameters(model).values()) == found.parameters
+
+
+def test_budget_below_the_smallest_adapter_is_an_error():
+    with pytest.raises(ValueError, match=r"smallest adapter on these 2 linears has 52 parameters .*more than 30\. Ad"):
+        fit_budget(GenLoRAConfig(), [(10, 10), (10, 10)], 30)
+    with pytest.raises(ValueError, match="no linears"):
+        fit_budget(GenLoRAConfig(), [], 30)
