@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from genlora_lightning.config import GenLoRAConfig
 
 ALLOWANCE = 1.05
+# The fields that a budget decides.
+SIZES = ("rank", "num_latents_a", "num_latents_b", "num_groups", "num_centers")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
+from genlora_lightning.budget import SIZES
 from genlora_lightning.config import ALL_LINEAR, GenLoRAConfig
 from genlora_lightning.shapes import SHAPES, TASKS
 
@@ -19,6 +20,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``genlora plan``."""
     _add_model(parser)
     parser.add_argument("--rank", type=int, default=_DEFAULTS.rank, help="rank (default: %(default)s)")
+    for side in "ab":
+        default = getattr(_DEFAULTS, f"num_latents_{side}")
+        text = f"latents of {side.upper()} (default: %(default)s)"
+        parser.add_argument(f"--num-latents-{side}", type=int, default=default, help=text)
     parser.add_argument("--num-groups", type=int, default=_DEFAULTS.num_groups, help="groups (default: %(default)s)")
     parser.add_argument("--num-centers", type=int, default=_DEFAULTS.num_centers, help="centres (default: %(default)s)")
     parser.add_argument("--strategy", choices=["single", "ddp", "fsdp1", "fsdp2"], help="default: single, or fsdp2")
@@ -64,8 +69,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modules-to-train", nargs="+", metavar="NAME", default=[], help="modules trained in full")
 
 
-def _config(options: argparse.Namespace, *, rank: int, num_groups: int, num_centers: int = 1) -> GenLoRAConfig:
-    """The adapter; one target name that is no list may be a regular expression, as in a configuration file."""
+def _config(options: argparse.Namespace, **sizes: int) -> GenLoRAConfig:
+    """The adapter of these sizes; one target name that is no list may be a regular expression, as in a configuration file."""
     targets: Any = options.target_modules
     if len(targets) == 1 and (targets[0] == ALL_LINEAR or not targets[0].replace(".", "").isidentifier()):
         targets = targets[0]
@@ -73,9 +78,7 @@ def _config(options: argparse.Namespace, *, rank: int, num_groups: int, num_cent
         target_modules=targets,
         exclude_modules=options.exclude_modules,
         modules_to_train=options.modules_to_train,
-        rank=rank,
-        num_groups=num_groups,
-        num_centers=num_centers,
+        **sizes,
     )
 
 
@@ -107,7 +110,7 @@ def run_plan(options: argparse.Namespace) -> None:
         autocast=options.precision == "bf16-mixed",
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    adapter = _config(options, rank=options.rank, num_groups=options.num_groups, num_centers=options.num_centers)
+    adapter = _config(options, **{name: getattr(options, name) for name in SIZES})
     config, task = _model(options)
     dtype: torch.dtype | None = None if options.dtype == "auto" else getattr(torch, options.dtype)
     plan = make_plan(config, options.model, task, adapter, setup, dtype=dtype)
@@ -121,7 +124,7 @@ def run_budget(options: argparse.Namespace) -> None:
     from genlora_lightning.injection import adapter_layers, inject_adapters
 
     # The smallest adapter: what is asked here is which linears there are.
-    smallest = _config(options, rank=1, num_groups=1)
+    smallest = _config(options, **dict.fromkeys(SIZES, 1))
     model = build_on_meta(*_model(options))
     inject_adapters(model, smallest)
     linears = [(layer.in_features, layer.out_features) for layer in adapter_layers(model).values()]
@@ -129,7 +132,7 @@ def run_budget(options: argparse.Namespace) -> None:
     wanted = options.parameters or round(options.like_lora_rank * per_rank)
     found = fit_budget(smallest, linears, wanted)
     config = found.config
-    sizes = {"rank": config.rank, "num_groups": config.num_groups, "num_centers": config.num_centers}
+    sizes = {name: getattr(config, name) for name in SIZES}
     if options.json:
         facts = {"linears": len(linears), "parameters": found.parameters, "wanted": wanted}
         print(json.dumps({**sizes, **facts, "like_lora_rank": found.lora_rank}, indent=2))
