@@ -69,8 +69,8 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modules-to-train", nargs="+", metavar="NAME", default=[], help="modules trained in full")
 
 
-def _config(options: argparse.Namespace, **sizes: int) -> GenLoRAConfig:
-    """The adapter of these sizes; one target name that is no list may be a regular expression, as in a configuration file."""
+def _config(options: argparse.Namespace, **sizes: Any) -> GenLoRAConfig:
+    """The adapter of these sizes; one target name alone may be a regular expression, as in a configuration file."""
     targets: Any = options.target_modules
     if len(targets) == 1 and (targets[0] == ALL_LINEAR or not targets[0].replace(".", "").isidentifier()):
         targets = targets[0]
