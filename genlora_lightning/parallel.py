@@ -1,7 +1,7 @@
 """Trained tensors on several processes: kept equal by one message per step, or sharded with the base; compared.
 
-The frozen base may be sharded by FSDP1 or FSDP2. What is trained is tiny and either *replicated* (outside of the sharded
-groups, kept equal by :func:`broadcast_from_first` and :func:`reduce_gradients`) or *sharded* with the base.
+The frozen base may be sharded by FSDP1 or FSDP2. What is trained is tiny and either *replicated* (outside of the
+sharded groups, kept equal by :func:`broadcast_from_first` and :func:`reduce_gradients`) or *sharded* with the base.
 """
 
 from __future__ import annotations
@@ -51,10 +51,8 @@ def reduce_gradients(parameters: Iterable[Tensor]) -> None:
     for group in _by_dtype(parameters):
         # Zeros of a sign that a sum has only if all of its terms have it: -0 is what is missing, +0 a gradient that is
         # zero (adding +0 turns -0 into it). This tells them apart without another message.
-        missing = [torch.full_like(p, -0.0) if p.grad is None else p.grad for p in group]
-        flat = torch.cat(
-            [g.reshape(-1) if p.grad is None else g.reshape(-1) + 0.0 for p, g in zip(group, missing, strict=True)]
-        )
+        gradients = [torch.full_like(p, -0.0) if p.grad is None else p.grad + 0.0 for p in group]
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         distributed.all_reduce(flat)
         parts = torch.split(flat, [parameter.numel() for parameter in group])
         world_size = distributed.get_world_size()
@@ -172,7 +170,7 @@ def trained_parameters(module: nn.Module) -> list[nn.Parameter]:
 
 
 def outer_modules(module: nn.Module) -> list[nn.Module]:
-    """The children of a module that are called by it; lists and dictionaries, which cannot be, stand for their members."""
+    """The children that a module calls; lists and dictionaries, which cannot be called, stand for their members."""
     found: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):

@@ -1,9 +1,9 @@
 """What is trained, whole, wherever it lies: by plain names, gathered from the pieces that FSDP1 and FSDP2 cut.
 
-A sharded tensor is cut, as the flat sequence of its values, into one piece per rank in the order of the ranks. That holds
-for FSDP1's original parameters and for FSDP2's tensors sharded along their first dimension, so that one way of gathering
-and loading does for both, and for optimizer state and gradients, which are cut as their parameters are. The frozen base
-is never gathered. Tensors go by the names they have in the module without the wrappers around its parts.
+A sharded tensor is cut, as the flat sequence of its values, into one piece per rank in the order of the ranks. That
+holds for FSDP1's original parameters and for FSDP2's tensors sharded along their first dimension, so that one way of
+gathering and loading does for both, and for optimizer state and gradients, which are cut as their parameters are. The
+frozen base is never gathered. Tensors go by the names they have without the wrappers around the module's parts.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the callback does about there being several ranks: one object that is trivial on a single device and with DDP."""
+"""What the callback does about there being several ranks; nothing on a single device, little with DDP."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class Ranks:
             )
         if _CONTENT_MARK not in vars(module):
             vars(module)[_CONTENT_MARK] = self._describe(module)
-        if not (earlier == "shard"):
+        if earlier != "shard":
             trained = trained_tensors(module).values()
             if any(is_sharded(tensor) for tensor in trained):
                 raise ValueError(

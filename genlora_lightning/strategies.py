@@ -17,10 +17,8 @@ from lightning.pytorch.strategies import (
     FSDPStrategy,
     ModelParallelStrategy,
     SingleDeviceStrategy,
-    SingleDeviceXLAStrategy,
     Strategy,
     StrategyRegistry,
-    XLAStrategy,
 )
 from torch import nn
 from torch.optim import Optimizer
@@ -68,9 +66,7 @@ def check_strategy(trainer: Trainer) -> None:
             f'GenLoRAFinetuning does not support {name}: set `strategy="{FSDP_NAME}"` or ModelParallelStrategy, which '
             "shard the base as ZeRO-3 does."
         )
-    elif isinstance(strategy, (XLAStrategy, SingleDeviceXLAStrategy)) or not isinstance(
-        strategy, (SingleDeviceStrategy, DDPStrategy, GenLoRAFSDPStrategy)
-    ):
+    elif "XLA" in name or not isinstance(strategy, (SingleDeviceStrategy, DDPStrategy, GenLoRAFSDPStrategy)):
         raise ValueError(
             f'GenLoRAFinetuning does not support {name}: set `strategy` to "auto" (one device), "ddp", '
             f'"{FSDP_NAME}" or ModelParallelStrategy, on CPU or CUDA.'
@@ -152,7 +148,7 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
     """
 
     strategy_name = FSDP_NAME
-    _registered_strategies: list[str] = []
+    _registered_strategies: list[str] = []  # noqa: RUF012 - not shared with the base class
 
     def __init__(self, **kwargs: Any) -> None:
         if not kwargs.get("use_orig_params", True):
@@ -173,10 +169,11 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
         # Lightning's would cast the base's float32 parameters, and its buffers, such as rotary frequencies, to 16 bits.
         return self.mixed_precision
 
-    @property  # type: ignore[override]
+    @property
     @override
     def precision_plugin(self) -> FSDPPrecision:
-        return self._precision_plugin if self._precision_plugin is not None else _Precision("32-true", self)
+        plugin = self._precision_plugin
+        return plugin if isinstance(plugin, FSDPPrecision) else _Precision("32-true", self)
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
@@ -262,7 +259,7 @@ class _Precision(FSDPPrecision):
         return super().forward_context()
 
     @override
-    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:  # type: ignore[override]
+    def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
         clip_gradient_norm(self.main_params(optimizer), float(clip_val))
 
 
