@@ -11,6 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from genlora_lightning import __version__
 from genlora_lightning.atomic import atomic_folder
 from genlora_lightning.base_identity import WrongBaseError, base_identity, compare_bases, describe_base
+from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.coverage import CoverageReport
 from genlora_lightning.digests import dtype_name, seal_json, sha256
 from genlora_lightning.full_training import trained_modules
@@ -42,6 +44,47 @@ from genlora_lightning.tensor_file import write_tensors
 
 BaseCheck = Literal["error", "warn", "off"]
 _OWN_FILES = {WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE}
+
+
+@dataclass
+class AdapterContent:
+    """What an adapter folder says of a model, taken from it before or after its tensors are spread over processes.
+
+    Attributes:
+        state: The adapter's tensors by name.
+        config: The adapters' configuration.
+        base: The base's identity (:func:`~genlora_lightning.base_identity.base_identity`).
+        layers: ``[out_features, in_features]`` of each adapted linear.
+        trained_modules: The names of the tensors of each module trained in full.
+        base_is_transformers: Whether the base is one of transformers' models.
+    """
+
+    state: dict[str, Tensor]
+    config: GenLoRAConfig
+    base: dict[str, Any]
+    layers: dict[str, list[int]]
+    trained_modules: dict[str, list[str]]
+    base_is_transformers: bool
+
+
+def adapter_content(model: nn.Module) -> AdapterContent:
+    """What :func:`save_adapter` saves of a model; the tensors are the model's own, not copies.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    state = adapter_state_dict(model)
+    layers = adapter_layers(model)
+    return AdapterContent(
+        state=state,
+        config=next(iter(layers.values())).config,
+        base=base_identity(model),
+        layers={name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
+        trained_modules={
+            name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()
+        },
+        base_is_transformers=type(model).__module__.startswith("transformers."),
+    )
 
 
 def save_adapter(
@@ -67,8 +110,15 @@ def save_adapter(
         FileExistsError: ``folder`` exists and is no adapter folder; nothing of yours is overwritten.
         OSError: It cannot be written, for example because the disk is full; then nothing is left behind.
     """
+    return write_adapter(adapter_content(model), folder, training=training)
+
+
+def write_adapter(
+    content: AdapterContent, folder: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None
+) -> Path:
+    """Write an adapter folder; see :func:`save_adapter`."""
     folder = Path(folder)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in adapter_state_dict(model).items()}
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in content.state.items()}
     broken = _not_finite(state)
     if broken:
         raise ValueError(
@@ -87,7 +137,7 @@ def save_adapter(
         raise ValueError(f"`training` must hold JSON values, got {facts!r}: {error}.") from error
     try:
         with atomic_folder(folder) as staging:
-            _write(staging, model, state, facts)
+            _write(staging, content, state, facts)
             _keep_other_files(folder, staging)
     except OSError as error:
         size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
@@ -165,11 +215,9 @@ def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
     return [name for name, value in zip(floating, largest, strict=True) if not math.isfinite(value)]
 
 
-def _write(staging: Path, model: nn.Module, state: dict[str, Tensor], training: dict[str, Any]) -> None:
+def _write(staging: Path, content: AdapterContent, state: dict[str, Tensor], training: dict[str, Any]) -> None:
     weights = write_tensors(staging / WEIGHTS_FILE, state)
-    base = base_identity(model)
-    adapters = adapter_layers(model)
-    config = next(iter(adapters.values())).config
+    base, config = content.base, content.config
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -178,16 +226,15 @@ def _write(staging: Path, model: nn.Module, state: dict[str, Tensor], training: 
     }
     text = (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()
     (staging / CONFIG_FILE).write_bytes(text)
-    layers = {name: [layer.out_features, layer.in_features] for name, layer in adapters.items()}
     versions = library_versions()
     card = model_card(
         config=config,
         base=base,
         training=training,
         versions=versions,
-        num_layers=len(layers),
+        num_layers=len(content.layers),
         num_values=sum(tensor.numel() for tensor in state.values()),
-        base_is_transformers=type(model).__module__.startswith("transformers."),
+        base_is_transformers=content.base_is_transformers,
     )
     (staging / CARD_FILE).write_text(card, encoding="utf-8")
     manifest = {
@@ -197,10 +244,8 @@ def _write(staging: Path, model: nn.Module, state: dict[str, Tensor], training: 
         "versions": versions,
         "training": training,
         "base": base,
-        "layers": layers,
-        "trained_modules": {
-            name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()
-        },
+        "layers": content.layers,
+        "trained_modules": content.trained_modules,
         "files": {
             CONFIG_FILE: {"bytes": len(text), "sha256": sha256(text)},
             WEIGHTS_FILE: {"bytes": weights.num_bytes, "header_sha256": weights.header_sha256},

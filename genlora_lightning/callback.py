@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from genlora_lightning.adapter_io import save_adapter
+from genlora_lightning.adapter_io import write_adapter
 from genlora_lightning.checkpoint import CHECKPOINT_KEY, adapter_root, check_checkpoint, keep_adapters_only
 from genlora_lightning.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.checks import (
@@ -29,17 +30,19 @@ from genlora_lightning.checks import (
 from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.coverage import CoverageReport
 from genlora_lightning.injection import adapter_layers, inject_adapters
+from genlora_lightning.pieces import local_part, plain_name, whole_like
+from genlora_lightning.ranks import AdapterSharding, Ranks, describe_timeout
 from genlora_lightning.resume import Resume, add_resume_state, release_loaders, use_resumable_loaders
 from genlora_lightning.sharded_loading import weight_source
-from genlora_lightning.state import adapter_state_dict
+from genlora_lightning.strategies import check_strategy
 
-SUPPORTED_STRATEGIES = (SingleDeviceStrategy, DDPStrategy)
 # WeightAveraging (and EMAWeightAveraging on it) came with Lightning 2.6.
 _AVERAGING = tuple(
     getattr(lightning_callbacks, name)
     for name in ("StochasticWeightAveraging", "WeightAveraging")
     if hasattr(lightning_callbacks, name)
 )
+_OURS = "_genlora_keeps_base_out"
 _WRAPPED_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start")
 
 
@@ -75,6 +78,11 @@ class GenLoRAFinetuning(Callback):
             evaluation mode, in which their dropout does nothing).
         check_finite_every_n_steps: How often gradients are checked to be finite, in optimizer steps; 0: never. The
             check waits for the device; raise the number if a GPU's step is very short.
+        adapter_sharding: Where the base is sharded (FSDP1, FSDP2): ``"replicate"`` keeps the adapters whole on each
+            rank and averages their gradients in one message per optimizer step; ``"shard"`` shards them, too. Modules
+            trained in full are treated as the adapters are.
+        check_ranks_every_n_steps: How often to compare the adapters between the ranks, in every bit, beside the end of
+            the run, where it is always done; 0: only there. To find a fault; it waits for the device.
 
     Raises:
         ValueError: From the trainer's run: given twice, a strategy it does not support, a configuration that does not
@@ -89,6 +97,8 @@ class GenLoRAFinetuning(Callback):
         save_adapter: bool = True,
         train_mode: bool = True,
         check_finite_every_n_steps: int = 1,
+        adapter_sharding: AdapterSharding = "replicate",
+        check_ranks_every_n_steps: int = 0,
     ) -> None:
         if not isinstance(config, (GenLoRAConfig, dict)) and config is not None:
             raise TypeError(f"`config` must be a GenLoRAConfig or a dictionary of its fields, got {config!r}.")
@@ -97,12 +107,19 @@ class GenLoRAFinetuning(Callback):
         self.save_adapter = save_adapter
         self.train_mode = train_mode
         self.check_finite_every_n_steps = check_finite_every_n_steps
+        if adapter_sharding not in get_args(AdapterSharding):
+            raise ValueError(
+                f"`adapter_sharding` must be one of {get_args(AdapterSharding)}, got {adapter_sharding!r}."
+            )
+        self.adapter_sharding: AdapterSharding = adapter_sharding
+        self.check_ranks_every_n_steps = check_ranks_every_n_steps
         self.report: CoverageReport | None = None
         self._folder: Path | None = None
         self._saved_after_error = False
         self._gradient_watch = GradientWatch()
         self._last_loss: Tensor | None = None
         self._resume: Resume | None = None
+        self._ranks: Ranks | None = None
         self._untrained = False
 
     # -- setting up -------------------------------------------------------------------------------------------------
@@ -115,8 +132,9 @@ class GenLoRAFinetuning(Callback):
                 "The trainer has more than one GenLoRAFinetuning callback. Give one: either in the trainer's "
                 "`callbacks`, or by the module's `adapter` argument."
             )
-        _check_strategy(trainer)
+        check_strategy(trainer)
         _check_averaging(callbacks)
+        self._ranks = Ranks(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
         self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
         release_loaders(trainer)
@@ -153,6 +171,8 @@ class GenLoRAFinetuning(Callback):
             self._untrained = False
             if trainer.state.fn == "fit":
                 self._resume = Resume(checkpoint)
+                if trainer.strategy.restore_checkpoint_after_setup:  # with the optimizers there
+                    self._resume.prepare(trainer, pl_module)
 
         def on_train_start() -> None:
             # After everybody else's, because the random state is restored here.
@@ -181,6 +201,12 @@ class GenLoRAFinetuning(Callback):
         waiting = weight_source(pl_module)
         if waiting is not None:
             waiting.start_trained()
+        self._of_run.prepare(pl_module)
+
+    @property
+    def _of_run(self) -> Ranks:
+        assert self._ranks is not None, "the callback's `setup` has not been called"
+        return self._ranks
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -235,7 +261,8 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        warning = self._gradient_watch.check(pl_module, optimizer)
+        self._of_run.reduce(optimizer)
+        warning = self._gradient_watch.check(pl_module, optimizer, self._of_run.any_rank)
         if warning is not None:
             rank_zero_warn(warning)
         # With a gradient scaler (float16) overflows are expected, and the scaler skips the step by itself.
@@ -245,20 +272,25 @@ class GenLoRAFinetuning(Callback):
             self._check_finite(trainer, pl_module, optimizer)
 
     def _check_finite(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if not gradients:
-            return
+        held = (p for group in optimizer.param_groups for p in group["params"])
+        gradients = [local_part(p.grad) for p in held if p.grad is not None]
+        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite())
         # Gradients and not only the loss: after the reduction they are the same on all ranks, so that all ranks stop.
-        if bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite()):
+        if not any(self._of_run.any_rank([not finite])):
             return
-        names = [n for n, p in pl_module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
+        names = [
+            plain_name(name)
+            for name, p in pl_module.named_parameters()
+            if p.grad is not None and not local_part(p.grad).isfinite().all()
+        ]
+        first = f" ({names[0]} first)" if names else ""  # others see it if this rank has pieces of the gradients
         # Not its value: a module may scale what it returns.
         loss = "unknown" if self._last_loss is None else "finite" if self._last_loss.isfinite().all() else "not finite"
-        saved = self._save_after_error(trainer, pl_module)
+        saved = self._save_after_error(trainer, pl_module, on_all_ranks=True)
         trainer.strategy.barrier()  # the first rank that raises has the others killed, rank 0 in the middle of saving
         raise NonFiniteGradientError(
             f"The gradient is NaN or infinite at optimizer step {trainer.global_step + 1}, epoch "
-            f"{trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}, in {len(names)} tensors ({names[0]} first); "
+            f"{trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}, in {len(names)} tensors{first}; "
             f"the last loss was {loss}. The step was not made: the weights are those before it. {saved} Lower the "
             "learning rate, set `gradient_clip_val`, or look at that batch."
         )
@@ -266,38 +298,60 @@ class GenLoRAFinetuning(Callback):
     # -- the end ----------------------------------------------------------------------------------------------------
 
     @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        every = self.check_ranks_every_n_steps
+        if every and trainer.global_step % every == 0:
+            self._of_run.compare(pl_module, f"After step {trainer.global_step}")
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._of_run.compare(pl_module, f"At the end, after step {trainer.global_step},")
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._folder is None or not trainer.is_global_zero:
+        if self._folder is None or not (trainer.is_global_zero or self._of_run.inside):
+            return
+        content = self._of_run.content(pl_module)
+        if not trainer.is_global_zero:
             return
         try:
-            folder = save_adapter(adapter_root(pl_module), self._folder, training=_facts(trainer))
+            folder = write_adapter(content, self._folder, training=_facts(trainer))
         except OSError as error:
             # Hours of training must not end in a full disk: any other place is better than none.
             rank_zero_warn(str(error))
-            folder = save_adapter(adapter_root(pl_module), _spare_folder(), training=_facts(trainer))
+            folder = write_adapter(content, _spare_folder(), training=_facts(trainer))
         rank_zero_info(f"The adapter is saved in {folder}.")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        hint = describe_timeout(trainer, exception)
+        if hint is not None:
+            print(hint, file=sys.stderr, flush=True)  # from whichever rank it is
         if self._folder is not None and trainer.state.fn == "fit" and not self._saved_after_error:
-            rank_zero_info(f"Stopped at step {trainer.global_step}. {self._save_after_error(trainer, pl_module)}")
+            saved = self._save_after_error(trainer, pl_module)
+            rank_zero_info(f"Stopped at step {trainer.global_step}. {saved}")
         self._unwrap(pl_module)
         release_loaders(trainer)
 
-    def _save_after_error(self, trainer: Trainer, pl_module: LightningModule) -> str:
+    def _save_after_error(self, trainer: Trainer, pl_module: LightningModule, *, on_all_ranks: bool = False) -> str:
         """Save what there is, without hiding the error that is being handled; returns a sentence on what was done."""
         self._saved_after_error = True
         if self._folder is None:
             return "No adapter was saved (`save_adapter` is off)."
         if trainer.global_step == 0:
             return "No step had been made, so there is no adapter to save."
+        if self._of_run.inside and not on_all_ranks:
+            return "The adapter lies in pieces on several ranks and was not saved; go on from the last checkpoint."
+        if not (trainer.is_global_zero or self._of_run.inside):
+            return "The adapter is saved by rank 0."
+        content = self._of_run.content(pl_module)
         if not trainer.is_global_zero:
             return "The adapter is saved by rank 0."
         folder = self._folder.with_name(f"{self._folder.name}-interrupted")
         problems = []
         for place in (folder, _spare_folder()):
             try:
-                save_adapter(adapter_root(pl_module), place, training=_facts(trainer))
+                write_adapter(content, place, training=_facts(trainer))
             except (OSError, ValueError) as error:
                 problems.append(str(error))
             else:
@@ -308,15 +362,6 @@ class GenLoRAFinetuning(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._unwrap(pl_module)
         release_loaders(trainer)
-
-
-def _check_strategy(trainer: Trainer) -> None:
-    strategy = trainer.strategy
-    if not isinstance(strategy, SUPPORTED_STRATEGIES):
-        raise ValueError(
-            f"GenLoRAFinetuning does not support {type(strategy).__name__} in this release: it trains on one device "
-            'and with DDP. Set `strategy="auto"` or `strategy="ddp"`.'
-        )
 
 
 def _load_waiting_weights(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -346,7 +391,7 @@ def _write_content(trainer: Trainer, pl_module: LightningModule, checkpoint: dic
 def _keep_base_out_of_files(trainer: Trainer) -> None:
     """Have the strategy write adapters only, also after the run, when the module's hooks are its own again."""
     strategy = trainer.strategy
-    if "save_checkpoint" in vars(strategy):
+    if hasattr(strategy.save_checkpoint, _OURS):
         return
     original = strategy.save_checkpoint
 
@@ -356,11 +401,12 @@ def _keep_base_out_of_files(trainer: Trainer) -> None:
             _write_content(trainer, module, checkpoint)
         original(checkpoint, *args, **kwargs)
 
+    setattr(save_checkpoint, _OURS, True)
     vars(strategy)["save_checkpoint"] = save_checkpoint
 
 
 def _state_bytes(pl_module: LightningModule) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in adapter_state_dict(pl_module).values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in whole_like(pl_module).values())
 
 
 def _spare_folder() -> Path:

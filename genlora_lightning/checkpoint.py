@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from genlora_lightning.base_identity import base_model_name
-from genlora_lightning.injection import adapter_config, adapter_layers
-from genlora_lightning.state import adapter_state_dict, check_adapter_state
+from genlora_lightning.injection import adapter_config, adapter_layers, require_adapters
+from genlora_lightning.pieces import plain_name, plain_parameters, state_names, trained_tensors, whole_like
+from genlora_lightning.state import check_adapter_state
 
 CHECKPOINT_KEY = "genlora"
 CHECKPOINT_VERSION = 1
@@ -29,13 +30,15 @@ def adapter_root(module: nn.Module) -> nn.Module:
     return find() if find is not None else module
 
 
+def prefix_of(root: nn.Module, module: nn.Module) -> str:
+    """What the names of a module's part begin with in the module, such as ``"model."``."""
+    return next(f"{plain_name(name)}." if name else "" for name, part in module.named_modules() if part is root)
+
+
 def checkpoint_state(module: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint must hold: the adapter's state, and whatever else of the module is trained."""
-    state = adapter_state_dict(module)
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            state.setdefault(name, parameter.detach())
-    return state
+    """What a checkpoint must hold: the adapter's state, and whatever else is trained; pieces of it if it is sharded."""
+    require_adapters(module)
+    return trained_tensors(module)
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -66,13 +69,12 @@ def keep_adapters_only(module: nn.Module, checkpoint: dict[str, Any], optimizers
         "format_version": CHECKPOINT_VERSION,
         "config": adapter_config(root).to_dict(),
         "base_model": base_model_name(root),
-        "prefix": next(f"{name}." if name else "" for name, part in module.named_modules() if part is root),
+        "prefix": prefix_of(root, module),
     }
     if "optimizer_states" in checkpoint:
         states = zip(checkpoint["optimizer_states"], optimizers, strict=True)
         checkpoint["optimizer_states"] = [
-            _in_columns(_named_state(module, state, optimizer), dict(module.named_parameters()))
-            for state, optimizer in states
+            _in_columns(_named_state(module, state, optimizer), checkpoint["state_dict"]) for state, optimizer in states
         ]
     for name in _HYPERPARAMETERS:
         if name in checkpoint:
@@ -178,7 +180,7 @@ def _plain(value: Any, place: str, refused: list[str]) -> Any:
 
 
 def _names(module: nn.Module) -> dict[int, str]:
-    return {id(parameter): sys.intern(name) for name, parameter in module.named_parameters()}
+    return {id(parameter): sys.intern(name) for name, parameter in plain_parameters(module).items()}
 
 
 def _named_state(module: nn.Module, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
@@ -241,7 +243,7 @@ def numbered_state(module: nn.Module, stored: dict[str, Any], optimizer: Optimiz
     """
     if "names" not in stored:
         return stored  # Lightning's own, written by a run without the callback's hooks
-    by_name = optimizer_state_by_name(stored, dict(module.named_parameters()))
+    by_name = optimizer_state_by_name(stored, whole_like(module))
     names = _names(module)
     present = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     group_of = {name: index for index, group in enumerate(stored["param_groups"]) for name in group["params"]}
@@ -325,7 +327,7 @@ def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
             "configuration of the run that wrote it."
         )
     # Base weights may be there (a full checkpoint); they are the base's matter, not the adapters'.
-    expected = checkpoint_state(module)
-    base = set(module.state_dict()) - set(expected)
+    expected = whole_like(module)
+    base = state_names(module) - set(expected)
     state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in base}
     check_adapter_state(expected, state, "the checkpoint")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 from torch import nn
@@ -12,6 +13,9 @@ from torch.optim import Optimizer
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
 from genlora_lightning.manifest import is_adapter_folder
+from genlora_lightning.pieces import local_part
+
+_AnyRank = Callable[[list[bool]], list[bool]]
 
 
 def check_writable(folder: Path, needed: int) -> None:
@@ -81,12 +85,13 @@ class GradientWatch:
         self._zero_steps = 0
         self._done = False
 
-    def check(self, model: nn.Module, optimizer: Optimizer) -> str | None:
+    def check(self, model: nn.Module, optimizer: Optimizer, any_rank: _AnyRank = list) -> str | None:
         """Look at the gradients before an optimizer step; costs nothing once they have been seen.
 
         Args:
             model: The model with the adapters.
             optimizer: The optimizer that is about to step; adapters that it does not hold are not its matter.
+            any_rank: Says for a list of flags which are set on any rank; for ranks that see pieces of the gradients.
 
         Returns:
             A warning about adapters without a gradient, if some have one and some have not.
@@ -104,11 +109,11 @@ class GradientWatch:
         layers = {name: gradients for name, gradients in layers.items() if gradients}
         if not layers:
             return None
-        without = [
-            name
-            for name, gradients in layers.items()
-            if not any(g is not None and bool((g != 0).any()) for g in gradients)
+        nonzero = [
+            any(g is not None and bool((local_part(g) != 0).any()) for g in gradients) for gradients in layers.values()
         ]
+        reached, *nonzero = any_rank([any(g is not None for gs in layers.values() for g in gs), *nonzero])
+        without = [name for name, flag in zip(layers, nonzero, strict=True) if not flag]
         if len(without) < len(layers):
             self._done = True
             if not without:
@@ -118,9 +123,8 @@ class GradientWatch:
                 "right for modules that the batch did not use (experts); else name them in `exclude_modules`."
             )
         self._zero_steps += 1
-        unreached = all(g is None for gradients in layers.values() for g in gradients)
-        if unreached or self._zero_steps >= self.patience:
-            found = "has a gradient" if unreached else f"had a gradient other than zero in {self._zero_steps} steps"
+        if not reached or self._zero_steps >= self.patience:
+            found = "has a gradient" if not reached else f"had a gradient other than zero in {self._zero_steps} steps"
             raise RuntimeError(
                 f"None of the {len(layers)} adapters {found}, so nothing would be trained. Likely causes: reentrant "
                 "gradient checkpointing over a frozen input (set `use_reentrant=False` or call "

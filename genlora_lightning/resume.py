@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from genlora_lightning.checkpoint import CHECKPOINT_KEY, numbered_state, pack
+from genlora_lightning.pieces import is_sharded, part_of, plain_parameters, whole_gradients
 from genlora_lightning.random_state import random_state, set_random_state
 from genlora_lightning.resumable import is_resumable, make_resumable, make_unnoticed
 
@@ -92,10 +93,15 @@ def _gradients(trainer: Trainer, module: LightningModule, progress: _Progress) -
     """
     if module.automatic_optimization and not _mid_window(trainer, progress):
         return {}
-    found = {name: p.grad for name, p in module.named_parameters() if p.requires_grad and p.grad is not None}
+    sharded = whole_gradients(module)  # of all ranks already
+    found = {
+        name: p.grad
+        for name, p in plain_parameters(module).items()
+        if p.requires_grad and p.grad is not None and not is_sharded(p)
+    }
     if trainer.world_size > 1:
         found = {name: trainer.strategy.reduce(grad.clone(), reduce_op="mean") for name, grad in found.items()}
-    gradients: dict[str, Tensor] = pack(found)
+    gradients: dict[str, Tensor] = pack({**found, **sharded})
     return gradients
 
 
@@ -214,10 +220,11 @@ class Resume:
             return
         for index, metric in self.state["plateau"]:
             module.lr_scheduler_step(trainer.lr_scheduler_configs[index].scheduler, metric)
-        parameters = dict(module.named_parameters())
+        parameters = plain_parameters(module) if self.state["gradients"] else {}
         for name, gradient in self.state["gradients"].items():
             parameter = parameters[name]
-            parameter.grad = gradient.to(parameter.device, parameter.dtype, copy=True)
+            whole = gradient.to(parameter.device, parameter.dtype, copy=True)
+            parameter.grad = part_of(whole, parameter)
         if self.state["window"]:
             device = module.device
             load: Any = module.load_window_state

@@ -456,14 +456,14 @@ def test_error_in_the_users_code_keeps_the_adapter_and_the_module_can_be_used_ag
 
 
 def test_full_disk_at_the_end_saves_the_adapter_elsewhere(tmp_path, monkeypatch):
-    real = callback.save_adapter
+    real = callback.write_adapter
 
     def full(model, folder, **kwargs):
         if folder == tmp_path / "adapter":
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(model, folder, **kwargs)
 
-    monkeypatch.setattr(callback, "save_adapter", full)
+    monkeypatch.setattr(callback, "write_adapter", full)
     monkeypatch.setattr(callback, "_spare_folder", lambda: tmp_path / "spare")
     module = PlainMLP()
     with pytest.warns(UserWarning, match="No space left"):

@@ -1,0 +1,126 @@
+"""Every strategy and policy, two gloo ranks on the CPU, against one process on the same global batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from genlora_lightning import load_adapter
+from genlora_lightning.state import adapter_state_dict
+from tests.distributed.runs import (
+    CONFIG,
+    POLICIES,
+    SHARDED,
+    STRATEGIES,
+    PlainLlama,
+    causal_lm,
+    fit,
+    mask_loader,
+    tensors_of,
+)
+from tests.models import tiny_llama
+from tests.ranks import on_ranks
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed"),
+]
+
+# accumulation, clipping by norm, optimizer, where the backbone is built
+CASES: list[tuple[int, float | None, str, str]] = [
+    (1, None, "sgd", "init"),
+    (2, 0.5, "sgd", "configure_model"),
+    (1, 0.5, "adamw", "configure_model"),
+    (2, None, "adamw", "init"),
+]
+
+
+def assert_close(state: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-6) -> None:
+    assert set(state) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def run_case(kind: str, policy: str, folder: Any, case: tuple[int, float | None, str, str], **settings: Any) -> Any:
+    accumulate, clip, optimizer, place = case
+    return fit(
+        kind,
+        policy,
+        folder,
+        PlainLlama(place, optimizer),
+        max_epochs=accumulate,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=clip,
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_two_ranks_equal_one_process(tmp_path, kind):
+    expected = [run_case("single", "replicate", tmp_path, case) for case in CASES]
+    policies = POLICIES if kind in SHARDED else POLICIES[:1]
+
+    def both_policies() -> list[Any]:
+        return [
+            (policy, index, record.losses, record.state)
+            for policy in policies
+            for index, case in enumerate(CASES)
+            for record in [run_case(kind, policy, tmp_path, case)]
+        ]
+
+    first, second = on_ranks(both_policies)
+    for (policy, index, losses, state), (*_, other) in zip(first, second, strict=True):
+        one = expected[index]
+        assert len(losses) >= 10
+        torch.testing.assert_close(losses, one.losses, rtol=0, atol=1e-6, msg=lambda m, p=policy, i=index: f"{p} {i} {m}")
+        assert_close(state, one.state)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+    moved = expected[0].state["net.model.layers.0.mlp.up_proj.generator_B.latent"]
+    assert moved.abs().max() > 1e-3
+    # The same folder, tensors and base, that one process writes; and it loads.
+    for policy in policies:
+        assert tensors_of(tmp_path / f"{kind}-{policy}") == tensors_of(tmp_path / "single-replicate")
+        module = PlainLlama()
+        load_adapter(module, tmp_path / f"{kind}-{policy}")
+        assert_close(adapter_state_dict(module), first[-1][3] if policy == policies[-1] else first[len(CASES) - 1][3], 0.0)
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_clipping_by_value_checkpointed_activations_and_bf16_are_those_of_one_process(tmp_path, kind):
+    variants: list[tuple[bool, dict[str, Any], float]] = [
+        (False, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, 1e-6),
+        (True, {}, 1e-6),
+        (False, {"precision": "bf16-mixed"}, 5e-3),
+    ]
+
+    def run(kind: str, policy: str) -> list[Any]:
+        return [
+            fit(kind, policy, tmp_path, PlainLlama("init", "sgd", checkpointing), **settings).state
+            for checkpointing, settings, _ in variants
+        ]
+
+    expected = run("single", "replicate")
+    states, _ = on_ranks(lambda: {policy: run(kind, policy) for policy in POLICIES})
+    for policy in POLICIES:
+        for state, one, (_, _, tolerance) in zip(states[policy], expected, variants, strict=True):
+            assert_close(state, one, tolerance)
+            assert all(tensor.dtype is torch.float32 for tensor in state.values())
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_our_module_counts_each_token_alike_under_every_strategy(tmp_path, kind):
+    tiny_llama(tie_word_embeddings=False).save_pretrained(tmp_path / "model")
+
+    def run(kind: str, policy: str) -> Any:
+        torch.manual_seed(100)
+        settings = {"accumulate_grad_batches": 2, "gradient_clip_val": 1.0}
+        return fit(kind, policy, tmp_path, causal_lm(tmp_path), loader=mask_loader(), **settings).state
+
+    expected = run("single", "replicate")
+    for states in on_ranks(lambda: [run(kind, policy) for policy in (POLICIES if kind in SHARDED else POLICIES[:1])]):
+        for state in states:
+            assert_close(state, expected)
+    assert CONFIG["modules_to_train"] == ["lm_head"]
+    assert any("lm_head" in name for name in expected)
