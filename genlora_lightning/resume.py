@@ -234,6 +234,8 @@ class Resume:
             mine = ranks[trainer.global_rank]
             self._load_loaders(trainer, mine["loaders"])
             set_random_state(mine["random"], trainer.strategy.root_device)
+        else:  # more ranks than there were: the others are as far in the epoch as the first, with numbers of their own
+            self._load_loaders(trainer, ranks[0]["loaders"])
 
     def _load_loaders(self, trainer: Trainer, states: list[dict[str, Any]]) -> None:
         loaders = _own_loaders(trainer)

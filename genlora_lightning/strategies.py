@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,12 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
         if type(plugin) is FSDPPrecision:
             plugin = _Precision(plugin.precision, self)
         FSDPStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        # FSDP's `no_sync` would spare nothing of the frozen base, and leaves gradients whole in the middle of a window.
+        yield
 
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:
