@@ -226,3 +226,50 @@ def test_a_hung_peer_ends_the_run_with_a_message(tmp_path, capfd):
         on_ranks(wait, seconds=50)
     assert time.monotonic() - start < 45
     assert "Rank 0 waited in vain for another one after step 1" in capfd.readouterr().err
+
+
+class OwnSharding(PlainLlama):
+    """Shards its backbone itself, as users of ModelParallelStrategy do."""
+
+    def configure_model(self) -> None:
+        from torch.distributed.fsdp import FSDPModule, fully_shard
+
+        if not isinstance(self.net, FSDPModule):
+            for block in self.net.model.layers:
+                fully_shard(block, mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def plain_adapter(policy: str) -> GenLoRAFinetuning:
+    return GenLoRAFinetuning(small_config(), adapter_sharding=policy, save_adapter=False)
+
+
+def test_a_module_s_own_fully_shard_is_respected_or_refused(tmp_path):
+    one = fit("single", "replicate", tmp_path, PlainLlama(), adapter=plain_adapter("replicate")).state
+
+    def both() -> Any:
+        with pytest.raises(ValueError, match='is sharded already, with `adapter_sharding="replicate"`'):
+            fit("fsdp2", "shard", tmp_path, OwnSharding(), adapter=plain_adapter("shard"))
+        return fit("fsdp2", "replicate", tmp_path, OwnSharding(), adapter=plain_adapter("replicate")).state
+
+    for state in on_ranks(both):
+        for name, tensor in one.items():
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:It is recommended to use .*sync_dist=True")  # the ranks validate on the same data
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_same_module_is_validated_and_trained_on_after_a_run(tmp_path, policy):
+    def again(kind: str) -> list[Any]:
+        module = PlainLlama("init", "adamw")
+        record = fit(kind, policy, tmp_path, module, max_steps=3, adapter=plain_adapter(policy))
+        (metrics,) = record.trainer.validate(module, llama_loader(8), verbose=False)
+        second = fit(kind, policy, tmp_path, module, max_steps=3, adapter=plain_adapter(policy))
+        return [metrics["val_loss"], second.state]
+
+    loss, state = again("single")
+    for kind in SHARDED:
+        for found, trained in on_ranks(lambda k=kind: again(k)):
+            assert found == pytest.approx(loss, abs=1e-6)
+            for name, tensor in state.items():
+                torch.testing.assert_close(trained[name], tensor, rtol=0, atol=1e-6)
