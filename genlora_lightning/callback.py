@@ -10,7 +10,6 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from genlora_lightning.adapter_io import write_adapter
-from genlora_lightning.checkpoint import CHECKPOINT_KEY, adapter_root, check_checkpoint, keep_adapters_only
+from genlora_lightning.checkpoint import adapter_root, check_checkpoint
 from genlora_lightning.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.checks import (
     GradientWatch,
@@ -32,17 +31,16 @@ from genlora_lightning.coverage import CoverageReport
 from genlora_lightning.injection import adapter_layers, inject_adapters
 from genlora_lightning.pieces import local_part, plain_name, whole_like
 from genlora_lightning.ranks import AdapterSharding, Ranks, describe_timeout
-from genlora_lightning.resume import Resume, add_resume_state, release_loaders, use_resumable_loaders
-from genlora_lightning.sharded_loading import weight_source
-from genlora_lightning.strategies import check_strategy
-
-# WeightAveraging (and EMAWeightAveraging on it) came with Lightning 2.6.
-_AVERAGING = tuple(
-    getattr(lightning_callbacks, name)
-    for name in ("StochasticWeightAveraging", "WeightAveraging")
-    if hasattr(lightning_callbacks, name)
+from genlora_lightning.resume import (
+    Resume,
+    keep_base_out_of_files,
+    release_loaders,
+    use_resumable_loaders,
+    write_content,
 )
-_OURS = "_genlora_keeps_base_out"
+from genlora_lightning.sharded_loading import weight_source
+from genlora_lightning.strategies import check_averaging, check_strategy
+
 _WRAPPED_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start")
 
 
@@ -133,7 +131,7 @@ class GenLoRAFinetuning(Callback):
                 "`callbacks`, or by the module's `adapter` argument."
             )
         check_strategy(trainer)
-        _check_averaging(callbacks)
+        check_averaging(callbacks)
         self._ranks = Ranks(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
         self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
@@ -143,7 +141,7 @@ class GenLoRAFinetuning(Callback):
         self._resume = None
         self._untrained = False
         self._wrap(trainer, pl_module)
-        _keep_base_out_of_files(trainer)
+        keep_base_out_of_files(trainer)
         if stage == "fit":
             use_resumable_loaders(trainer)
 
@@ -163,7 +161,7 @@ class GenLoRAFinetuning(Callback):
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             # Here and not in the callback's own hook, which Lightning skips with `save_weights_only=True`.
             original_save(checkpoint)
-            _write_content(trainer, pl_module, checkpoint)
+            write_content(trainer, pl_module, checkpoint)
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             original_load(checkpoint)
@@ -372,37 +370,6 @@ def _load_waiting_weights(trainer: Trainer, pl_module: LightningModule) -> None:
         strategy.kwargs["param_init_fn"] = waiting.for_fsdp1(strategy.root_device)
     elif waiting is not None:
         waiting.load(strategy.root_device)
-
-
-def _check_averaging(callbacks: list[Callback]) -> None:
-    for callback in callbacks:
-        if isinstance(callback, _AVERAGING):
-            raise ValueError(
-                f"GenLoRAFinetuning does not work with {type(callback).__name__} in this release: it copies the module "
-                "before the adapters are in it, and writes the base into checkpoints. Leave one of the two out."
-            )
-
-
-def _write_content(trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-    keep_adapters_only(pl_module, checkpoint, trainer.optimizers)
-    add_resume_state(trainer, pl_module, checkpoint)
-
-
-def _keep_base_out_of_files(trainer: Trainer) -> None:
-    """Have the strategy write adapters only, also after the run, when the module's hooks are its own again."""
-    strategy = trainer.strategy
-    if hasattr(strategy.save_checkpoint, _OURS):
-        return
-    original = strategy.save_checkpoint
-
-    def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        module = trainer.lightning_module
-        if CHECKPOINT_KEY not in checkpoint and module is not None and adapter_layers(module):
-            _write_content(trainer, module, checkpoint)
-        original(checkpoint, *args, **kwargs)
-
-    setattr(save_checkpoint, _OURS, True)
-    vars(strategy)["save_checkpoint"] = save_checkpoint
 
 
 def _state_bytes(pl_module: LightningModule) -> int:

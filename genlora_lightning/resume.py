@@ -9,12 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from genlora_lightning.checkpoint import CHECKPOINT_KEY, numbered_state, pack
+from genlora_lightning.checkpoint import CHECKPOINT_KEY, keep_adapters_only, numbered_state, pack
+from genlora_lightning.injection import adapter_layers
 from genlora_lightning.pieces import is_sharded, part_of, plain_parameters, whole_gradients
 from genlora_lightning.random_state import random_state, set_random_state
 from genlora_lightning.resumable import is_resumable, make_resumable, make_unnoticed
 
 RESUME_KEY = "resume"
+_OURS = "_genlora_keeps_base_out"
 _Progress = dict[str, Any]
 
 
@@ -136,6 +138,29 @@ def _at_rest(batches: _Progress) -> bool:
     return bool(batches["current"]["completed"] == batches["current"]["processed"])
 
 
+def write_content(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Turn what Lightning wants to save into what we save, in place; collective, like saving itself."""
+    keep_adapters_only(module, checkpoint, trainer.optimizers)
+    add_resume_state(trainer, module, checkpoint)
+
+
+def keep_base_out_of_files(trainer: Trainer) -> None:
+    """Have the strategy write adapters only, also after the run, when the module's hooks are its own again."""
+    strategy = trainer.strategy
+    if hasattr(strategy.save_checkpoint, _OURS):
+        return
+    original = strategy.save_checkpoint
+
+    def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        module = trainer.lightning_module
+        if CHECKPOINT_KEY not in checkpoint and module is not None and adapter_layers(module):
+            write_content(trainer, module, checkpoint)
+        original(checkpoint, *args, **kwargs)
+
+    setattr(save_checkpoint, _OURS, True)
+    vars(strategy)["save_checkpoint"] = save_checkpoint
+
+
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
@@ -234,6 +259,8 @@ class Resume:
             mine = ranks[trainer.global_rank]
             self._load_loaders(trainer, mine["loaders"])
             set_random_state(mine["random"], trainer.strategy.root_device)
+        else:  # more ranks than there were: the others are as far in the epoch as the first, with numbers of their own
+            self._load_loaders(trainer, ranks[0]["loaders"])
 
     def _load_loaders(self, trainer: Trainer, states: list[dict[str, Any]]) -> None:
         loaders = _own_loaders(trainer)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Generator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device, _setup_activation_checkpointing
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.plugins.precision.fsdp import FSDPPrecision
@@ -36,6 +38,12 @@ from genlora_lightning.pieces import (
 )
 
 FSDP_NAME = "genlora_fsdp"
+# WeightAveraging (and EMAWeightAveraging on it) came with Lightning 2.6.
+_AVERAGING = tuple(
+    getattr(lightning_callbacks, name)
+    for name in ("StochasticWeightAveraging", "WeightAveraging")
+    if hasattr(lightning_callbacks, name)
+)
 # On a module that FSDP1 was wrapped around: the wrapper, for the next run with the same module.
 _WRAPPER_MARK = "_genlora_fsdp_root"
 
@@ -76,6 +84,20 @@ def check_strategy(trainer: Trainer) -> None:
             f'GenLoRAFinetuning does not support `precision="16-mixed"` with {name}, whose ranks scale gradients each '
             'for itself: set `precision="bf16-mixed"`, or `strategy="ddp"`.'
         )
+
+
+def check_averaging(callbacks: list[Callback]) -> None:
+    """Refuse callbacks that average weights.
+
+    Raises:
+        ValueError: With the name of the callback.
+    """
+    for callback in callbacks:
+        if isinstance(callback, _AVERAGING):
+            raise ValueError(
+                f"GenLoRAFinetuning does not work with {type(callback).__name__} in this release: it copies the module "
+                "before the adapters are in it, and writes the base into checkpoints. Leave one of the two out."
+            )
 
 
 def shards_base(strategy: Strategy) -> bool:
@@ -180,6 +202,12 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
         if type(plugin) is FSDPPrecision:
             plugin = _Precision(plugin.precision, self)
         FSDPStrategy.precision_plugin.fset(self, plugin)  # type: ignore[attr-defined]
+
+    @override
+    @contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        # FSDP's `no_sync` would spare nothing of the frozen base, and leaves gradients whole in the middle of a window.
+        yield
 
     @override
     def _setup_model(self, model: nn.Module) -> nn.Module:

@@ -145,4 +145,6 @@ def causal_lm(folder: Path) -> CausalLMModule:
 def tensors_of(folder: Path) -> dict[str, Any]:
     """The manifest of an adapter folder without what differs from run to run."""
     manifest = json.loads((folder / "manifest.json").read_text())
-    return {name: manifest[name] for name in ("base", "layers", "trained_modules")} | {"names": set(manifest["tensors"])}
+    return {name: manifest[name] for name in ("base", "layers", "trained_modules")} | {
+        "names": set(manifest["tensors"])
+    }

@@ -74,7 +74,9 @@ def test_two_ranks_equal_one_process(tmp_path, kind):
     for (policy, index, losses, state), (*_, other) in zip(first, second, strict=True):
         one = expected[index]
         assert len(losses) >= 10
-        torch.testing.assert_close(losses, one.losses, rtol=0, atol=1e-6, msg=lambda m, p=policy, i=index: f"{p} {i} {m}")
+        torch.testing.assert_close(
+            losses, one.losses, rtol=0, atol=1e-6, msg=lambda m, p=policy, i=index: f"{p} {i} {m}"
+        )
         assert_close(state, one.state)
         assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
     moved = expected[0].state["net.model.layers.0.mlp.up_proj.generator_B.latent"]
@@ -84,7 +86,9 @@ def test_two_ranks_equal_one_process(tmp_path, kind):
         assert tensors_of(tmp_path / f"{kind}-{policy}") == tensors_of(tmp_path / "single-replicate")
         module = PlainLlama()
         load_adapter(module, tmp_path / f"{kind}-{policy}")
-        assert_close(adapter_state_dict(module), first[-1][3] if policy == policies[-1] else first[len(CASES) - 1][3], 0.0)
+        assert_close(
+            adapter_state_dict(module), first[-1][3] if policy == policies[-1] else first[len(CASES) - 1][3], 0.0
+        )
 
 
 @pytest.mark.parametrize("kind", SHARDED)

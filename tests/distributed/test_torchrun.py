@@ -1,0 +1,49 @@
+"""The command line under a real `torchrun`, two processes, once for each strategy."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from genlora_lightning import load_adapter
+from tests.models import tiny_llama
+from tests.test_cli import ROOT, config, models  # noqa: F401 - fixtures
+
+pytestmark = [
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed"),
+]
+
+STRATEGIES: dict[str, Any] = {
+    "ddp": "ddp",
+    "genlora_fsdp": "genlora_fsdp",
+    "ModelParallelStrategy": {
+        "class_path": "ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1},
+    },
+}
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_command_line_trains_on_two_processes_of_torchrun(config, tmp_path, name):  # noqa: F811
+    overlay = tmp_path / "strategy.yaml"
+    overlay.write_text(yaml.safe_dump({"trainer": {"strategy": STRATEGIES[name], "devices": 2, "max_epochs": 2}}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command += [str(ROOT / "train.py"), "fit", "--config", str(config), "--config", str(overlay)]
+    command += ["--adapter_dir", str(tmp_path / "adapter"), "--trainer.num_sanity_val_steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (checkpoint,) = Path(tmp_path / "out").rglob("*.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    assert all("generator_" in key for key in content["state_dict"])
+    model = tiny_llama()
+    load_adapter(model, tmp_path / "adapter")
+    assert any(p.abs().max() > 0 for key, p in model.named_parameters() if key.endswith("generator_B.latent"))
