@@ -29,11 +29,14 @@ from genlora_lightning.manifest import is_adapter_folder
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
 from genlora_lightning.predictions import PredictionWriter
 from genlora_lightning.progress import default_progress_bar
+from genlora_lightning.ranks import AdapterSharding
 from genlora_lightning.throughput import TokensPerSecond
 
 SHORT_NAMES = (CausalLMModule, SequenceClassificationModule, InstructionDataModule, TextClassificationDataModule)
 TRACEBACK_VARIABLE = "GENLORA_TRACEBACK"
 AUTO = "auto"
+# Arguments of the callback that are settings of the command line, and their defaults.
+_CALLBACK_DEFAULTS = {"adapter_dir": None, "adapter_sharding": "replicate", "check_ranks_every_n_steps": 0}
 _SPECIAL_CHECKPOINTS = (AUTO, "best", "last", "hpc", "registry")
 _USAGE_ERROR = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -77,6 +80,18 @@ class GenLoRACLI(LightningCLI):
             type=str | None,
             default=None,
             help="Where fit saves the adapter folder; `adapter` in the log directory if not given.",
+        )
+        parser.add_argument(
+            "--adapter_sharding",
+            type=AdapterSharding,
+            default="replicate",
+            help="On several GPUs: whole adapters on each of them, or sharded with the base.",
+        )
+        parser.add_argument(
+            "--check_ranks_every_n_steps",
+            type=int,
+            default=0,
+            help="For debugging: compare the adapters of all processes this often; 0: at the end only.",
         )
         for source, target in (("model", "tokenizer"), ("label_names", "label_names")):
             parser.link_arguments(
@@ -142,11 +157,12 @@ class GenLoRACLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
     def _adapter_callback(self, config: Any) -> list[Callback]:
-        """The callback that the `adapter` section asks for; without it the trainer's or the module's own does."""
-        if config.adapter is None and config.adapter_dir is None:
+        """The callback that the `adapter…` settings ask for; without them the trainer's or the module's own does."""
+        settings = {name: config[name] for name in _CALLBACK_DEFAULTS}
+        if config.adapter is None and settings == _CALLBACK_DEFAULTS:
             return []
         own = self.model.adapter if isinstance(self.model, GenLoRAModule) else None
-        return [GenLoRAFinetuning(config.adapter or own, adapter_dir=config.adapter_dir)]
+        return [GenLoRAFinetuning(config.adapter or own, **settings)]
 
 
 def main(args: list[str] | None = None) -> GenLoRACLI:
@@ -213,7 +229,14 @@ class _Parser(LightningArgumentParser):
         parser = getattr(ex, "subcommand_parser", None) or self
         program = parser.prog.replace(" [options]", "")
         trainer = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
-        options = [*(action.dest for action in parser._actions), *trainer, "model", "data", "adapter", "adapter_dir"]
+        options = [
+            *(action.dest for action in parser._actions),
+            *trainer,
+            "model",
+            "data",
+            "adapter",
+            *_CALLBACK_DEFAULTS,
+        ]
         text = one_line(message, [short.__name__ for short in SHORT_NAMES], options)
         leave(f"error: {text} See `{program} --help`.", _USAGE_ERROR, ex)
 
