@@ -322,6 +322,12 @@ def test_adapter_dir_alone_keeps_the_adapter_of_the_module(config: Path, tmp_pat
     assert (tmp_path / "adapter").is_dir()
 
 
+def test_settings_of_the_callback_reach_it(config: Path) -> None:
+    flags = ["--adapter_sharding", "shard", "--check_ranks_every_n_steps", "3"]
+    (callback,) = callbacks_of(main(["fit", "--config", str(config), *flags]), GenLoRAFinetuning)
+    assert (callback.adapter_sharding, callback.check_ranks_every_n_steps) == ("shard", 3)
+
+
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
 def test_barebones_trainer_gets_adapters_and_no_bar(config: Path) -> None:
     sections = yaml.safe_load(config.read_text())
