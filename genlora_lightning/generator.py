@@ -58,12 +58,12 @@ def slope_at_zero(centers: Tensor, kernel: Kernel) -> Tensor:
 
 
 def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor, kernel: Kernel) -> Tensor:
-    """Generate basis vectors: ``M[r, j] = Σ_q Σ_k w[g(j), r, q, k] · ψ(z[q, j] / h[r, q, k]; c[r, q, k])``.
+    """Generate basis vectors: ``M[r, j] = Σ_q Σ_k w[g(j), r, q, k] · ψ(z[j, q] / h[r, q, k]; c[r, q, k])``.
 
     Entry j belongs to group ``g(j) = ⌊j·G/n⌋``: G runs of consecutive entries whose lengths differ by at most one.
 
     Args:
-        latent: ``z (Q, n)``.
+        latent: ``z (n, Q)``.
         weight: ``w (G, R, Q, K)``.
         centers: ``c (R, Q, K)``, in units of the width.
         log_widths: ``log h (R, Q, K)``.
@@ -72,9 +72,9 @@ def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor
     Returns:
         ``M (R, n)``, in the dtype of the inputs. A column is exactly zero where all its latents are.
     """
-    num_entries, num_groups = latent.shape[1], weight.shape[0]
+    num_entries, num_groups = latent.shape[0], weight.shape[0]
     rank = centers.shape[0]
-    t = latent.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
+    t = latent.T.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
     psi = anchored_rbf(t, centers.unsqueeze(-1), kernel).flatten(1, 2)
     by_function = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (R, Q·K, G)
     if num_entries % num_groups == 0:
@@ -88,7 +88,7 @@ class RBFGenerator(nn.Module):
     r"""Generates a matrix of ``rank`` basis vectors of length ``num_entries`` from one latent vector, or a few.
 
     .. math::
-        M_{rj} = \sum_q \sum_k w_{g(j)\,rqk} \; \psi_{rqk}(z_{qj}), \qquad
+        M_{rj} = \sum_q \sum_k w_{g(j)\,rqk} \; \psi_{rqk}(z_{jq}), \qquad
         \psi_{rqk}(x) = \varphi(x / h_{rqk} - c_{rqk}) - \varphi(-c_{rqk})
 
     with the latents z, cut into groups g of consecutive entries, the RBF weights w, the centres c (in units of the
@@ -98,7 +98,7 @@ class RBFGenerator(nn.Module):
 
     Initial values: centres of random sign, |c| spread over [0.5, 2] (where the functions have slope *and* curvature at
     zero); random weights, scaled for each group and latent so that the R slopes
-    :math:`\partial M_{rj}/\partial z_{qj}` at zero have the root mean square 1 (exactly for K = 1, in expectation for
+    :math:`\partial M_{rj}/\partial z_{jq}` at zero have the root mean square 1 (exactly for K = 1, in expectation for
     more); latents uniform in ±1/√n, like the rows of LoRA's A. With ``zero_start`` the matrix is zero.
 
     Args:
@@ -159,7 +159,8 @@ class RBFGenerator(nn.Module):
             # dtype named: Lightning builds models under a default dtype of bfloat16 with precision "bf16-true"
             return torch.empty(*shape, dtype=torch.float32, device=device)
 
-        self.latent = nn.Parameter(empty(num_latents, num_entries))
+        # Entries first: sharding divides the first dimension, of which a latent's number would be one or two.
+        self.latent = nn.Parameter(empty(num_entries, num_latents))
         self.weight = nn.Parameter(empty(num_groups, rank, num_latents, num_centers))
         shape = (rank, num_latents, num_centers)
         self.centers = nn.Parameter(empty(*shape), requires_grad=learn_centers)
