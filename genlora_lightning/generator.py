@@ -74,7 +74,9 @@ def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor
     """
     num_entries, num_groups = latent.shape[0], weight.shape[0]
     rank = centers.shape[0]
-    t = latent.T.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
+    # Of one latent the transposed gradient would have strides that DDP warns about, though it is contiguous.
+    by_latent = latent.view(1, num_entries) if latent.shape[1] == 1 else latent.T
+    t = by_latent.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
     psi = anchored_rbf(t, centers.unsqueeze(-1), kernel).flatten(1, 2)
     by_function = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (R, Q·K, G)
     if num_entries % num_groups == 0:
