@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from genlora_lightning.adapter_io import AdapterContent, adapter_content
@@ -182,6 +181,8 @@ def _policy_of(module: nn.Module) -> AdapterSharding | None:
     Raises:
         ValueError: It has units of FSDP1 that are not ours.
     """
+    from torch.distributed.fsdp import FullyShardedDataParallel  # here: builds without torch.distributed lack it
+
     fsdp1 = [type(part.module).__name__ for part in module.modules() if isinstance(part, FullyShardedDataParallel)]
     if fsdp1 and _CONTENT_MARK not in vars(module):
         raise ValueError(
