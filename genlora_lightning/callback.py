@@ -258,6 +258,12 @@ class GenLoRAFinetuning(Callback):
         self._last_loss = loss.detach()
 
     @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:  # it may clip before it steps
+            for optimizer in trainer.optimizers:
+                self._of_run.reduce(optimizer)
+
+    @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._of_run.reduce(optimizer)
         warning = self._gradient_watch.check(pl_module, optimizer, self._of_run.any_rank)

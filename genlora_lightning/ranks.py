@@ -110,7 +110,10 @@ class Ranks:
     # -- while training -----------------------------------------------------------------------------------------------
 
     def reduce(self, optimizer: Optimizer) -> None:
-        """Before an optimizer step, and before clipping: average the gradients that nobody else does; collective."""
+        """Before clipping and the optimizer step: average the gradients that nobody else does; collective.
+
+        Gradients that are averaged already, and to which a rank's own were added since, come out right, too.
+        """
         if self.base_is_sharded and not self.inside:
             reduce_gradients(p for group in optimizer.param_groups for p in group["params"])
 

@@ -1,0 +1,65 @@
+"""Modules that sharding could get wrong silently: each gives what one process gives, or is refused in one line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+
+from genlora_lightning import GenLoRAFinetuning
+from genlora_lightning.strategies import GenLoRAFSDPStrategy
+from tests.conftest import small_config
+from tests.distributed.runs import POLICIES, SHARDED, STRATEGIES, PlainLlama, Record, fit, llama_loader
+from tests.plain import PlainMLP, mlp_loader, trainer
+from tests.ranks import on_ranks
+
+pytestmark = [
+    pytest.mark.timeout(120),
+    pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed"),
+]
+SETTINGS: dict[str, Any] = {"max_steps": 4}
+
+
+def adapter(policy: str, **config: Any) -> GenLoRAFinetuning:
+    return GenLoRAFinetuning(
+        small_config(**{"modules_to_train": ["lm_head"], **config}), adapter_sharding=policy, save_adapter=False
+    )
+
+
+def assert_close(state: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    assert set(state) == set(expected)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(state[name], tensor, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+class Manual(PlainLlama):
+    """Optimizes by itself, and clips before it steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss = self.step(batch)
+        self.manual_backward(loss)
+        self.clip_gradients(optimizer, gradient_clip_val=0.05, gradient_clip_algorithm="norm")
+        optimizer.step()
+        return loss
+
+
+def test_manual_optimization_clips_the_gradients_of_all_ranks(tmp_path):
+    expected = fit("single", "replicate", tmp_path, Manual(), adapter=adapter("replicate"), **SETTINGS).state
+    places = [(kind, "replicate") for kind in STRATEGIES] + [("fsdp2", "shard")]
+
+    def both() -> list[Any]:
+        return [fit(*place, tmp_path, Manual(), adapter=adapter(place[1]), **SETTINGS).state for place in places]
+
+    for states in on_ranks(both):
+        for state in states:
+            assert_close(state, expected)
