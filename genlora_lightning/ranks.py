@@ -65,12 +65,20 @@ class Ranks:
         """After the adapters are injected: make them equal on all ranks, and shard what is to be sharded.
 
         Raises:
-            ValueError: The base is quantized or differs between the ranks, or the module is sharded already, by its own
-                code or by an earlier run, in a way that does not fit.
+            ValueError: Adapters sharded by FSDP1 are to be optimized manually; or the base is quantized or differs
+                between the ranks, or the module is sharded already, by its own code or by an earlier run, in a way that
+                does not fit.
         """
         if not self.base_is_sharded:
             return  # DDP broadcasts all of the module by itself
         strategy: Any = self.trainer.strategy
+        manual = self.trainer.state.fn == "fit" and not module.automatic_optimization
+        if manual and self.inside and isinstance(strategy, GenLoRAFSDPStrategy):
+            # The backward pass is inside of the forward pass of FSDP1's outermost unit then, which would finish it.
+            raise ValueError(
+                f"{type(module).__name__} optimizes manually, with which FSDP1 leaves gradients of sharded adapters "
+                'unfinished: set `adapter_sharding="replicate"`, or use ModelParallelStrategy.'
+            )
         _check_unquantized(module, type(strategy).__name__)
         earlier = _policy_of(module)
         if earlier is not None and earlier != self.policy:

@@ -63,3 +63,11 @@ def test_manual_optimization_clips_the_gradients_of_all_ranks(tmp_path):
     for states in on_ranks(both):
         for state in states:
             assert_close(state, expected)
+
+
+def test_manual_optimization_of_adapters_sharded_by_fsdp1_is_refused(tmp_path):
+    def both() -> None:
+        with pytest.raises(ValueError, match=r'Manual optimizes manually, .*set `adapter_sharding="replicate"`, or'):
+            fit("fsdp1", "shard", tmp_path, Manual(), adapter=adapter("shard"), **SETTINGS)
+
+    on_ranks(both)
