@@ -26,6 +26,7 @@ from genlora_lightning.pieces import (
     is_dtensor,
     is_fsdp2_unit,
     is_sharded,
+    plain_name,
     trained_tensors,
     whole_tensors,
 )
@@ -130,13 +131,17 @@ class Ranks:
         return any_rank(flags, self.trainer.strategy.root_device) if self.inside else flags
 
     def compare(self, module: LightningModule, when: str) -> None:
-        """Compare what is trained between the ranks, in every bit; sharded pieces have nothing to compare with.
+        """Compare the trained parameters between the ranks, in every bit; sharded pieces have nothing to compare with.
+
+        Buffers, such as a batch norm's running statistics, are each rank's own, with every strategy; rank 0's are saved.
 
         Raises:
             RanksDifferError: They differ.
         """
         if self.trainer.world_size > 1 and not self.inside:
-            check_ranks_agree(trained_tensors(module), when)
+            parameters = {plain_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+            trained = trained_tensors(module)
+            check_ranks_agree({name: tensor for name, tensor in trained.items() if name in parameters}, when)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 

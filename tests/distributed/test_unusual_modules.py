@@ -71,3 +71,23 @@ def test_manual_optimization_of_adapters_sharded_by_fsdp1_is_refused(tmp_path):
             fit("fsdp1", "shard", tmp_path, Manual(), adapter=adapter("shard"), **SETTINGS)
 
     on_ranks(both)
+
+
+class Normed(PlainMLP):
+    def build(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Linear(16, 4))
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_running_statistics_of_a_trained_norm_are_each_rank_s_own_and_end_no_run(tmp_path, kind):
+    def both() -> dict[str, Tensor]:
+        norm = adapter("replicate", modules_to_train=["1"])
+        return fit(kind, "replicate", tmp_path, Normed(), adapter=norm, loader=mlp_loader()).state
+
+    first, second = on_ranks(both)
+    assert {name for name, tensor in first.items() if not torch.equal(tensor, second[name])} == {
+        "net.1.running_mean",
+        "net.1.running_var",
+    }
