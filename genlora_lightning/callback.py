@@ -226,6 +226,7 @@ class GenLoRAFinetuning(Callback):
         if pruned:
             rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
         check_optimizers_hold(trainer.optimizers, pl_module)
+        self._of_run.check_trainable(pl_module)
         if self._resume is not None:
             self._resume.prepare(trainer, pl_module)
         if self.train_mode:

@@ -54,6 +54,7 @@ class Ranks:
         self.trainer = trainer
         self.policy = policy
         self.base_is_sharded = shards_base(trainer.strategy)
+        self._trainable: set[str] = set()
         self.inside = self.base_is_sharded and policy == "shard"
         if self.base_is_sharded:
             use_whole_files(trainer)
@@ -70,6 +71,7 @@ class Ranks:
                 between the ranks, or the module is sharded already, by its own code or by an earlier run, in a way that
                 does not fit.
         """
+        self._trainable = _trainable(module)
         if not self.base_is_sharded:
             return  # DDP broadcasts all of the module by itself
         strategy: Any = self.trainer.strategy
@@ -102,6 +104,20 @@ class Ranks:
         elif earlier is None:
             mesh = strategy.device_mesh["data_parallel"]
             shard_with_fsdp2(module, adapter_root(module), mesh, adapters_inside=self.inside)
+
+    def check_trainable(self, module: LightningModule) -> None:
+        """Before the first step: check that nothing became trainable after the strategy was told what is.
+
+        Raises:
+            ValueError: It did; the message names the first parameter.
+        """
+        added = sorted(_trainable(module) - self._trainable)
+        if added and (self.base_is_sharded or self.trainer.world_size > 1):
+            raise ValueError(
+                f"{len(added)} parameters, {added[0]} among them, became trainable after the adapters were injected "
+                f"(in `configure_optimizers`?): too late for {type(self.trainer.strategy).__name__} to average their "
+                "gradients. Name their modules in `modules_to_train`."
+            )
 
     def _describe(self, module: LightningModule) -> AdapterContent:
         """What an adapter folder says of the module, taken while it is whole; the tensors' values are left out."""
@@ -189,6 +205,10 @@ def _check_unquantized(module: nn.Module, strategy: str) -> None:
             f"{len(quantized)} parameters of the base are quantized or packed, {quantized[0]} among them, and "
             f'{strategy} cannot shard them: load the base in bfloat16, or set `strategy="ddp"`.'
         )
+
+
+def _trainable(module: nn.Module) -> set[str]:
+    return {plain_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
 
 
 def _policy_of(module: nn.Module) -> AdapterSharding | None:

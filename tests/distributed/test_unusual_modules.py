@@ -91,3 +91,20 @@ def test_running_statistics_of_a_trained_norm_are_each_rank_s_own_and_end_no_run
         "net.1.running_mean",
         "net.1.running_var",
     }
+
+
+class LateUnfreezing(PlainLlama):
+    def configure_optimizers(self):
+        for name, parameter in self.named_parameters():
+            if "layernorm" in name:
+                parameter.requires_grad_(True)
+        return super().configure_optimizers()
+
+
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_what_becomes_trainable_too_late_is_refused(tmp_path, kind):
+    def both() -> None:
+        with pytest.raises(ValueError, match=r"4 parameters, net\.model\.layers\.0\.input_layernorm\.weight"):
+            fit(kind, "replicate", tmp_path, LateUnfreezing(), adapter=adapter("replicate"), **SETTINGS)
+
+    on_ranks(both)
