@@ -149,6 +149,9 @@ def shard_with_fsdp2(module: nn.Module, root: nn.Module, mesh: Any, *, adapters_
         root: Its part that the adapters were put into.
         mesh: The data-parallel device mesh.
         adapters_inside: Whether what is trained is sharded, too; otherwise it stays as it is, whole on every rank.
+
+    Raises:
+        ValueError: What is trained is to be sharded, and some of it is in none of the units.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -160,6 +163,13 @@ def shard_with_fsdp2(module: nn.Module, root: nn.Module, mesh: Any, *, adapters_
         left = any(not is_dtensor(parameter) and parameter not in trained for parameter in unit.parameters())
         if left or any(is_fsdp2_unit(part) for part in unit.modules()):
             fully_shard(unit, mesh=mesh, ignored_params=trained & set(unit.parameters()))
+    left_over = [name for name, p in module.named_parameters() if p.requires_grad and not is_dtensor(p)]
+    if adapters_inside and left_over:
+        raise ValueError(
+            f'`adapter_sharding="shard"` shards what lies in modules, and {type(module).__name__} has trainable '
+            f"parameters of its own, {left_over[0]} among them, whose gradients nobody would average: set "
+            '`adapter_sharding="replicate"`, or put them into a module.'
+        )
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -108,3 +108,32 @@ def test_what_becomes_trainable_too_late_is_refused(tmp_path, kind):
             fit(kind, "replicate", tmp_path, LateUnfreezing(), adapter=adapter("replicate"), **SETTINGS)
 
     on_ranks(both)
+
+
+class OwnParameter(PlainLlama):
+    """Trains a parameter that lies in none of the modules it calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.temperature = nn.Parameter(torch.ones(1))
+
+    def adapter_root(self) -> nn.Module:
+        return self.net
+
+    def step(self, batch):
+        return super().step(batch) * self.temperature.squeeze()
+
+
+def test_a_parameter_of_the_module_itself_is_trained_alike_or_refused(tmp_path):
+    expected = fit("single", "replicate", tmp_path, OwnParameter(), adapter=adapter("replicate"), **SETTINGS).state
+    assert expected["temperature"] != 1
+    places = [(kind, "replicate") for kind in STRATEGIES] + [("fsdp1", "shard")]
+
+    def both() -> list[Any]:
+        with pytest.raises(ValueError, match=r'temperature among them.*set `adapter_sharding="replicate"`'):
+            fit("fsdp2", "shard", tmp_path, OwnParameter(), adapter=adapter("shard"), **SETTINGS)
+        return [fit(*place, tmp_path, OwnParameter(), adapter=adapter(place[1]), **SETTINGS).state for place in places]
+
+    for states in on_ranks(both):
+        for state in states:
+            assert_close(state, expected)
