@@ -137,3 +137,16 @@ def test_a_parameter_of_the_module_itself_is_trained_alike_or_refused(tmp_path):
     for states in on_ranks(both):
         for state in states:
             assert_close(state, expected)
+
+
+@pytest.mark.parametrize("kind", SHARDED)
+def test_a_base_cast_by_bf16_true_keeps_sharded_heads_in_float32(tmp_path, kind):
+    settings = {**SETTINGS, "precision": "bf16-true"}
+    expected = fit("single", "replicate", tmp_path, PlainLlama(), adapter=adapter("replicate"), **settings).state
+
+    def both() -> dict[str, Tensor]:
+        return fit(kind, "shard", tmp_path, PlainLlama(), adapter=adapter("shard"), **settings).state
+
+    for state in on_ranks(both):
+        assert all(tensor.dtype is torch.float32 for tensor in state.values())
+        assert_close(state, expected, 2e-3)
