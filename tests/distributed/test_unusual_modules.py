@@ -150,3 +150,29 @@ def test_a_base_cast_by_bf16_true_keeps_sharded_heads_in_float32(tmp_path, kind)
     for state in on_ranks(both):
         assert all(tensor.dtype is torch.float32 for tensor in state.values())
         assert_close(state, expected, 2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("policy", POLICIES)
+def test_one_rank_shards_nothing_and_gives_the_same_also_when_it_resumes(tmp_path, policy):
+    expected = fit("single", policy, tmp_path, PlainLlama("init", "adamw"), adapter=adapter(policy), max_steps=4).state
+
+    def alone(kind: str, **settings: Any) -> Any:
+        strategy = GenLoRAFSDPStrategy() if kind == "fsdp1" else ModelParallelStrategy(1, 1)
+        torch.manual_seed(100)
+        record = Record()
+        own = {"strategy": strategy, "use_distributed_sampler": False, "max_steps": settings.pop("max_steps", 4)}
+        run = trainer(tmp_path, adapter(policy), record, **own)
+        run.fit(PlainLlama("init", "adamw"), llama_loader(), **settings)
+        run.save_checkpoint(tmp_path / f"{kind}-{policy}-{run.global_step}.ckpt")
+        return record.state
+
+    def both() -> list[Any]:
+        states = []
+        for kind in SHARDED:
+            alone(kind, max_steps=2)
+            states += [alone(kind), alone(kind, ckpt_path=tmp_path / f"{kind}-{policy}-2.ckpt")]
+        return states
+
+    for state in on_ranks(both, world_size=1)[0]:
+        assert_close(state, expected)
