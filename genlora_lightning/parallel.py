@@ -48,6 +48,21 @@ def reduce_gradients(parameters: Iterable[Tensor]) -> None:
     A rank without a gradient counts as zeros. Where no rank has one there is none afterwards either, so that the
     optimizer leaves the parameter out, as it does in a single process.
     """
+    parameters = list(parameters)
+    for parameter, mean in zip(parameters, mean_gradients(parameters), strict=True):
+        if mean is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = mean
+        else:
+            parameter.grad.copy_(mean)
+
+
+@torch.no_grad()
+def mean_gradients(parameters: Iterable[Tensor]) -> list[Tensor | None]:
+    """What :func:`reduce_gradients` replaces the gradients by, and ``None`` where no rank has one; collective."""
+    parameters = list(parameters)
+    means: dict[int, Tensor] = {}
     for group in _by_dtype(parameters):
         # Zeros of a sign that a sum has only if all of its terms have it: -0 is what is missing, +0 a gradient that is
         # zero (adding +0 turns -0 into it). This tells them apart without another message.
@@ -59,11 +74,8 @@ def reduce_gradients(parameters: Iterable[Tensor]) -> None:
         for parameter, part in zip(group, parts, strict=True):
             if parameter.grad is None and bool((part[:1] == 0).all() and part[:1].signbit().all()):
                 continue
-            mean = (part / world_size).view(parameter.shape)
-            if parameter.grad is None:
-                parameter.grad = mean
-            else:
-                parameter.grad.copy_(mean)
+            means[id(parameter)] = (part / world_size).view(parameter.shape)
+    return [means.get(id(parameter)) for parameter in parameters]
 
 
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:

@@ -176,3 +176,35 @@ def test_one_rank_shards_nothing_and_gives_the_same_also_when_it_resumes(tmp_pat
 
     for state in on_ranks(both, world_size=1)[0]:
         assert_close(state, expected)
+
+
+class OneRankOnly(PlainLlama):
+    """Has a part that only rank 0's first batches go through."""
+
+    def build(self) -> None:
+        super().build()
+        self.net.extra = nn.Linear(64, 1)
+
+    def step(self, batch):
+        out = self.net(input_ids=batch[0], labels=batch[0])
+        return out.loss + (self.net.extra(out.logits).mean() if self.global_rank == 0 else 0.0)
+
+
+class SaveMidWindow(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if batch_idx == 0:
+            trainer.save_checkpoint(self.file)
+
+
+def test_a_checkpoint_inside_a_window_holds_gradients_that_only_one_rank_has(tmp_path):
+    def both() -> None:
+        saver = SaveMidWindow()
+        saver.file = tmp_path / "window.ckpt"
+        own = adapter("replicate", modules_to_train=["extra"])
+        settings = {"accumulate_grad_batches": 2, "max_steps": 2}
+        fit("fsdp2", "replicate", tmp_path, OneRankOnly(), saver, adapter=own, **settings)
+
+    on_ranks(both, seconds=40)
+    gradients = torch.load(tmp_path / "window.ckpt", weights_only=True)["genlora"]["resume"]["gradients"]
+    # A rank's loss is the mean over its tokens, halved for the window of two; the other rank has none.
+    torch.testing.assert_close(gradients["net.extra.bias"], torch.tensor([0.25]))
