@@ -149,7 +149,7 @@ class Ranks:
     def compare(self, module: LightningModule, when: str) -> None:
         """Compare the trained parameters between the ranks, in every bit; sharded pieces have nothing to compare with.
 
-        Buffers, such as a batch norm's running statistics, are each rank's own, with every strategy; rank 0's are saved.
+        Buffers, such as a batch norm's running statistics, are each rank's own everywhere; rank 0's are saved.
 
         Raises:
             RanksDifferError: They differ.
