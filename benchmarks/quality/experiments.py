@@ -113,6 +113,7 @@ OTHERS = (
     Arm(name="sine LoRA r2", method="sine", lr=1e-3),
 )
 
+
 def _sized(rank: int, groups: int, latents: tuple[int, int] = (1, 1), **fixed: Any) -> Arm:
     """GenLoRA with everything given, for the searches."""
     sizes = {"rank": rank, "num_latents_a": latents[0], "num_latents_b": latents[1], "num_groups": groups}
