@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
 from genlora_lightning.architectures import repeated_blocks
+from genlora_lightning.generation import sharing_modules
 from genlora_lightning.generator import RBFGenerator
 
 _FEW = 2
@@ -165,10 +166,15 @@ def _attributed(model: nn.Module, counter: _Counter) -> Iterator[None]:
     def leave(module: nn.Module, arguments: Any, result: Any) -> None:
         counter.inside = False
 
+    def leave_before(module: nn.Module, arguments: Any) -> None:
+        counter.inside = False
+
     generators = [module for module in model.modules() if isinstance(module, RBFGenerator)]
-    hooks = [g.register_forward_pre_hook(enter) for g in generators] + [
-        g.register_forward_hook(leave) for g in generators
-    ]
+    hooks = [g.register_forward_pre_hook(enter) for g in generators]
+    hooks += [g.register_forward_hook(leave) for g in generators]
+    for module in sharing_modules(model):  # around the hook that generates for all of a module's layers
+        hooks.append(module.register_forward_pre_hook(enter, prepend=True))
+        hooks.append(module.register_forward_pre_hook(leave_before))
     try:
         yield
     finally:

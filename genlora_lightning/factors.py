@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from genlora_lightning.basis import generate_matrices
 from genlora_lightning.generator import RBFGenerator
 
 
@@ -88,7 +87,7 @@ class FactorStore:
     def matrices(self, a: RBFGenerator, b: RBFGenerator, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A, and B scaled and transposed, in a dtype, from wherever they are to be had."""
         if torch.compiler.is_compiling():
-            return generate_pair(a, b, scale, dtype)
+            return a(dtype=dtype), b(scale=scale, dtype=dtype)
         kept = self.kept(a, b, dtype)
         if kept is not None:
             return kept
@@ -104,7 +103,7 @@ class FactorStore:
             return self._once_more(given, a, b, scale, dtype)
         elif not _in_backward():
             self.given = None  # of a forward that is over
-        A, B = generate_pair(a, b, scale, dtype)
+        A, B = a(dtype=dtype), b(scale=scale, dtype=dtype)
         self.keep(a, b, A, B)
         return A, B
 
@@ -116,20 +115,11 @@ class FactorStore:
         if given.A is not None and given.B is not None:
             return given.A.to(dtype), given.B.to(dtype)
         with torch.no_grad():
-            A, B = generate_pair(a, b, scale, dtype)
+            A, B = a(dtype=dtype), b(scale=scale, dtype=dtype)
         return (
             A.requires_grad_(any(part.requires_grad for part in a.parts())),
             B.requires_grad_(any(part.requires_grad for part in b.parts())),
         )
-
-
-def generate_pair(a: RBFGenerator, b: RBFGenerator, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Generate one layer's A, and its B scaled and transposed, in a dtype."""
-    if torch.compiler.is_compiling() or type(a.latent) not in (Tensor, nn.Parameter):
-        return a(plain=True).to(dtype), (scale * b(plain=True)).to(dtype)
-    (A,) = generate_matrices([a.parts()], a.kernel, dtype=dtype)
-    (B,) = generate_matrices([b.parts()], b.kernel, scale=scale, dtype=dtype)
-    return A, B
 
 
 def _in_backward() -> bool:

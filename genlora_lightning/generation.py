@@ -24,7 +24,7 @@ from genlora_lightning.generator import RBFGenerator
 from genlora_lightning.layers import GenLoRALinear
 
 # Entries of matrices that are generated at once: what the arithmetic needs in between is a few times as much.
-_AT_ONCE = 1 << 26
+_AT_ONCE = 1 << 24
 
 
 class _Shape(NamedTuple):
@@ -55,7 +55,7 @@ def stop_sharing_generation(model: nn.Module) -> None:
     """Take back :func:`share_generation`."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for number in [n for n, h in hooks.items() if isinstance(getattr(h, "__self__", None), SharedGeneration)]:
+            for number in [n for n, h in hooks.items() if _is_ours(h)]:
                 del hooks[number]
                 module._forward_hooks_always_called.pop(number, None)
 
@@ -101,12 +101,16 @@ def forget_factors(model: nn.Module) -> None:
         layer.store.forget()
 
 
+def sharing_modules(model: nn.Module) -> list[nn.Module]:
+    """The modules whose forwards generate for all layers in them."""
+    return [m for m in model.modules() if any(_is_ours(hook) for hook in m._forward_pre_hooks.values())]
+
+
 class SharedGeneration:
     """Generates for all layers in a module, around each of its forwards."""
 
     def __init__(self, module: nn.Module) -> None:
-        self.layers = _layers(module)
-        self._forwards: list[ModelForward | None] = []
+        self._forwards: list[tuple[ModelForward, list[GenLoRALinear]]] = []
         module.register_forward_pre_hook(self.begin)
         module.register_forward_hook(self.end, always_call=True)
 
@@ -117,18 +121,18 @@ class SharedGeneration:
         """Before the forward: generate what the layers need, unless an outer module has."""
         if torch.compiler.is_compiling():
             return
-        outer = any(layer.store.is_served for layer in self.layers)
-        self._forwards.append(None if outer else _generate_for(self.layers))
+        layers = _layers(module)
+        if any(layer.store.is_served for layer in layers):
+            layers = []
+        self._forwards.append((_generate_for(layers), layers))
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the forward, also one that failed: what was generated is for nobody else."""
         if torch.compiler.is_compiling() or not self._forwards:
             return
-        forward = self._forwards.pop()
-        if forward is None:
-            return
+        forward, layers = self._forwards.pop()
         forward.runs = False
-        for layer in self.layers:
+        for layer in layers:
             given = layer.store.given
             if given is not None and given.forward is forward and not given.in_graph:
                 layer.store.given = None
@@ -177,6 +181,10 @@ def _generate(shape: _Shape, wanted: list[tuple[Given, str, RBFGenerator]]) -> N
         setattr(given, name, matrix)
 
 
+def _is_ours(hook: Any) -> bool:
+    return isinstance(getattr(hook, "__self__", None), SharedGeneration)
+
+
 def _shape(generator: RBFGenerator, scale: float, dtype: torch.dtype) -> _Shape:
     latent: Tensor = generator.latent
     return _Shape(
@@ -194,7 +202,16 @@ def _shape(generator: RBFGenerator, scale: float, dtype: torch.dtype) -> _Shape:
 
 
 def _layers(model: nn.Module) -> list[GenLoRALinear]:
-    return [module for module in model.modules() if isinstance(module, GenLoRALinear)]
+    # Each forward asks, so that it is always right; the generators in the layers are many and need no visit.
+    found: dict[GenLoRALinear, None] = {}
+    waiting: list[nn.Module | None] = [model]
+    while waiting:
+        module = waiting.pop()
+        if isinstance(module, GenLoRALinear):
+            found[module] = None
+        elif module is not None:
+            waiting.extend(module._modules.values())
+    return [*found]
 
 
 def _outer_parts(model: nn.Module) -> list[nn.Module]:

@@ -136,18 +136,21 @@ class RBFGenerator(nn.Module):
         self.changes += 1
 
     @override
-    def forward(self, *, plain: bool = False) -> Tensor:
-        """The generated matrix ``M (rank, num_entries)``, in the parameters' dtype, also under autocast.
+    def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        """The generated matrix ``M (rank, num_entries)``, computed in the parameters' dtype, also under autocast.
 
         Args:
+            scale: A factor on it.
+            dtype: Of the result; the parameters' if ``None``.
             plain: Leave the backward to autograd, which can differentiate it again but keeps much for it.
         """
         # No matrix product in it, and therefore nothing that autocast would turn into bfloat16. A compiler makes a
         # better backward than ours out of the formula.
         if plain or torch.compiler.is_compiling() or type(self.latent) not in (Tensor, nn.Parameter):
-            return generate(*self.parts(), self.kernel)
-        (matrix,) = generate_matrices([self.parts()], self.kernel)
-        return matrix
+            matrix = generate(*self.parts(), self.kernel)
+            matrix = matrix if scale == 1.0 else scale * matrix
+            return matrix if dtype is None else matrix.to(dtype)
+        return generate_matrices([self.parts()], self.kernel, scale=scale, dtype=dtype)[0]
 
     @override
     def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]

@@ -49,7 +49,7 @@ def test_counted_memory_holds_what_autograd_keeps_of_a_real_step(make, checkpoin
     # Beside it: logits and the loss's own, or what one layer's recomputation needs.
     logits = 4 * 32 * 64 * 4
     layer = kept if not checkpointing else saved_bytes(adapted(make), 4, 32) / 2
-    assert kept < counted < kept + 6 * logits + (layer if checkpointing else 0.25 * kept)
+    assert kept < counted < kept + 6 * logits + (layer if checkpointing else 0.35 * kept)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
