@@ -124,9 +124,14 @@ def test_number_of_generators_operators_does_not_grow_with_the_layers(backward):
             return len([name for name in operators.names if name != "ones_like"])
         return len(operators.names)
 
-    assert count(2) == count(6) <= 5 * (40 if backward else 20)
+    assert count(2) == count(6) <= 5 * (45 if backward else 20)
 
 
+# Its name in transformers 5; version 4 has no other.
+RENAMED = "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
+
+
+@pytest.mark.filterwarnings(RENAMED)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_checkpointed_activations_give_the_same_gradients_and_recompute_no_matrix_twice(
@@ -151,6 +156,7 @@ def test_checkpointed_activations_give_the_same_gradients_and_recompute_no_matri
     assert all(layer.store.given is None or layer.store.given.A is None for layer in adapter_layers(model).values())
 
 
+@pytest.mark.filterwarnings(RENAMED)
 def test_second_backward_through_checkpointed_activations_gives_the_same_gradients():
     model = adapted()
     model.gradient_checkpointing_enable({"use_reentrant": False})
