@@ -1,8 +1,8 @@
 """The generator's mathematics: anchored radial basis functions, and matrices made of them, one or many at once.
 
-:func:`generate` is the formula, left to autograd: what all else is compared with. :func:`generate_matrices` computes the
-same for many generators of one shape in a number of operators that does not depend on how many they are, with a backward
-of its own that keeps nothing but the parameters.
+:func:`generate` is the formula, left to autograd: what all else is compared with. :func:`generate_matrices` computes
+the same for many generators of one shape, in a number of operators that does not depend on how many they are, with a
+backward of its own that keeps nothing but the parameters.
 
 Shapes: L generators, R rank (basis vectors), Q latents (mostly one or two), G groups, K centres per basis function and
 latent, n entries of a basis vector (in_features for A, out_features for B).

@@ -65,15 +65,15 @@ def can_fuse(base: nn.Module, x: Tensor) -> bool:
 
     Not so for a quantized or wrapped linear, a sharded weight, or one with hooks: these are called.
     """
-    weight, bias = base.weight, base.bias
+    weight: Any = base.weight
+    bias: Any = base.bias
     if not (_is_ordinary(weight) and _is_ordinary(x) and (bias is None or _is_ordinary(bias))):
         return False
-    is_plain = (
-        not _hooks(base) and "forward" not in vars(base) and weight.ndim == 2 and weight.is_floating_point()
-    )
-    if not is_plain or weight.requires_grad or (bias is not None and bias.requires_grad) or not x.is_floating_point():
+    if _hooks(base) or "forward" in vars(base) or weight.ndim != 2 or not weight.is_floating_point():
         return False
-    return x.dtype == weight.dtype or compute_dtype(weight) != weight.dtype or _autocast_is_on(weight.device.type)
+    if weight.requires_grad or (bias is not None and bias.requires_grad) or not x.is_floating_point():
+        return False
+    return x.dtype == weight.dtype or _autocast_is_on(weight.device.type)
 
 
 def _is_ordinary(tensor: Any) -> bool:

@@ -128,7 +128,8 @@ class RBFGenerator(nn.Module):
     def is_whole(self) -> bool:
         """Whether the parameters are ordinary tensors here and now, and not pieces of what FSDP1 or FSDP2 have cut."""
         return all(
-            type(part) in (Tensor, nn.Parameter) and not getattr(part, "_fsdp_flattened", False) for part in self.parts()
+            type(part) in (Tensor, nn.Parameter) and not getattr(part, "_fsdp_flattened", False)
+            for part in self.parts()
         ) and self.latent.shape == (self.num_latents, self.num_entries)
 
     def changed(self) -> None:
@@ -155,7 +156,7 @@ class RBFGenerator(nn.Module):
     @override
     def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
         self.changed()
-        super()._load_from_state_dict(*args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(*args, **kwargs)
 
     @override
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]

@@ -156,12 +156,14 @@ class GenLoRALinear(nn.Module):
             return output
         if not self.fused:
             return self._plain_forward(x)
-        if type(base) is nn.Linear or is_conv1d(base):
-            if can_fuse(base, x):
-                weight = self.weight
-                A, B = self.store.matrices(self.generator_A, self.generator_B, self.scaling, compute_dtype(weight))
-                rate = self.config.dropout if self.dropout.training else 0.0
-                return adapted_linear(x, weight, self.bias, A, B, dropout=rate, transposed=is_conv1d(base))
+        transposed = is_conv1d(base)
+        # A class that was derived from these may compute something else.
+        is_known = type(base).__name__ == "Conv1D" if transposed else type(base) is nn.Linear
+        if is_known and can_fuse(base, x):
+            weight = self.weight
+            A, B = self.store.matrices(self.generator_A, self.generator_B, self.scaling, compute_dtype(weight))
+            rate = self.config.dropout if self.dropout.training else 0.0
+            return adapted_linear(x, weight, self.bias, A, B, dropout=rate, transposed=transposed)
         output = base(x)
         A, B = self.store.matrices(self.generator_A, self.generator_B, self.scaling, compute_dtype(x))
         return output + F.linear(F.linear(self.dropout(x), A), B.T)
