@@ -89,12 +89,12 @@ def slope_at_zero(centers: Tensor, kernel: Kernel) -> Tensor:
 
 
 def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor, kernel: Kernel) -> Tensor:
-    """Generate basis vectors: ``M[r, j] = Σ_q Σ_k w[g(j), r, q, k] · ψ(z[q, j] / h[r, q, k]; c[r, q, k])``.
+    """Generate basis vectors: ``M[r, j] = Σ_q Σ_k w[g(j), r, q, k] · ψ(z[j, q] / h[r, q, k]; c[r, q, k])``.
 
     Entry j belongs to group ``g(j) = ⌊j·G/n⌋``: G runs of consecutive entries whose lengths differ by at most one.
 
     Args:
-        latent: ``z (Q, n)``.
+        latent: ``z (n, Q)``.
         weight: ``w (G, R, Q, K)``.
         centers: ``c (R, Q, K)``, in units of the width.
         log_widths: ``log h (R, Q, K)``.
@@ -103,15 +103,17 @@ def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor
     Returns:
         ``M (R, n)``, in the dtype of the inputs. A column is exactly zero where all its latents are.
     """
-    num_entries, num_groups = latent.shape[1], weight.shape[0]
+    num_entries, num_groups = latent.shape[0], weight.shape[0]
     rank = centers.shape[0]
-    t = latent.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
+    # Of one latent the transposed gradient would have strides that DDP warns about, though it is contiguous.
+    by_latent = latent.view(1, num_entries) if latent.shape[1] == 1 else latent.T
+    t = by_latent.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
     psi = anchored_rbf(t, centers.unsqueeze(-1), kernel).flatten(1, 2)
     by_function = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (R, Q·K, G)
     if num_entries % num_groups == 0:
         grouped = psi.view(rank, psi.shape[1], num_groups, num_entries // num_groups)
         return (grouped * by_function.unsqueeze(-1)).sum(1).view(rank, num_entries)
-    return (psi * by_function.index_select(2, _group_of_entry(latent, num_groups))).sum(1)
+    return (psi * by_function.index_select(2, _group_of_entry(by_latent, num_groups))).sum(1)
 
 
 def generate_matrices(
@@ -201,7 +203,8 @@ def _stacked(flat: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tens
     Where the entries cannot be divided evenly, each is a group of its own, with the weight of the one it belongs to.
     """
     latent, weight, centers, log_widths = (torch.stack([*flat[kind::_PER_GENERATOR]]) for kind in range(_PER_GENERATOR))
-    (num, num_latents, num_entries), num_groups = latent.shape, weight.shape[1]
+    (num, num_entries, num_latents), num_groups = latent.shape, weight.shape[1]
+    latent = latent.mT.reshape(num, num_latents, num_entries)
     weight = weight.permute(0, 2, 3, 4, 1)  # (L, R, Q, K, G)
     if scale != 1.0:
         weight = scale * weight
@@ -224,7 +227,7 @@ def _gradients(flat: Sequence[Tensor], gradient: Tensor, kernel: Kernel, scale: 
     of_centers = (of_psi * by_center).sum((-1, -2))
     of_t = of_psi * by_t
     of_log_widths = -(of_t * t).sum((-1, -2))
-    of_latent = (of_t * inverse_widths).sum((1, 3)).view(num, -1, num_entries)
+    of_latent = (of_t * inverse_widths).sum((1, 3)).view(num, -1, num_entries).mT.reshape(num, num_entries, -1)
     if num_entries % num_groups:
         of_weight = _sum_groups(of_weight, num_groups)
     if scale != 1.0:

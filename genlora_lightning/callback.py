@@ -229,6 +229,7 @@ class GenLoRAFinetuning(Callback):
         if pruned:
             rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
         check_optimizers_hold(trainer.optimizers, pl_module)
+        self._of_run.check_trainable(pl_module)
         if self._resume is not None:
             self._resume.prepare(trainer, pl_module)
         if self.train_mode:
@@ -268,6 +269,12 @@ class GenLoRAFinetuning(Callback):
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._last_loss = loss.detach()
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not pl_module.automatic_optimization:  # it may clip before it steps
+            for optimizer in trainer.optimizers:
+                self._of_run.reduce(optimizer)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -110,19 +110,17 @@ def _cast_outputs(dtype: torch.dtype, module: nn.Module, args: Any, output: Any)
 
 
 def _apply_but_keep_float32(module: nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    before = {name: p.data for name, p in module.named_parameters() if p.dtype == torch.float32}
     # What is done to the base around: a cast down or up changes what it gives and takes; a move does not.
     device = next((p.device for p in module.parameters()), None)
     narrowed = fn(torch.zeros(1, dtype=torch.float32, device=device)).dtype
     widened = fn(torch.zeros(1, dtype=torch.bfloat16, device=device)).dtype
     if narrowed in _LOW_PRECISION or widened not in _LOW_PRECISION:
         surround_with(module, narrowed if narrowed in _LOW_PRECISION else None)
-    type(module)._apply(module, fn, recurse)  # type: ignore[no-untyped-call]
-    for name, parameter in module.named_parameters():
-        if name in before and parameter.dtype in _LOW_PRECISION:
-            parameter.data = before[name].to(parameter.device)
-    for child in module.modules():
-        for name, buffer in child.named_buffers(recurse=False):
-            if buffer.dtype in _LOW_PRECISION:
-                setattr(child, name, buffer.float())
+
+    def keep_float32(tensor: Tensor) -> Tensor:
+        # Not cast and put back: FSDP2 takes note of each parameter that is.
+        result = fn(tensor)
+        return tensor.to(result.device) if result.dtype in _LOW_PRECISION and tensor.is_floating_point() else result
+
+    type(module)._apply(module, keep_float32, recurse)  # type: ignore[no-untyped-call]
     return module

@@ -20,7 +20,7 @@ class RBFGenerator(nn.Module):
     r"""Generates a matrix of ``rank`` basis vectors of length ``num_entries`` from one latent vector, or a few.
 
     .. math::
-        M_{rj} = \sum_q \sum_k w_{g(j)\,rqk} \; \psi_{rqk}(z_{qj}), \qquad
+        M_{rj} = \sum_q \sum_k w_{g(j)\,rqk} \; \psi_{rqk}(z_{jq}), \qquad
         \psi_{rqk}(x) = \varphi(x / h_{rqk} - c_{rqk}) - \varphi(-c_{rqk})
 
     with the latents z, cut into groups g of consecutive entries, the RBF weights w, the centres c (in units of the
@@ -30,7 +30,7 @@ class RBFGenerator(nn.Module):
 
     Initial values: centres of random sign, |c| spread over [0.5, 2] (where the functions have slope *and* curvature at
     zero); random weights, scaled for each group and latent so that the R slopes
-    :math:`\partial M_{rj}/\partial z_{qj}` at zero have the root mean square 1 (exactly for K = 1, in expectation for
+    :math:`\partial M_{rj}/\partial z_{jq}` at zero have the root mean square 1 (exactly for K = 1, in expectation for
     more); latents uniform in ±1/√n, like the rows of LoRA's A. With ``zero_start`` the matrix is zero.
 
     Args:
@@ -93,7 +93,8 @@ class RBFGenerator(nn.Module):
             # dtype named: Lightning builds models under a default dtype of bfloat16 with precision "bf16-true"
             return torch.empty(*shape, dtype=torch.float32, device=device)
 
-        self.latent = nn.Parameter(empty(num_latents, num_entries))
+        # Entries first: sharding divides the first dimension, of which a latent's number would be one or two.
+        self.latent = nn.Parameter(empty(num_entries, num_latents))
         self.weight = nn.Parameter(empty(num_groups, rank, num_latents, num_centers))
         shape = (rank, num_latents, num_centers)
         self.centers = nn.Parameter(empty(*shape), requires_grad=learn_centers)
@@ -130,7 +131,7 @@ class RBFGenerator(nn.Module):
         return all(
             type(part) in (Tensor, nn.Parameter) and not getattr(part, "_fsdp_flattened", False)
             for part in self.parts()
-        ) and self.latent.shape == (self.num_latents, self.num_entries)
+        ) and self.latent.shape == (self.num_entries, self.num_latents)
 
     def changed(self) -> None:
         """Say that the parameters have new values: for whoever writes to them past the module's methods."""

@@ -241,8 +241,8 @@ def _initial(
     size = slopes.square().mean(2).sqrt().clamp_min(1e-8)  # (L, G)
     further = torch.randn(num, num_latents - 1, *slopes.shape[1:], generator=random).to(z.device)
     unit = torch.cat([(slopes / size.unsqueeze(2)).unsqueeze(1), further], 1)  # (L, Q, G, R)
-    latent = z.new_zeros(num, num_latents, entries)
-    latent[:, 0] = z * size[:, _groups(entries, config.num_groups, z.device)]
+    latent = z.new_zeros(num, entries, num_latents)
+    latent[:, :, 0] = z * size[:, _groups(entries, config.num_groups, z.device)]
     own = slope_at_zero(centers, config.kernel) / config.width  # (L, R, Q, K)
     weight = unit.permute(0, 2, 3, 1).unsqueeze(4) * (own / own.square().sum(3, keepdim=True)).unsqueeze(1)
     return {

@@ -48,6 +48,21 @@ def reduce_gradients(parameters: Iterable[Tensor]) -> None:
     A rank without a gradient counts as zeros. Where no rank has one there is none afterwards either, so that the
     optimizer leaves the parameter out, as it does in a single process.
     """
+    parameters = list(parameters)
+    for parameter, mean in zip(parameters, mean_gradients(parameters), strict=True):
+        if mean is None:
+            continue
+        if parameter.grad is None:
+            parameter.grad = mean
+        else:
+            parameter.grad.copy_(mean)
+
+
+@torch.no_grad()
+def mean_gradients(parameters: Iterable[Tensor]) -> list[Tensor | None]:
+    """What :func:`reduce_gradients` replaces the gradients by, and ``None`` where no rank has one; collective."""
+    parameters = list(parameters)
+    means: dict[int, Tensor] = {}
     for group in _by_dtype(parameters):
         # Zeros of a sign that a sum has only if all of its terms have it: -0 is what is missing, +0 a gradient that is
         # zero (adding +0 turns -0 into it). This tells them apart without another message.
@@ -59,11 +74,8 @@ def reduce_gradients(parameters: Iterable[Tensor]) -> None:
         for parameter, part in zip(group, parts, strict=True):
             if parameter.grad is None and bool((part[:1] == 0).all() and part[:1].signbit().all()):
                 continue
-            mean = (part / world_size).view(parameter.shape)
-            if parameter.grad is None:
-                parameter.grad = mean
-            else:
-                parameter.grad.copy_(mean)
+            means[id(parameter)] = (part / world_size).view(parameter.shape)
+    return [means.get(id(parameter)) for parameter in parameters]
 
 
 def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
@@ -149,6 +161,9 @@ def shard_with_fsdp2(module: nn.Module, root: nn.Module, mesh: Any, *, adapters_
         root: Its part that the adapters were put into.
         mesh: The data-parallel device mesh.
         adapters_inside: Whether what is trained is sharded, too; otherwise it stays as it is, whole on every rank.
+
+    Raises:
+        ValueError: What is trained is to be sharded, and some of it is in none of the units.
     """
     from torch.distributed.fsdp import fully_shard
 
@@ -160,6 +175,13 @@ def shard_with_fsdp2(module: nn.Module, root: nn.Module, mesh: Any, *, adapters_
         left = any(not is_dtensor(parameter) and parameter not in trained for parameter in unit.parameters())
         if left or any(is_fsdp2_unit(part) for part in unit.modules()):
             fully_shard(unit, mesh=mesh, ignored_params=trained & set(unit.parameters()))
+    left_over = [name for name, p in module.named_parameters() if p.requires_grad and not is_dtensor(p)]
+    if adapters_inside and left_over:
+        raise ValueError(
+            f'`adapter_sharding="shard"` shards what lies in modules, and {type(module).__name__} has trainable '
+            f"parameters of its own, {left_over[0]} among them, whose gradients nobody would average: set "
+            '`adapter_sharding="replicate"`, or put them into a module.'
+        )
 
 
 def trained_parameters(module: nn.Module) -> list[nn.Parameter]:

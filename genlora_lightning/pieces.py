@@ -93,6 +93,8 @@ def mark_pieces(parameters: Iterable[nn.Parameter], shapes: Iterable[torch.Size]
         shapes: The shapes they had before.
     """
     parameters = list(parameters)
+    if distributed.get_world_size() == 1:
+        return  # FSDP1 cuts nothing then, and keeps shapes
     sizes: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(sizes, [parameter.numel() for parameter in parameters])
     for index, (parameter, shape) in enumerate(zip(parameters, shapes, strict=True)):

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim import Optimizer
 
 from genlora_lightning.adapter_io import AdapterContent, adapter_content
@@ -27,6 +26,7 @@ from genlora_lightning.pieces import (
     is_dtensor,
     is_fsdp2_unit,
     is_sharded,
+    plain_name,
     trained_tensors,
     whole_tensors,
 )
@@ -54,6 +54,7 @@ class Ranks:
         self.trainer = trainer
         self.policy = policy
         self.base_is_sharded = shards_base(trainer.strategy)
+        self._trainable: set[str] = set()
         self.inside = self.base_is_sharded and policy == "shard"
         if self.base_is_sharded:
             use_whole_files(trainer)
@@ -66,12 +67,21 @@ class Ranks:
         """After the adapters are injected: make them equal on all ranks, and shard what is to be sharded.
 
         Raises:
-            ValueError: The base is quantized or differs between the ranks, or the module is sharded already, by its own
-                code or by an earlier run, in a way that does not fit.
+            ValueError: Adapters sharded by FSDP1 are to be optimized manually; or the base is quantized or differs
+                between the ranks, or the module is sharded already, by its own code or by an earlier run, in a way that
+                does not fit.
         """
+        self._trainable = _trainable(module)
         if not self.base_is_sharded:
             return  # DDP broadcasts all of the module by itself
         strategy: Any = self.trainer.strategy
+        manual = self.trainer.state.fn == "fit" and not module.automatic_optimization
+        if manual and self.inside and isinstance(strategy, GenLoRAFSDPStrategy):
+            # The backward pass is inside of the forward pass of FSDP1's outermost unit then, which would finish it.
+            raise ValueError(
+                f"{type(module).__name__} optimizes manually, with which FSDP1 leaves gradients of sharded adapters "
+                'unfinished: set `adapter_sharding="replicate"`, or use ModelParallelStrategy.'
+            )
         _check_unquantized(module, type(strategy).__name__)
         earlier = _policy_of(module)
         if earlier is not None and earlier != self.policy:
@@ -95,6 +105,20 @@ class Ranks:
             mesh = strategy.device_mesh["data_parallel"]
             shard_with_fsdp2(module, adapter_root(module), mesh, adapters_inside=self.inside)
 
+    def check_trainable(self, module: LightningModule) -> None:
+        """Before the first step: check that nothing became trainable after the strategy was told what is.
+
+        Raises:
+            ValueError: It did; the message names the first parameter.
+        """
+        added = sorted(_trainable(module) - self._trainable)
+        if added and (self.base_is_sharded or self.trainer.world_size > 1):
+            raise ValueError(
+                f"{len(added)} parameters, {added[0]} among them, became trainable after the adapters were injected "
+                f"(in `configure_optimizers`?): too late for {type(self.trainer.strategy).__name__} to average their "
+                "gradients. Name their modules in `modules_to_train`."
+            )
+
     def _describe(self, module: LightningModule) -> AdapterContent:
         """What an adapter folder says of the module, taken while it is whole; the tensors' values are left out."""
         content = adapter_content(adapter_root(module))
@@ -111,7 +135,10 @@ class Ranks:
     # -- while training -----------------------------------------------------------------------------------------------
 
     def reduce(self, optimizer: Optimizer) -> None:
-        """Before an optimizer step, and before clipping: average the gradients that nobody else does; collective."""
+        """Before clipping and the optimizer step: average the gradients that nobody else does; collective.
+
+        Gradients that are averaged already, and to which a rank's own were added since, come out right, too.
+        """
         if self.base_is_sharded and not self.inside:
             reduce_gradients(p for group in optimizer.param_groups for p in group["params"])
 
@@ -120,13 +147,17 @@ class Ranks:
         return any_rank(flags, self.trainer.strategy.root_device) if self.inside else flags
 
     def compare(self, module: LightningModule, when: str) -> None:
-        """Compare what is trained between the ranks, in every bit; sharded pieces have nothing to compare with.
+        """Compare the trained parameters between the ranks, in every bit; sharded pieces have nothing to compare with.
+
+        Buffers, such as a batch norm's running statistics, are each rank's own everywhere; rank 0's are saved.
 
         Raises:
             RanksDifferError: They differ.
         """
         if self.trainer.world_size > 1 and not self.inside:
-            check_ranks_agree(trained_tensors(module), when)
+            parameters = {plain_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+            trained = trained_tensors(module)
+            check_ranks_agree({name: tensor for name, tensor in trained.items() if name in parameters}, when)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
@@ -176,12 +207,18 @@ def _check_unquantized(module: nn.Module, strategy: str) -> None:
         )
 
 
+def _trainable(module: nn.Module) -> set[str]:
+    return {plain_name(name) for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
 def _policy_of(module: nn.Module) -> AdapterSharding | None:
     """How a module's adapters lie if it is sharded already; ``None`` if it is not.
 
     Raises:
         ValueError: It has units of FSDP1 that are not ours.
     """
+    from torch.distributed.fsdp import FullyShardedDataParallel  # here: builds without torch.distributed lack it
+
     fsdp1 = [type(part.module).__name__ for part in module.modules() if isinstance(part, FullyShardedDataParallel)]
     if fsdp1 and _CONTENT_MARK not in vars(module):
         raise ValueError(

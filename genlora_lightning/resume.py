@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from genlora_lightning.checkpoint import CHECKPOINT_KEY, keep_adapters_only, numbered_state, pack
 from genlora_lightning.injection import adapter_layers
+from genlora_lightning.parallel import mean_gradients
 from genlora_lightning.pieces import is_sharded, part_of, plain_parameters, whole_gradients
 from genlora_lightning.random_state import random_state, set_random_state
 from genlora_lightning.resumable import is_resumable, make_resumable, make_unnoticed
@@ -96,13 +97,9 @@ def _gradients(trainer: Trainer, module: LightningModule, progress: _Progress) -
     if module.automatic_optimization and not _mid_window(trainer, progress):
         return {}
     sharded = whole_gradients(module)  # of all ranks already
-    found = {
-        name: p.grad
-        for name, p in plain_parameters(module).items()
-        if p.requires_grad and p.grad is not None and not is_sharded(p)
-    }
-    if trainer.world_size > 1:
-        found = {name: trainer.strategy.reduce(grad.clone(), reduce_op="mean") for name, grad in found.items()}
+    parameters = {n: p for n, p in plain_parameters(module).items() if p.requires_grad and not is_sharded(p)}
+    own = mean_gradients(parameters.values()) if trainer.world_size > 1 else [p.grad for p in parameters.values()]
+    found = {name: grad for name, grad in zip(parameters, own, strict=True) if grad is not None}
     gradients: dict[str, Tensor] = pack({**found, **sharded})
     return gradients
 

@@ -106,3 +106,12 @@ def test_import_does_not_pull_in_what_is_not_needed(statement, absent):
     code = f"{statement}\nimport sys\nprint(sorted(set(sys.modules) & {absent!r}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_parts_of_torch_distributed_are_imported_where_they_are_used(path):
+    # Builds of torch without it have the package and nothing in it; one device needs none of it.
+    for node in ast.parse(path.read_text()).body:
+        names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        assert not any(name.startswith("torch.distributed.") for name in names), names

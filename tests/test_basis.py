@@ -22,7 +22,7 @@ def phi(u: float, kernel: str) -> float:
 def oracle(latent, weight, centers, log_widths, kernel):
     """The formula, entry by entry, in Python's float64."""
     groups, rank, num_latents, num_centers = weight.shape
-    n = latent.shape[1]
+    n = latent.shape[0]
     rows = []
     for r in range(rank):
         row = []
@@ -30,7 +30,7 @@ def oracle(latent, weight, centers, log_widths, kernel):
             total = 0.0
             for q, k in itertools.product(range(num_latents), range(num_centers)):
                 c, h = float(centers[r, q, k]), math.exp(float(log_widths[r, q, k]))
-                psi = phi(float(latent[q, j]) / h - c, kernel) - phi(-c, kernel)
+                psi = phi(float(latent[j, q]) / h - c, kernel) - phi(-c, kernel)
                 total += float(weight[j * groups // n, r, q, k]) * psi
             row.append(total)
         rows.append(row)
@@ -39,7 +39,7 @@ def oracle(latent, weight, centers, log_widths, kernel):
 
 def random_inputs(n, rank, latents, groups, centers, dtype=torch.float64):
     return (
-        torch.randn(latents, n, dtype=dtype),
+        torch.randn(n, latents, dtype=dtype),
         torch.randn(groups, rank, latents, centers, dtype=dtype),
         torch.randn(rank, latents, centers, dtype=dtype),
         0.3 * torch.randn(rank, latents, centers, dtype=dtype),
@@ -108,7 +108,7 @@ def test_slope_at_zero_is_the_derivative(kernel):
 
 def test_entries_of_groups_are_consecutive_and_differ_in_number_by_at_most_one():
     weight = torch.arange(4.0).view(4, 1, 1, 1)
-    row = generate(torch.ones(1, 10), weight, torch.ones(1, 1, 1), torch.zeros(1, 1, 1), "gaussian")[0]
+    row = generate(torch.ones(10, 1), weight, torch.ones(1, 1, 1), torch.zeros(1, 1, 1), "gaussian")[0]
     groups = (row / row[-1] * 3).round().int().tolist()
     assert groups == sorted(groups)
     sizes = [groups.count(g) for g in range(4)]

@@ -351,7 +351,7 @@ def test_full_checkpoint_with_the_base_in_it_loads_too(tmp_path):
         (lambda c: c["state_dict"].update(stranger=torch.zeros(1)), r"no place in the model \(stranger\)"),
         (
             lambda c: c["state_dict"].update({"net.0.generator_A.latent": torch.zeros(3)}),
-            r"stored \(3,\), needed \(1, 8\)",
+            r"stored \(3,\), needed \(8, 1\)",
         ),
         (lambda c: c.pop("genlora"), r"holds no GenLoRA adapters"),
         (

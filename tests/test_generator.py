@@ -14,11 +14,11 @@ KERNELS = ["gaussian", "inverse_multiquadric", "inverse_quadratic"]
 @pytest.mark.parametrize("width", [0.3, 1.0, 4.0])
 def test_initial_slopes_have_root_mean_square_one_in_each_group(kernel, width):
     module = RBFGenerator(30, rank=16, num_groups=4, width=width, kernel=kernel)
-    latent = torch.zeros(1, 30, requires_grad=True)
+    latent = torch.zeros(30, 1, requires_grad=True)
     jacobian = torch.autograd.functional.jacobian(
         lambda z: generate(z, module.weight, module.centers, module.log_widths, kernel), latent
     )
-    slopes = jacobian[:, :, 0].diagonal(dim1=1, dim2=2)  # (R, n)
+    slopes = jacobian[..., 0].diagonal(dim1=1, dim2=2)  # (R, n)
     torch.testing.assert_close(slopes.square().mean(0).sqrt(), torch.ones(30), rtol=1e-4, atol=1e-4)
 
 

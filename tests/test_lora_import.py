@@ -129,6 +129,17 @@ def test_descent_improves_the_guess_and_never_ends_above_it(tmp_path):
     assert all(many < guess - 0.02 for guess, many in zip(errors[0], errors[2], strict=True))
 
 
+def test_more_latents_are_used_by_the_fit(tmp_path):
+    folder = write_lora(tmp_path / "lora", random_lora(2, {"a": (40, 50), "b": (40, 50)}))
+    few, more = (
+        compress_lora(folder, small_config(num_groups=1, num_latents_a=q, num_latents_b=q, width=30.0), steps=400)
+        for q in (1, 2)
+    )
+    # One latent per factor where the functions are straight is rank 1; two hold a LoRA of rank 2.
+    assert few.relative_error > 0.5
+    assert more.relative_error < 0.1
+
+
 def test_fixed_centers_and_widths_stay_and_learned_ones_move(tmp_path):
     A, B = torch.randn(1, 3, 20), torch.randn(1, 24, 3)
     for learned in (False, True):

@@ -51,7 +51,7 @@ def test_missing_left_over_and_misshapen_tensors_are_one_error_that_lists_them_a
     with pytest.raises(
         ValueError,
         match=r"in FILE does not fit.*1 tensors are missing \(head.1.bias\); 1 tensors have no place in the model "
-        r"\(stranger\).*generator_A.latent: stored \(9,\), needed \(8,\).*another base model",
+        r"\(stranger\).*generator_A.latent: stored \(9,\), needed \(8, 1\).*another base model",
     ):
         load_adapter_state(target, state, "FILE")
     for name, tensor in adapter_state_dict(target).items():

@@ -113,7 +113,31 @@ OTHERS = (
     Arm(name="sine LoRA r2", method="sine", lr=1e-3),
 )
 
+
+def _sized(rank: int, groups: int, latents: tuple[int, int] = (1, 1), **fixed: Any) -> Arm:
+    """GenLoRA with everything given, for the searches."""
+    sizes = {"rank": rank, "num_latents_a": latents[0], "num_latents_b": latents[1], "num_groups": groups}
+    name = f"R{rank} G{groups} Q{latents[0]}/{latents[1]}" + "".join(f" {key}={value}" for key, value in fixed.items())
+    return Arm(name=name, method="genlora", fixed={**sizes, **fixed}, lr=4e-3)
+
+
 EXPERIMENTS: dict[str, Experiment] = {
+    # Searches, on validation data alone: a row a run, no final runs.
+    "groups": Experiment(
+        arms=(
+            *(_sized(16, groups) for groups in (24, 12, 48)),
+            *(_sized(16, groups, (1, 2)) for groups in (12, 24)),
+            _sized(16, 8),
+            _sized(16, 8, (1, 2)),
+            _sized(32, 24),
+            replace(_lora(2, 0), lr=2e-3),
+            replace(_lora(4, 0), lr=2e-3),
+        ),
+        tasks=("movies",),
+        trials=1,
+        tuning_seeds=(0, 1, 2),
+        final=False,
+    ),
     # The main table and the Pareto picture.
     "main": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS)),
     # The same for the small language model and for pictures; their rows stand in the main table too.

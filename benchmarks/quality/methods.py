@@ -220,7 +220,7 @@ def _genlora(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
 
 
 def _genlora_size(shapes: Shapes, budget: float, **fixed: Any) -> Settings:
-    """As many groups as the budget allows at the given rank; at least one."""
+    """As many groups as the budget allows at the given rank, at least one, unless the groups are given."""
     config = GenLoRAConfig(**{key: value for key, value in fixed.items() if not key.endswith("_lr_factor")})
     latents = sum(config.num_latents_a * n_in + config.num_latents_b * n_out for n_in, n_out in shapes.values())
     per_group = (config.num_latents_a + config.num_latents_b) * config.rank * config.num_centers * len(shapes)
@@ -228,7 +228,7 @@ def _genlora_size(shapes: Shapes, budget: float, **fixed: Any) -> Settings:
     groups = min(max(1, round(spare)), min(min(shape) for shape in shapes.values()))
     # All fields that decide the numbers are written down: defaults may change.
     plain = {key: value for key, value in config.to_dict().items() if "modules" not in key}
-    return {**plain, **fixed, "num_groups": groups}
+    return {**plain, "num_groups": groups, **fixed}
 
 
 def _full(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
