@@ -6,7 +6,9 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
+import threading
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -145,9 +147,16 @@ def execute(spec: Spec, experiment: str, arm: str) -> dict[str, object]:
 
 
 def start_worker() -> None:
-    """Keep a worker process to one thread."""
+    """Keep a worker process to one thread, and end it soon after the command, also where that was killed."""
     # Here and not in the command's module: a spawned process does not import a package's `__main__`.
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)  # in the middle of a run, whose row nobody would write
 
 
 def schedule(step: int, steps: int) -> float:

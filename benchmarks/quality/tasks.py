@@ -11,29 +11,11 @@ from torch.nn import functional as F
 
 from . import data, questions
 from .batches import bucketed
+from .classifier import Classifier
 from .language import QuestionTask
 from .vision import FashionTask
 
 _SIZES = {"movies": (2000, 1000), "tweets": (1000, 600)}
-
-
-class Classifier(nn.Module):
-    """An encoder, mean pooling over the tokens, and a linear head."""
-
-    def __init__(self, base: nn.Module, width: int, num_classes: int, seed: int) -> None:
-        super().__init__()
-        self.base = base
-        self.head = nn.Linear(width, num_classes)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            self.head.weight.normal_(0.0, 0.02, generator=generator)
-            self.head.bias.zero_()
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Logits ``(batch, num_classes)``."""
-        hidden = self.base(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state.float()
-        mask = attention_mask.unsqueeze(-1).float()
-        return self.head((hidden * mask).sum(1) / mask.sum(1))
 
 
 class SentimentTask:
@@ -78,7 +60,7 @@ class SentimentTask:
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy, the mean over the batch."""
-        return F.cross_entropy(model(batch["input_ids"], batch["attention_mask"]), batch["labels"])
+        return F.cross_entropy(_logits(model, batch), batch["labels"])
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
@@ -88,10 +70,14 @@ class SentimentTask:
         total, right = 0.0, 0
         for start in range(0, len(order), 64):
             batch = _pad(examples, order[start : start + 64])
-            logits = model(batch["input_ids"], batch["attention_mask"])
+            logits = _logits(model, batch)
             total += F.cross_entropy(logits, batch["labels"], reduction="sum").item()
             right += int((logits.argmax(1) == batch["labels"]).sum())
         return {"loss": total / len(order), "accuracy": right / len(order)}
+
+
+def _logits(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    return model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
 
 
 def _pad(split: data.Split, chosen: list[int]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from . import data
 from .batches import bucketed
+from .classifier import Classifier
 from .onnx_weights import read_weights
 
 PACKAGE = data.prepare.Package(
@@ -115,23 +116,6 @@ def _data_folder() -> Path:
     return target
 
 
-class ImageClassifier(nn.Module):
-    """The backbone, the mean over its tokens, and a linear head."""
-
-    def __init__(self, base: nn.Module, width: int, num_classes: int, seed: int) -> None:
-        super().__init__()
-        self.base = base
-        self.head = nn.Linear(width, num_classes)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            self.head.weight.normal_(0.0, 0.02, generator=generator)
-            self.head.bias.zero_()
-
-    def forward(self, pixel_values: Tensor) -> Tensor:
-        """Logits ``(batch, num_classes)``."""
-        return self.head(self.base(pixel_values=pixel_values).last_hidden_state.float().mean(1))
-
-
 class FashionTask:
     """Ten kinds of clothes; the base in bfloat16, adapters and head in float32."""
 
@@ -145,14 +129,14 @@ class FashionTask:
     def __init__(self) -> None:
         self.splits = pictures()
 
-    def build(self, seed: int, *, full: bool = False) -> ImageClassifier:
+    def build(self, seed: int, *, full: bool = False) -> Classifier:
         """The model with a frozen bfloat16 base (float32 where all is trained) and a head made from the seed."""
         from transformers import Dinov2Model
 
         dtype = torch.float32 if full else torch.bfloat16
         base = Dinov2Model.from_pretrained(backbone_folder(), attn_implementation="eager", dtype=torch.float32)
         base.eval().to(dtype).requires_grad_(False)
-        return ImageClassifier(base, base.config.hidden_size, NUM_CLASSES, seed)
+        return Classifier(base, base.config.hidden_size, NUM_CLASSES, seed)
 
     def skeleton(self) -> nn.Module:
         """What the adapters are put on, without values."""
