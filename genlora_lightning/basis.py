@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from typing_extensions import override
 
 from genlora_lightning.config import Kernel
@@ -146,6 +147,14 @@ def generate_matrices(
     return cast("tuple[Tensor, ...]", _Generate.apply(kernel, scale, dtype, when_differentiated, *flat))  # type: ignore[no-untyped-call]
 
 
+def is_ordinary(tensor: Any) -> bool:
+    """Whether a tensor is torch's own, strided: not a quantized, sharded or otherwise derived one.
+
+    Those without values, with which memory is counted, stand for such tensors, so that what is counted is what runs.
+    """
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
+
+
 def refuse_second_derivative(what: str) -> None:
     """In a backward: say that it has no derivative, rather than leave it out silently.
 
@@ -227,13 +236,19 @@ def _gradients(flat: Sequence[Tensor], gradient: Tensor, kernel: Kernel, scale: 
     of_centers = (of_psi * by_center).sum((-1, -2))
     of_t = of_psi * by_t
     of_log_widths = -(of_t * t).sum((-1, -2))
-    of_latent = (of_t * inverse_widths).sum((1, 3)).view(num, -1, num_entries).mT.reshape(num, num_entries, -1)
+    of_latent = (of_t * inverse_widths).sum((1, 3)).view(num, -1, num_entries).mT
     if num_entries % num_groups:
         of_weight = _sum_groups(of_weight, num_groups)
     if scale != 1.0:
         of_weight = scale * of_weight
-    # Contiguous, as the parameter is: autograd would copy each one's gradient otherwise.
-    return of_latent, of_weight.permute(0, 4, 1, 2, 3).contiguous(), of_centers, of_log_widths
+    # With the parameters' strides, also in dimensions of size 1: autograd and DDP would copy each one otherwise.
+    of_weight = of_weight.permute(0, 4, 1, 2, 3)
+    return (
+        of_latent.flatten().view(of_latent.shape),
+        of_weight.flatten().view(of_weight.shape),
+        of_centers,
+        of_log_widths,
+    )
 
 
 def _group_of_entry(like: Tensor, num_groups: int) -> Tensor:

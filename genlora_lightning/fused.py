@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from genlora_lightning.basis import refuse_second_derivative
+from genlora_lightning.basis import is_ordinary, refuse_second_derivative
 
 
 def adapted_linear(
@@ -67,17 +67,13 @@ def can_fuse(base: nn.Module, x: Tensor) -> bool:
     """
     weight: Any = base.weight
     bias: Any = base.bias
-    if not (_is_ordinary(weight) and _is_ordinary(x) and (bias is None or _is_ordinary(bias))):
+    if not (is_ordinary(weight) and is_ordinary(x) and (bias is None or is_ordinary(bias))):
         return False
     if _hooks(base) or "forward" in vars(base) or weight.ndim != 2 or not weight.is_floating_point():
         return False
     if weight.requires_grad or (bias is not None and bias.requires_grad) or not x.is_floating_point():
         return False
     return x.dtype == weight.dtype or _autocast_is_on(weight.device.type)
-
-
-def _is_ordinary(tensor: Any) -> bool:
-    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
 
 
 def _autocast_is_on(device: str) -> bool:

@@ -106,6 +106,18 @@ def sharing_modules(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if any(_is_ours(hook) for hook in m._forward_pre_hooks.values())]
 
 
+@contextmanager
+def generated(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Context manager that generates as a forward of the model does, without one, and gives A and B of all layers."""
+    forward = _generate_for(_layers(model))
+    found = [layer.store.given for layer in _layers(model)]
+    mine = [given for given in found if given is not None and given.forward is forward]
+    try:
+        yield [matrix for given in mine for matrix in (given.A, given.B) if matrix is not None]
+    finally:
+        forward.runs = False
+
+
 class SharedGeneration:
     """Generates for all layers in a module, around each of its forwards."""
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from genlora_lightning.basis import generate, generate_matrices, slope_at_zero
+from genlora_lightning.basis import generate, generate_matrices, is_ordinary, slope_at_zero
 from genlora_lightning.config import Init, Kernel
 
 
@@ -129,8 +129,7 @@ class RBFGenerator(nn.Module):
     def is_whole(self) -> bool:
         """Whether the parameters are ordinary tensors here and now, and not pieces of what FSDP1 or FSDP2 have cut."""
         return all(
-            type(part) in (Tensor, nn.Parameter) and not getattr(part, "_fsdp_flattened", False)
-            for part in self.parts()
+            is_ordinary(part) and not getattr(part, "_fsdp_flattened", False) for part in self.parts()
         ) and self.latent.shape == (self.num_entries, self.num_latents)
 
     def changed(self) -> None:
@@ -148,7 +147,7 @@ class RBFGenerator(nn.Module):
         """
         # No matrix product in it, and therefore nothing that autocast would turn into bfloat16. A compiler makes a
         # better backward than ours out of the formula.
-        if plain or torch.compiler.is_compiling() or type(self.latent) not in (Tensor, nn.Parameter):
+        if plain or torch.compiler.is_compiling() or not is_ordinary(self.latent):
             matrix = generate(*self.parts(), self.kernel)
             matrix = matrix if scale == 1.0 else scale * matrix
             return matrix if dtype is None else matrix.to(dtype)

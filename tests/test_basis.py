@@ -192,6 +192,16 @@ def test_matrices_that_are_not_used_leave_their_parameters_without_a_gradient():
     assert all(t.grad is None for t in unused)
 
 
+@pytest.mark.parametrize("sizes", [*SIZES, (8, 3, 1, 1, 1)])
+def test_gradients_are_laid_out_as_the_parameters_so_that_nobody_copies_them(sizes):
+    # DDP warns of others, also where they differ in nothing but the stride of a dimension of size 1.
+    several = [tuple(t.detach().clone().contiguous().requires_grad_() for t in one) for one in leaves(2, *sizes)]
+    sum(matrix.sum() for matrix in generate_matrices(several, "gaussian")).backward()
+    for one in several:
+        for parameter in one:
+            assert parameter.grad.stride() == torch.empty(parameter.shape).stride()
+
+
 def test_parameters_that_are_fixed_get_no_gradient():
     latent, weight, centers, log_widths = leaves(1, 12, 3, 1, 4, 1)[0]
     generate_matrices([(latent, weight, centers.detach(), log_widths.detach())], "gaussian")[0].sum().backward()
