@@ -138,6 +138,30 @@ EXPERIMENTS: dict[str, Experiment] = {
         tuning_seeds=(0, 1, 2),
         final=False,
     ),
+    # One choice at a time, at the rate that suits the default: curvature first (narrow functions bend where wide ones
+    # are straight), then the rest.
+    "ablations": Experiment(
+        arms=(
+            _sized(16, 8),
+            *(_sized(16, 8, width=width) for width in (0.3, 0.1, 0.03)),
+            *(_sized(64, 1, width=width) for width in (1.0, 0.1, 0.03)),
+            _sized(64, 1, num_centers=4, width=0.1),
+            _sized(16, 10, (1, 2), width=0.1),
+            _sized(16, 8, num_centers=4),
+            _sized(16, 8, kernel="inverse_multiquadric"),
+            _sized(16, 8, init="zero_weight"),
+            _sized(16, 8, learn_centers=False, learn_widths=False),
+            _sized(4, 8),
+            _sized(64, 8),
+            Arm(name="R16 G8 strided groups", method="variant", fixed={"grouping": "strided"}, lr=4e-3),
+            Arm(name="R16 G8 weights' rate × 0.1", method="variant", fixed={"lr_rbf": 0.1}, lr=4e-3),
+            replace(_sized(16, 8), name="R16 G8 weight decay 0.1", weight_decay=0.1),
+        ),
+        tasks=("movies",),
+        trials=1,
+        tuning_seeds=(0, 1),
+        final=False,
+    ),
     # The main table and the Pareto picture.
     "main": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS)),
     # The same for the small language model and for pictures; their rows stand in the main table too.

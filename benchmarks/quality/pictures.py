@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import AVERAGE, Results
-from .stats import estimate
+from .stats import average
 
 # LoRA dark, ours in one strong colour, what is neither in greyed hues; each is told apart by its marker too.
 STYLES = {
@@ -80,10 +80,10 @@ def _draw_points(axis: Any, results: Results, task: str, column: str, scale: flo
     curves: dict[str, list[tuple[float, float]]] = {}
     others = [arm for arm in results.arms() if results.methods[arm] not in (*STYLES, *REFERENCES)]
     for arm in results.arms():
-        values = results.scores(arm, task, column)
-        if not values or not all(map(math.isfinite, values.values())):
+        samples = results.samples(arm, task, column)
+        if not samples or not all(math.isfinite(value) for sample in samples for value in sample):
             continue
-        found = estimate([scale * value for value in values.values()])
+        found = average([[scale * value for value in sample] for sample in samples])
         half = found.half if math.isfinite(found.half) else 0.0
         kind = results.methods[arm]
         if kind in REFERENCES:
@@ -187,11 +187,11 @@ def scaling(results: Results, folder: Path) -> bool:
     points = []
     for arm in results.arms():
         for task in results.cells[arm]:
-            losses = list(results.scores(arm, task, "test_loss").values())
-            spectrum = list(results.scores(arm, task, "entropy_rank").values())
-            if losses and all(map(math.isfinite, losses + spectrum)):
+            losses = results.samples(arm, task, "test_loss")
+            spectrum = results.samples(arm, task, "entropy_rank")
+            if losses and all(math.isfinite(value) for sample in losses + spectrum for value in sample):
                 rank = int(str(results.settings[f"{arm}/{task}"].get("rank", 0)))
-                points.append((rank, estimate(losses), estimate(spectrum)))
+                points.append((rank, average(losses), average(spectrum)))
     if not points:
         return False
     points.sort(key=lambda point: point[0])

@@ -8,7 +8,7 @@ from pathlib import Path
 from . import pictures
 from .experiments import EXPERIMENTS
 from .results import AVERAGE, Results, load
-from .stats import Estimate, estimate, paired
+from .stats import Estimate, average
 
 ROOT = Path(__file__).resolve().parents[2]
 REPORT = Path(__file__).parent / "REPORT.md"
@@ -66,13 +66,14 @@ def _head(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _cell(values: dict[int, float], digits: int, scale: float = 1.0) -> str:
-    if not values:
+def _cell(samples: list[list[float]], digits: int, scale: float = 1.0) -> str:
+    if not samples:
         return "–"
-    failed = sum(not math.isfinite(value) for value in values.values())
+    values = [value for sample in samples for value in sample]
+    failed = sum(not math.isfinite(value) for value in values)
     if failed:
         return f"{failed} of {len(values)} diverged"
-    return estimate([scale * value for value in values.values()]).text(digits)
+    return average([[scale * value for value in sample] for sample in samples]).text(digits)
 
 
 def _score_tables(results: Results) -> str:
@@ -85,7 +86,7 @@ def _score_tables(results: Results) -> str:
         (ACCURACY, "Test accuracy in percent", 1, 100.0),
     ):
         rows = [
-            [arm, _size(results, arm), *(_cell(results.scores(arm, task, column), digits, scale) for task in tasks)]
+            [arm, _size(results, arm), *(_cell(results.samples(arm, task, column), digits, scale) for task in tasks)]
             for arm in results.arms()
         ]
         parts.append(f"## {title}\n\n" + _table(["method", "adapter parameters", *tasks], rows))
@@ -108,10 +109,18 @@ def reference(results: Results, arm: str) -> str | None:
 
 
 def difference(results: Results, arm: str, other: str | None, task: str, column: str = LOSS) -> Estimate | None:
-    """The arm's score minus the other's, paired by seed."""
+    """The arm's score minus the other's, paired by seed; ``None`` without a pair, or where a run diverged."""
     if other is None or arm == other:
         return None
-    return paired(results.scores(arm, task, column), results.scores(other, task, column))
+    found = [*results.differences(arm, other, task, column).values()]
+    is_finite = all(math.isfinite(value) for values in found for value in values)
+    return average(found) if found and is_finite else None
+
+
+def _over(results: Results, arm: str, other: str) -> str:
+    """The tasks that two arms have in common, where these are not all."""
+    found = list(results.differences(arm, other, AVERAGE, LOSS))
+    return "" if found == results.tasks() else f" (over {', '.join(found)})"
 
 
 def _difference_tables(results: Results) -> str:
@@ -132,7 +141,9 @@ def _difference_tables(results: Results) -> str:
             accuracy = difference(results, arm, other, AVERAGE, ACCURACY)
             share = results.budgets[arm] / results.budgets[other]
             last = Estimate(100 * accuracy.mean, 100 * accuracy.half).text(1, signed=True) if accuracy else "–"
-            rows.append([arm, other, f"{share:.2f}", *(f.text(4, signed=True) if f else "–" for f in found), last])
+            texts = [f.text(4, signed=True) if f else "–" for f in found]
+            texts[-1] += _over(results, arm, other)
+            rows.append([arm, other, f"{share:.2f}", *texts, last])
         if rows:
             header = ["method", "compared with", "share of its size", *tasks, "accuracy, average (points)"]
             parts.append(f"## Difference in test loss to {title}\n\nNegative is better.\n\n" + _table(header, rows))
@@ -149,15 +160,16 @@ def _bars(main: Results, rates: Results) -> str:
     for arm in genloras:
         other = reference(main, arm)
         if other and abs(main.budgets[arm] / main.budgets[other] - 1) <= MATCH:
-            average = difference(main, arm, other, AVERAGE)
+            found = difference(main, arm, other, AVERAGE)
             each = {task: difference(main, arm, other, task) for task in tasks}
             worse = [task for task, d in each.items() if d and d.low > 0]
-            if average:
+            if found:
                 rows.append(
                     [
                         f"1. {arm} better than {other} on average, worse on no task",
-                        _verdict(average.high < 0 and not worse),
-                        f"average {average.text(4, signed=True)}; worse on: {', '.join(worse) or 'none'}",
+                        _verdict(found.high < 0 and not worse),
+                        f"average{_over(main, arm, other)} {found.text(4, signed=True)}; "
+                        f"worse on: {', '.join(worse) or 'none'}",
                     ]
                 )
             ours, theirs = (_mean_rank(main, name) for name in (arm, other))
@@ -205,7 +217,7 @@ def _bar_4(results: Results, arm: str) -> list[list[str]]:
                 [
                     f"4. {arm} better than, or tied with, {other} on average",
                     _verdict(found.low <= 0),
-                    f"average {found.text(4, signed=True)}",
+                    f"average{_over(results, arm, other)} {found.text(4, signed=True)}",
                 ]
             )
     return lines

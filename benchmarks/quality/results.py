@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .experiments import EXPERIMENTS, LANGUAGE_TASKS, SENTIMENT_TASKS, VISION_TASKS
 from .rows import Row, read_rows
-from .stats import mean_over_tasks
+from .stats import paired
 
 AVERAGE = "average"
 ARM_ORDER = [arm.name for arm in EXPERIMENTS["main"].arms]
@@ -96,15 +96,21 @@ class Results:
         found = {task: None for tasks in self.cells.values() for task, cell in tasks.items() if cell.finals}
         return sorted(found, key=lambda task: TASK_ORDER.index(task) if task in TASK_ORDER else len(TASK_ORDER))
 
-    def scores(self, arm: str, task: str, column: str) -> dict[int, float]:
-        """Final scores by seed; of the average over tasks for those seeds that all tasks have."""
-        tasks = self.cells.get(arm, {})
-        if task != AVERAGE:
-            return tasks[task].scores(column) if task in tasks else {}
-        wanted = self.tasks()
-        if any(t not in tasks or not tasks[t].finals for t in wanted):
-            return {}
-        return mean_over_tasks([tasks[t].scores(column) for t in wanted])
+    def samples(self, arm: str, task: str, column: str) -> list[list[float]]:
+        """Final scores of a task; of the average those of each task, or nothing unless all have some."""
+        tasks = self.tasks() if task == AVERAGE else [task]
+        found = [list(self._scores(arm, name, column).values()) for name in tasks]
+        return found if all(found) else []
+
+    def differences(self, arm: str, other: str, task: str, column: str) -> dict[str, list[float]]:
+        """By task an arm's final scores minus another's, paired by seed; of the average all tasks that both have."""
+        tasks = self.tasks() if task == AVERAGE else [task]
+        found = {name: paired(self._scores(arm, name, column), self._scores(other, name, column)) for name in tasks}
+        return {name: values for name, values in found.items() if values}
+
+    def _scores(self, arm: str, task: str, column: str) -> dict[int, float]:
+        cell = self.cells.get(arm, {}).get(task)
+        return cell.scores(column) if cell else {}
 
 
 def load(folder: Path, experiments: tuple[str, ...]) -> Results:

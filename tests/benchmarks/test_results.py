@@ -15,7 +15,7 @@ from benchmarks.quality.report import difference, reference, write_report
 from benchmarks.quality.results import AVERAGE, Cell, load
 from benchmarks.quality.rows import FIELDS, append_row, read_rows
 from benchmarks.quality.runs import Spec
-from benchmarks.quality.stats import estimate, mean_over_tasks, paired
+from benchmarks.quality.stats import average, estimate, paired
 
 SHAPES = {"a.0.x": (384, 384), "a.0.y": (384, 1536)}
 
@@ -101,9 +101,19 @@ def test_intervals_are_students():
     assert found.mean == 2.0
     assert found.half == pytest.approx(4.303 / math.sqrt(3), rel=1e-4)
     assert estimate([1.0]).half == math.inf
-    assert paired({0: 1.0, 1: 2.0}, {1: 1.5, 2: 0.0}) == (0.5, math.inf)
-    assert paired({0: math.nan}, {0: 1.0}) is None
-    assert mean_over_tasks([{0: 1.0, 1: 3.0}, {0: 2.0}]) == {0: 1.5}
+    assert paired({0: 1.0, 1: 2.0}, {1: 1.5, 2: 0.0}) == [0.5]
+
+
+def test_interval_of_an_average_over_tasks_is_welchs():
+    # Equal spreads and numbers: the degrees of freedom add up.
+    found = average([[1.0, 2.0, 3.0], [11.0, 12.0, 13.0]])
+    assert found.mean == 7.0
+    assert found.half == pytest.approx(2.776 * math.sqrt(2 / 3) / 2, rel=1e-4)
+    # Where one spread is all there is, its own count, and the average halves it.
+    alone = average([[1.0, 2.0, 3.0], [5.0, 5.0, 5.0]])
+    assert alone.half == pytest.approx(estimate([1.0, 2.0, 3.0]).half / 2)
+    assert average([[1.0, 2.0], [3.0]]).half == math.inf
+    assert average([[1.0, 1.0]]).half == 0.0
 
 
 def test_width_of_the_range_is_interpolated_and_says_where_it_is_open():
@@ -138,7 +148,9 @@ def test_report_compares_with_lora_of_the_same_size_and_bears_gaps(tmp_path):
     found = difference(results, "GenLoRA r1", "LoRA r1", AVERAGE)
     assert found.mean == pytest.approx(-0.1)
     assert found.half == pytest.approx(0, abs=1e-9)  # paired: what seeds have in common drops out
-    assert results.scores("GenLoRA r2", AVERAGE, "test_loss") == {}
+    assert results.samples("GenLoRA r2", AVERAGE, "test_loss") == []
+    # Compared over the tasks that both have, and the report says which.
+    assert list(results.differences("GenLoRA r2", "LoRA r1", AVERAGE, "test_loss")) == ["movies"]
     pytest.importorskip("matplotlib")
     write_report(tmp_path, tmp_path / "REPORT.md", tmp_path / "images")
     text = (tmp_path / "REPORT.md").read_text()
