@@ -110,7 +110,8 @@ class _AdaptedLinear(torch.autograd.Function):
         output.addmm_(rows @ A.T, B)
         ctx.save_for_backward(x, weight, A, B, mask)
         ctx.dropout, ctx.transposed, ctx.dtype = dropout, transposed, dtype
-        return output.view(*x.shape[:-1], output.shape[-1])
+        # No view, as F.linear gives none: autograd forbids writing to one in place, and FSDP2 warns of it.
+        return cast("Tensor", torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]]))
 
     @staticmethod
     @override

@@ -49,6 +49,18 @@ def gradients(layer: GenLoRALinear, x: Tensor, output: Tensor) -> dict[str, Tens
     return dict(zip(wanted, torch.autograd.grad((output * weights).sum(), [*wanted.values()]), strict=True))
 
 
+@pytest.mark.parametrize("shape", [(6,), (4, 6), (2, 4, 6)])
+def test_output_may_be_written_to_in_place(shape):
+    layer = layer_of()
+    x = torch.randn(*shape[:-1], layer.in_features)
+    expected = gradients(layer, x.requires_grad_(), (layer(x) + 1) * layer(x))
+    output = layer(x)
+    assert not output._is_view()
+    output += 1
+    for name, gradient in gradients(layer, x, output * layer(x)).items():
+        torch.testing.assert_close(gradient, expected[name])
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_own_backward_passes_gradcheck_and_gives_the_formula(transposed, with_bias):
