@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from genlora_lightning.data import InstructionDataModule as InstructionDataModule
     from genlora_lightning.data import TextClassificationDataModule as TextClassificationDataModule
     from genlora_lightning.digests import DamagedFileError as DamagedFileError
+    from genlora_lightning.generation import cached_factors as cached_factors
+    from genlora_lightning.generation import forget_factors as forget_factors
+    from genlora_lightning.generation import set_fused as set_fused
     from genlora_lightning.generator import RBFGenerator as RBFGenerator
     from genlora_lightning.injection import adapter_parameters as adapter_parameters
     from genlora_lightning.injection import adapters_disabled as adapters_disabled
@@ -69,12 +72,14 @@ _HOME = {
     "WrongBaseError": "base_identity",
     "adapter_parameters": "injection",
     "adapters_disabled": "injection",
+    "cached_factors": "generation",
     "compress_lora": "lora_import",
     "convert_checkpoint": "loading",
     "describe_adapter": "inspection",
     "effective_rank": "analysis",
     "effective_ranks": "analysis",
     "export_lora": "lora_export",
+    "forget_factors": "generation",
     "inject_adapters": "injection",
     "load_adapter": "adapter_io",
     "load_module": "loading",
@@ -82,6 +87,7 @@ _HOME = {
     "remove_adapters": "injection",
     "save_adapter": "adapter_io",
     "save_merged": "merging",
+    "set_fused": "generation",
     "unmerge_adapters": "merging",
     "verify_adapter": "inspection",
 }

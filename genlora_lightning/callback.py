@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -28,6 +29,7 @@ from genlora_lightning.checks import (
 )
 from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.coverage import CoverageReport
+from genlora_lightning.generation import cached_factors
 from genlora_lightning.injection import adapter_layers, inject_adapters
 from genlora_lightning.pieces import local_part, plain_name, whole_like
 from genlora_lightning.ranks import AdapterSharding, Ranks, describe_timeout
@@ -119,6 +121,7 @@ class GenLoRAFinetuning(Callback):
         self._resume: Resume | None = None
         self._ranks: Ranks | None = None
         self._untrained = False
+        self._cache = ExitStack()  # while nothing is trained
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
@@ -241,9 +244,18 @@ class GenLoRAFinetuning(Callback):
                 "Strategies that train in processes of their own (`ddp_spawn`, `ddp_fork`) leave the module in the "
                 "main one untrained."
             )
+        self._cache.close()
+        self._cache.enter_context(cached_factors(pl_module))
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._cache.close()
+
+    on_test_end = on_validation_end
+    on_predict_end = on_validation_end
 
     def _choose_folder(self, trainer: Trainer) -> Path | None:
         if not self.save_adapter or getattr(trainer, "fast_dev_run", False):
@@ -335,6 +347,7 @@ class GenLoRAFinetuning(Callback):
         if self._folder is not None and trainer.state.fn == "fit" and not self._saved_after_error:
             saved = self._save_after_error(trainer, pl_module)
             rank_zero_info(f"Stopped at step {trainer.global_step}. {saved}")
+        self._cache.close()
         self._unwrap(pl_module)
         release_loaders(trainer)
 
@@ -365,6 +378,7 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._cache.close()
         self._unwrap(pl_module)
         release_loaders(trainer)
 

@@ -1,4 +1,4 @@
-"""The generator: radial basis functions that turn a latent vector into the basis vectors of a low-rank matrix.
+"""The generator: a module with the parameters from which radial basis functions make a low-rank matrix.
 
 Shapes: R rank (basis vectors), Q latents (mostly one or two), G groups, K centres per basis function and latent, n
 entries of a basis vector (in_features for A, out_features for B).
@@ -12,78 +12,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from genlora_lightning.basis import generate, generate_matrices, is_ordinary, slope_at_zero
 from genlora_lightning.config import Init, Kernel
-
-# exp(c²/2), which the Gaussian's expansion multiplies and divides by, overflows float32 at c = 13.3. A centre this many
-# widths from zero contributes a slope of 1e-30 and is of no use to anyone.
-_MAX_CENTER = 12.0
-
-
-def anchored_rbf(t: Tensor, centers: Tensor, kernel: Kernel) -> Tensor:
-    """Radial basis function that is exactly zero at zero: ``ψ(t) = φ(t − c) − φ(−c)``.
-
-    It is computed without the subtraction of two nearly equal numbers, so that it is accurate to the last bits for the
-    small ``t`` at the start of training, and zero to the last bit at ``t = 0``.
-
-    Args:
-        t: Input in units of the width, ``x/h``; any shape.
-        centers: Centres ``c`` in units of the width; broadcastable with ``t``.
-        kernel: Name of φ; see :class:`~genlora_lightning.GenLoRAConfig`.
-
-    Returns:
-        ψ, in the broadcast shape. |ψ| < 1, and so is its derivative for every kernel.
-    """
-    if kernel == "gaussian":
-        centers = centers.clamp(-_MAX_CENTER, _MAX_CENTER)
-        return torch.exp(-0.5 * centers.square()) * torch.expm1(t * (centers - 0.5 * t))
-    # φ(u) = v^-½ or v^-1 with v = 1 + u²; v(−c) − v(t − c) = t·(2c − t), and the rest is the difference of fractions.
-    at_zero = 1 + centers.square()
-    at_t = 1 + (t - centers).square()
-    difference = t * (2 * centers - t)
-    if kernel == "inverse_quadratic":
-        return difference / (at_t * at_zero)
-    if kernel == "inverse_multiquadric":
-        root_zero, root_t = at_zero.sqrt(), at_t.sqrt()
-        return difference / (root_zero * root_t * (root_zero + root_t))
-    raise ValueError(f"Unknown kernel {kernel!r}.")
-
-
-def slope_at_zero(centers: Tensor, kernel: Kernel) -> Tensor:
-    """Derivative ``ψ'(0) = φ'(−c)`` of :func:`anchored_rbf` by ``t``, for initialisation."""
-    if kernel == "gaussian":
-        return centers * torch.exp(-0.5 * centers.square())
-    power = 1.5 if kernel == "inverse_multiquadric" else 2.0
-    factor = 1.0 if kernel == "inverse_multiquadric" else 2.0
-    return factor * centers / (1 + centers.square()) ** power
-
-
-def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor, kernel: Kernel) -> Tensor:
-    """Generate basis vectors: ``M[r, j] = Σ_q Σ_k w[g(j), r, q, k] · ψ(z[j, q] / h[r, q, k]; c[r, q, k])``.
-
-    Entry j belongs to group ``g(j) = ⌊j·G/n⌋``: G runs of consecutive entries whose lengths differ by at most one.
-
-    Args:
-        latent: ``z (n, Q)``.
-        weight: ``w (G, R, Q, K)``.
-        centers: ``c (R, Q, K)``, in units of the width.
-        log_widths: ``log h (R, Q, K)``.
-        kernel: Name of the radial basis function.
-
-    Returns:
-        ``M (R, n)``, in the dtype of the inputs. A column is exactly zero where all its latents are.
-    """
-    num_entries, num_groups = latent.shape[0], weight.shape[0]
-    rank = centers.shape[0]
-    # Of one latent the transposed gradient would have strides that DDP warns about, though it is contiguous.
-    by_latent = latent.view(1, num_entries) if latent.shape[1] == 1 else latent.T
-    t = by_latent.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
-    psi = anchored_rbf(t, centers.unsqueeze(-1), kernel).flatten(1, 2)
-    by_function = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (R, Q·K, G)
-    if num_entries % num_groups == 0:
-        grouped = psi.view(rank, psi.shape[1], num_groups, num_entries // num_groups)
-        return (grouped * by_function.unsqueeze(-1)).sum(1).view(rank, num_entries)
-    group_of_entry = torch.arange(num_entries, device=latent.device) * num_groups // num_entries
-    return (psi * by_function.index_select(2, group_of_entry)).sum(1)
 
 
 class RBFGenerator(nn.Module):
@@ -156,6 +86,8 @@ class RBFGenerator(nn.Module):
         self.width = width
         self.kernel: Kernel = kernel
         self.zero_start = zero_start
+        # Counted up whenever the parameters change, so that whoever keeps a matrix knows that it is out of date.
+        self.changes = 0
 
         def empty(*shape: int) -> Tensor:
             # dtype named: Lightning builds models under a default dtype of bfloat16 with precision "bf16-true"
@@ -174,6 +106,7 @@ class RBFGenerator(nn.Module):
         """Draw new initial values; the class docstring says which. On the meta device there are none to draw."""
         if self.latent.is_meta:
             return
+        self.changed()
         self.centers.uniform_(0.5, 2.0, generator=generator)
         self.centers.mul_(torch.empty_like(self.centers).bernoulli_(0.5, generator=generator).mul_(2).sub_(1))
         self.log_widths.fill_(math.log(self.width))
@@ -188,11 +121,42 @@ class RBFGenerator(nn.Module):
         elif self.zero_start == "zero_weight":
             self.weight.zero_()
 
+    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The parameters in the order in which the functions of :mod:`~genlora_lightning.basis` take them."""
+        return self.latent, self.weight, self.centers, self.log_widths
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameters are ordinary tensors here and now, and not pieces of what FSDP1 or FSDP2 have cut."""
+        return all(
+            is_ordinary(part) and not getattr(part, "_fsdp_flattened", False) for part in self.parts()
+        ) and self.latent.shape == (self.num_entries, self.num_latents)
+
+    def changed(self) -> None:
+        """Say that the parameters have new values: for whoever writes to them past the module's methods."""
+        self.changes += 1
+
     @override
-    def forward(self) -> Tensor:
-        """The generated matrix ``M (rank, num_entries)``, in the parameters' dtype, also under autocast."""
-        # No matrix product in it, and therefore nothing that autocast would turn into bfloat16.
-        return generate(self.latent, self.weight, self.centers, self.log_widths, self.kernel)
+    def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        """The generated matrix ``M (rank, num_entries)``, computed in the parameters' dtype, also under autocast.
+
+        Args:
+            scale: A factor on it.
+            dtype: Of the result; the parameters' if ``None``.
+            plain: Leave the backward to autograd, which can differentiate it again but keeps much for it.
+        """
+        # No matrix product in it, and therefore nothing that autocast would turn into bfloat16. A compiler makes a
+        # better backward than ours out of the formula.
+        if plain or torch.compiler.is_compiling() or not is_ordinary(self.latent):
+            matrix = generate(*self.parts(), self.kernel)
+            matrix = matrix if scale == 1.0 else scale * matrix
+            return matrix if dtype is None else matrix.to(dtype)
+        return generate_matrices([self.parts()], self.kernel, scale=scale, dtype=dtype)[0]
+
+    @override
+    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self.changed()
+        super()._load_from_state_dict(*args, **kwargs)
 
     @override
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -203,6 +167,7 @@ class RBFGenerator(nn.Module):
                 return tensor.to(device=result.device)
             return result
 
+        self.changed()
         return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
 
     @override

@@ -13,6 +13,7 @@ from torch import nn
 from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.coverage import CoverageReport, CoverageRow
 from genlora_lightning.full_training import stop_training_in_full, train_in_full, trained_modules
+from genlora_lightning.generation import share_generation, stop_sharing_generation
 from genlora_lightning.layers import GenLoRALinear, linear_shape
 from genlora_lightning.targets import match_modules, select_targets
 
@@ -119,6 +120,7 @@ def inject_adapters(
     _replace(model, replacements)
     train_in_full(model, list(trained.values()))
     _disable_fast_paths(model)
+    share_generation(model)
     setattr(model, _SKIPPED_MARK, skipped)
     return _report(model, skipped)
 
@@ -146,6 +148,7 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
     for layer in layers.values():
         if not keep_merged:
             layer.unmerge()
+    stop_sharing_generation(model)
     _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
     vars(model).pop(_SKIPPED_MARK, None)
     for module in trained_modules(model).values():

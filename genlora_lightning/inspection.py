@@ -14,9 +14,9 @@ from torch import Tensor
 from genlora_lightning.adapter_io import adapter_bytes
 from genlora_lightning.analysis import effective_rank
 from genlora_lightning.base_identity import describe_base
+from genlora_lightning.basis import generate
 from genlora_lightning.checkpoint import describe
 from genlora_lightning.config import GenLoRAConfig, Kernel
-from genlora_lightning.generator import generate
 from genlora_lightning.loading import read_checkpoint
 from genlora_lightning.manifest import StoredAdapter, read_adapter
 from genlora_lightning.tables import text_table

@@ -11,6 +11,8 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.factors import FactorStore
+from genlora_lightning.fused import adapted_linear, can_fuse, compute_dtype
 from genlora_lightning.generator import RBFGenerator
 
 
@@ -84,6 +86,9 @@ class GenLoRALinear(nn.Module):
         self.generator_B = make(self.out_features, config.num_latents_b, zero_start=True)
         self.set_dropout(config)
         self.enabled = True
+        # Whether functions with backwards of their own compute it; else plain autograd, which they are compared with.
+        self.fused = True
+        self.store = FactorStore()
         self.train(base_layer.training)  # dropout follows the mode of the model it is put into
         # The weight as it was before `merge`, kept out of the module's parameters so that no state dict holds it.
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()
@@ -145,13 +150,39 @@ class GenLoRALinear(nn.Module):
         Returns:
             ``(..., out_features)``, in the dtype the base layer gives.
         """
-        output: Tensor = self.base_layer(x)
+        base = self.base_layer
         if self.merged or not self.enabled:
+            output: Tensor = base(x)
             return output
-        A, B = self.factors()
+        if not self.fused:
+            return self._plain_forward(x)
+        transposed = is_conv1d(base)
+        # A class that was derived from these may compute something else.
+        is_known = type(base).__name__ == "Conv1D" if transposed else type(base) is nn.Linear
+        if is_known and can_fuse(base, x):
+            weight = self.weight
+            A, B = self.store.matrices(self.generator_A, self.generator_B, self.scaling, compute_dtype(weight))
+            rate = self.config.dropout if self.dropout.training else 0.0
+            return adapted_linear(x, weight, self.bias, A, B, dropout=rate, transposed=transposed)
+        output = base(x)
+        A, B = self.store.matrices(self.generator_A, self.generator_B, self.scaling, compute_dtype(x))
+        return output + F.linear(F.linear(self.dropout(x), A), B.T)
+
+    def _plain_forward(self, x: Tensor) -> Tensor:
+        """The formula, left to autograd: what the other ways are compared with."""
+        output: Tensor = self.base_layer(x)
+        A, B = self.generator_A(plain=True), self.generator_B(plain=True).T
         # The small A and B take x's dtype, never x theirs: a copy of x in float32 would be kept for the backward.
         A, B = A.to(x.dtype), (self.scaling * B).to(x.dtype)
         return output + F.linear(F.linear(self.dropout(x), A), B)
+
+    def wanted_dtype(self) -> torch.dtype | None:
+        """The dtype in which a forward would use A and B here and now; ``None`` if it would not."""
+        if self.merged or not self.enabled or not self.fused:
+            return None
+        weight = self.weight
+        is_narrow = not weight.is_floating_point() or weight.dtype.itemsize < 2  # a quantized one says nothing of x
+        return self.generator_A.latent.dtype if is_narrow else compute_dtype(weight)
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genlora_lightning.basis import generate, slope_at_zero
 from genlora_lightning.config import GenLoRAConfig
-from genlora_lightning.generator import RBFGenerator, generate, slope_at_zero
+from genlora_lightning.generator import RBFGenerator
 
 _NAMES = ("latent", "weight", "centers", "log_widths")
 _POWER_STEPS = 40

@@ -16,6 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from genlora_lightning.full_training import trained_modules
+from genlora_lightning.generation import forget_factors
 from genlora_lightning.injection import adapter_parameters
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -166,6 +167,7 @@ def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         for name, tensor in trained_tensors(module).items():
             target = local_part(tensor)
             target.copy_(local_part(part_of(state[name], tensor)).view(target.shape))
+    forget_factors(module)
 
 
 def whole_gradients(module: nn.Module) -> dict[str, Tensor]:

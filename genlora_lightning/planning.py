@@ -16,7 +16,8 @@ gradients              4·T, or 4·T/N; the base has none
 optimizer              8·T, or 8·T/N: AdamW's two moments
 buckets                DDP and ``replicate``: 4·T, the flat buffer in which gradients are averaged; one GPU: 0
 activations            counted by running a step on fake tensors (:mod:`genlora_lightning.activations`), all
-                       positions predicted; with gradient checkpointing and without
+                       positions predicted; with gradient checkpointing and without. The generated A and B of all layers
+                       are among them, and live through the step with gradient checkpointing, too
 =====================  ======================================================================================
 
 Values in collectives, per optimizer step:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning.full_training import trained_modules
+from genlora_lightning.generation import forget_factors
 from genlora_lightning.injection import adapter_parameters, require_adapters
 
 _SHOWN = 4
@@ -69,6 +70,7 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
     check_adapter_state(expected, state, source)
     for name, tensor in expected.items():
         tensor.copy_(state[name])
+    forget_factors(model)
 
 
 def _wrapped_in(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:

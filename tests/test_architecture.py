@@ -16,8 +16,11 @@ PACKAGE = Path(genlora_lightning.__file__).parent
 # Each module may import those of rows above its own, and of its own row. Lightning begins at the row of the callback.
 ROWS = [
     ["budget", "config", "tables", "atomic", "digests", "random_state", "resumable", "shapes"],
-    ["generator"],
+    ["basis"],
+    ["generator", "fused"],
+    ["factors"],
     ["layers"],
+    ["generation"],
     ["coverage", "targets", "full_training"],
     ["sharded_loading"],
     ["injection"],
@@ -44,7 +47,7 @@ ROWS = [
     ["modules", "progress", "predictions", "cli_errors"],
     ["cli"],
 ]
-WITHOUT_LIGHTNING = {name for row in ROWS[:11] for name in row}
+WITHOUT_LIGHTNING = {name for row in ROWS[:14] for name in row}
 
 
 def top_module(path: Path) -> str:

@@ -505,3 +505,29 @@ def test_strategy_that_is_not_supported_is_an_error_before_any_work(tmp_path):
     with pytest.raises(ValueError, match=r"does not support DeepSpeedStrategy: set"):
         run.fit(module, mlp_loader())
     assert not adapter_layers(module)
+
+
+@pytest.mark.parametrize("way", ["fit", "validate", "test", "predict"])
+def test_matrices_are_generated_once_while_nothing_is_trained_and_anew_after_it(tmp_path, way, monkeypatch):
+    module, adapter, kept = PlainMLP(), finetuning(), []
+
+    class Watch(Callback):
+        def note(self, trainer, pl_module, *args):
+            stores = [layer.store for layer in adapter_layers(pl_module).values()]
+            kept.append([store._kept.get(torch.float32) for store in stores])
+            assert all(store.keeps for store in stores)
+
+        on_validation_batch_end = on_test_batch_end = on_predict_batch_end = note
+
+    module.predict_step = lambda batch, batch_idx: module(batch[0])
+    run = trainer(tmp_path, adapter, Watch(), max_epochs=2, num_sanity_val_steps=0)
+    if way == "fit":
+        run.fit(module, mlp_loader(), mlp_loader(16))
+    else:
+        with pytest.warns(UserWarning, match="new and untrained"):
+            getattr(run, way)(module, mlp_loader(16))
+    assert len(kept) == (4 if way == "fit" else 2)
+    assert all(first is second for first, second in zip(kept[0], kept[1], strict=True))
+    if way == "fit":
+        assert not torch.equal(kept[0][0][2], kept[2][0][2])
+    assert not any(layer.store.keeps or layer.store._kept for layer in adapter_layers(module).values())

@@ -20,7 +20,7 @@ def tiny_plan(config: GenLoRAConfig | None = None, **setup: object) -> Plan:
     """A plan of a tiny model; made once for each setting, because it takes a second."""
     key = f"{config} {setup}"
     if key not in PLANS:
-        made = Setup(**{"tokens": 16, **setup})  # type: ignore[arg-type]
+        made = Setup(**{"tokens": 64, **setup})  # type: ignore[arg-type]
         PLANS[key] = make_plan(tiny_llama().config, "tiny", "causal-lm", config or small_config(), made)
     return PLANS[key]
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.generation import cached_factors
 from genlora_lightning.modules.base import Dtype, GenLoRAModule, check_plain
 from genlora_lightning.modules.metrics import Perplexity, WeightedMean
 from genlora_lightning.optim import OptimizerConfig
@@ -171,7 +172,7 @@ class CausalLMModule(GenLoRAModule):
         input_ids, tokenizer = batch["input_ids"], self.tokenizer
         model: Any = self.adapter_root()
         arguments = {**_special_tokens(model, tokenizer), **self.generation}
-        with torch.no_grad():
+        with torch.no_grad(), cached_factors(model):
             tokens = model.generate(input_ids=input_ids, attention_mask=batch["attention_mask"], **arguments)
         generated = tokenizer.batch_decode(tokens[:, input_ids.shape[1] :], skip_special_tokens=True)
         prompts = batch.get("prompt") or tokenizer.batch_decode(input_ids, skip_special_tokens=True)

@@ -1,0 +1,267 @@
+"""The generator's mathematics: anchored radial basis functions, and matrices made of them, one or many at once.
+
+:func:`generate` is the formula, left to autograd: what all else is compared with. :func:`generate_matrices` computes
+the same for many generators of one shape, in a number of operators that does not depend on how many they are, with a
+backward of its own that keeps nothing but the parameters.
+
+Shapes: L generators, R rank (basis vectors), Q latents (mostly one or two), G groups, K centres per basis function and
+latent, n entries of a basis vector (in_features for A, out_features for B).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from typing_extensions import override
+
+from genlora_lightning.config import Kernel
+
+# exp(c²/2), which the Gaussian's expansion multiplies and divides by, overflows float32 at c = 13.3. A centre this many
+# widths from zero contributes a slope of 1e-30 and is of no use to anyone.
+_MAX_CENTER = 12.0
+_PER_GENERATOR = 4  # tensors: latent, weight, centers, log_widths
+
+
+def anchored_rbf(t: Tensor, centers: Tensor, kernel: Kernel) -> Tensor:
+    """Radial basis function that is exactly zero at zero: ``ψ(t) = φ(t − c) − φ(−c)``.
+
+    It is computed without the subtraction of two nearly equal numbers, so that it is accurate to the last bits for the
+    small ``t`` at the start of training, and zero to the last bit at ``t = 0``.
+
+    Args:
+        t: Input in units of the width, ``x/h``; any shape.
+        centers: Centres ``c`` in units of the width; broadcastable with ``t``.
+        kernel: Name of φ; see :class:`~genlora_lightning.GenLoRAConfig`.
+
+    Returns:
+        ψ, in the broadcast shape. |ψ| < 1, and so is its derivative for every kernel.
+    """
+    if kernel == "gaussian":
+        centers = centers.clamp(-_MAX_CENTER, _MAX_CENTER)
+        return torch.exp(-0.5 * centers.square()) * torch.expm1(t * (centers - 0.5 * t))
+    # φ(u) = v^-½ or v^-1 with v = 1 + u²; v(−c) − v(t − c) = t·(2c − t), and the rest is the difference of fractions.
+    at_zero = 1 + centers.square()
+    at_t = 1 + (t - centers).square()
+    difference = t * (2 * centers - t)
+    if kernel == "inverse_quadratic":
+        return difference / (at_t * at_zero)
+    if kernel == "inverse_multiquadric":
+        root_zero, root_t = at_zero.sqrt(), at_t.sqrt()
+        return difference / (root_zero * root_t * (root_zero + root_t))
+    raise ValueError(f"Unknown kernel {kernel!r}.")
+
+
+def slopes(t: Tensor, centers: Tensor, psi: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+    """Derivatives of :func:`anchored_rbf` by ``t`` and by the centres, as accurate for small ``t`` as it is.
+
+    Args:
+        t: As there.
+        centers: As there.
+        psi: Its value there.
+        kernel: As there.
+    """
+    if kernel == "gaussian":
+        inside = centers.abs() <= _MAX_CENTER
+        centers = centers.clamp(-_MAX_CENTER, _MAX_CENTER)
+        at_zero = torch.exp(-0.5 * centers.square())
+        away = t - centers
+        # (t − c)·φ(t − c) + c·φ(−c), where φ(t − c) = ψ + φ(−c)
+        return -away * (psi + at_zero), (away * psi + t * at_zero) * inside
+    # With a = 1/v(t − c) and b = 1/v(−c): a − b = ψ, a^½ − b^½ = ψ, and the other powers' differences follow.
+    a, b = 1 / (1 + (t - centers).square()), 1 / (1 + centers.square())
+    if kernel == "inverse_quadratic":
+        return 2 * (centers - t) * a.square(), 2 * (t * a.square() - centers * psi * (a + b))
+    root_a, root_b = a.sqrt(), b.sqrt()
+    cube = a * root_a
+    return (centers - t) * cube, t * cube - centers * psi * (a + root_a * root_b + b)
+
+
+def slope_at_zero(centers: Tensor, kernel: Kernel) -> Tensor:
+    """Derivative ``ψ'(0) = φ'(−c)`` of :func:`anchored_rbf` by ``t``, for initialisation."""
+    if kernel == "gaussian":
+        return centers * torch.exp(-0.5 * centers.square())
+    power = 1.5 if kernel == "inverse_multiquadric" else 2.0
+    factor = 1.0 if kernel == "inverse_multiquadric" else 2.0
+    return factor * centers / (1 + centers.square()) ** power
+
+
+def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor, kernel: Kernel) -> Tensor:
+    """Generate basis vectors: ``M[r, j] = Σ_q Σ_k w[g(j), r, q, k] · ψ(z[j, q] / h[r, q, k]; c[r, q, k])``.
+
+    Entry j belongs to group ``g(j) = ⌊j·G/n⌋``: G runs of consecutive entries whose lengths differ by at most one.
+
+    Args:
+        latent: ``z (n, Q)``.
+        weight: ``w (G, R, Q, K)``.
+        centers: ``c (R, Q, K)``, in units of the width.
+        log_widths: ``log h (R, Q, K)``.
+        kernel: Name of the radial basis function.
+
+    Returns:
+        ``M (R, n)``, in the dtype of the inputs. A column is exactly zero where all its latents are.
+    """
+    num_entries, num_groups = latent.shape[0], weight.shape[0]
+    rank = centers.shape[0]
+    # Of one latent the transposed gradient would have strides that DDP warns about, though it is contiguous.
+    by_latent = latent.view(1, num_entries) if latent.shape[1] == 1 else latent.T
+    t = by_latent.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
+    psi = anchored_rbf(t, centers.unsqueeze(-1), kernel).flatten(1, 2)
+    by_function = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (R, Q·K, G)
+    if num_entries % num_groups == 0:
+        grouped = psi.view(rank, psi.shape[1], num_groups, num_entries // num_groups)
+        return (grouped * by_function.unsqueeze(-1)).sum(1).view(rank, num_entries)
+    return (psi * by_function.index_select(2, _group_of_entry(by_latent, num_groups))).sum(1)
+
+
+def generate_matrices(
+    parameters: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    kernel: Kernel,
+    *,
+    scale: float = 1.0,
+    dtype: torch.dtype | None = None,
+    when_differentiated: Callable[[], None] | None = None,
+) -> tuple[Tensor, ...]:
+    """:func:`generate` for generators of one shape, at once.
+
+    Nothing but the parameters is kept for the backward, by reference. A matrix that is not used leaves its generator's
+    parameters without a gradient, as if it had not been generated.
+
+    Args:
+        parameters: For each generator latent, weight, centres and logarithms of widths, as :func:`generate` takes them.
+        kernel: Name of the radial basis function.
+        scale: A factor on the matrices.
+        dtype: Of the matrices, computed in the parameters' dtype and rounded once; that one if ``None``.
+        when_differentiated: Called when the gradients of all matrices that were used are there.
+
+    Returns:
+        The matrices ``(R, n)``, in that order.
+
+    Raises:
+        RuntimeError: In the backward, if it is to be differentiated itself (``create_graph=True``).
+    """
+    flat = [tensor for one in parameters for tensor in one]
+    return cast("tuple[Tensor, ...]", _Generate.apply(kernel, scale, dtype, when_differentiated, *flat))  # type: ignore[no-untyped-call]
+
+
+def is_ordinary(tensor: Any) -> bool:
+    """Whether a tensor is torch's own, strided: not a quantized, sharded or otherwise derived one.
+
+    Those without values, with which memory is counted, stand for such tensors, so that what is counted is what runs.
+    """
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
+
+
+def refuse_second_derivative(what: str) -> None:
+    """In a backward: say that it has no derivative, rather than leave it out silently.
+
+    Raises:
+        RuntimeError: The backward runs with ``create_graph=True``.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{what} has a backward of its own, which cannot be differentiated again (`create_graph=True`). For second "
+            "derivatives use the plain path: `set_fused(model, False)`."
+        )
+
+
+class _Generate(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        scale: float,
+        dtype: torch.dtype | None,
+        when_differentiated: Callable[[], None] | None,
+        *flat: Tensor,
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(*flat)
+        ctx.set_materialize_grads(False)
+        ctx.kernel, ctx.scale, ctx.when_differentiated = kernel, scale, when_differentiated
+        latent, weight, centers, inverse_widths = _stacked(flat, scale)
+        psi = anchored_rbf(latent * inverse_widths, centers, kernel)
+        matrices = (psi * weight).flatten(-2)  # (L, R, Q, K, n)
+        matrices = matrices.sum((2, 3)) if matrices.shape[2] * matrices.shape[3] > 1 else matrices[:, :, 0, 0]
+        return (matrices if dtype is None else matrices.to(dtype)).unbind(0)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        refuse_second_derivative("The generator of the adapter's matrices")
+        if ctx.when_differentiated is not None:
+            ctx.when_differentiated()
+        used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+        result: list[Tensor | None] = [None] * (_PER_GENERATOR * len(gradients))
+        if used:
+            flat = [t for i in used for t in ctx.saved_tensors[_PER_GENERATOR * i : _PER_GENERATOR * (i + 1)]]
+            gradient = torch.stack([cast("Tensor", gradients[i]) for i in used]).to(flat[0].dtype)
+            for kind, stacked in enumerate(_gradients(flat, gradient, ctx.kernel, ctx.scale)):
+                for i, one in zip(used, stacked.unbind(0), strict=True):
+                    if ctx.needs_input_grad[4 + _PER_GENERATOR * i + kind]:
+                        result[_PER_GENERATOR * i + kind] = one
+        return (None, None, None, None, *result)
+
+
+def _stacked(flat: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Latents, scaled weights, centres and inverse widths of L generators, broadcastable to (L, R, Q, K, G, n/G).
+
+    Where the entries cannot be divided evenly, each is a group of its own, with the weight of the one it belongs to.
+    """
+    latent, weight, centers, log_widths = (torch.stack([*flat[kind::_PER_GENERATOR]]) for kind in range(_PER_GENERATOR))
+    (num, num_entries, num_latents), num_groups = latent.shape, weight.shape[1]
+    latent = latent.mT.reshape(num, num_latents, num_entries)
+    weight = weight.permute(0, 2, 3, 4, 1)  # (L, R, Q, K, G)
+    if scale != 1.0:
+        weight = scale * weight
+    if num_entries % num_groups:
+        weight, num_groups = weight.index_select(4, _group_of_entry(latent, num_groups)), num_entries
+    latent = latent.view(num, 1, num_latents, 1, num_groups, num_entries // num_groups)
+    return latent, weight.unsqueeze(-1), centers[..., None, None], torch.exp(-log_widths)[..., None, None]
+
+
+def _gradients(flat: Sequence[Tensor], gradient: Tensor, kernel: Kernel, scale: float) -> tuple[Tensor, ...]:
+    """Gradients of L generators' parameters, stacked, from those of their matrices ``(L, R, n)``."""
+    latent, weight, centers, inverse_widths = _stacked(flat, scale)
+    (num, rank, num_entries), num_groups = gradient.shape, flat[1].shape[0]
+    gradient = gradient.reshape(num, rank, 1, 1, *latent.shape[-2:])
+    t = latent * inverse_widths
+    psi = anchored_rbf(t, centers, kernel)
+    by_t, by_center = slopes(t, centers, psi, kernel)
+    of_weight = (gradient * psi).sum(-1)  # (L, R, Q, K, G)
+    of_psi = gradient * weight
+    of_centers = (of_psi * by_center).sum((-1, -2))
+    of_t = of_psi * by_t
+    of_log_widths = -(of_t * t).sum((-1, -2))
+    of_latent = (of_t * inverse_widths).sum((1, 3)).view(num, -1, num_entries).mT
+    if num_entries % num_groups:
+        of_weight = _sum_groups(of_weight, num_groups)
+    if scale != 1.0:
+        of_weight = scale * of_weight
+    # With the parameters' strides, also in dimensions of size 1: autograd and DDP would copy each one otherwise.
+    of_weight = of_weight.permute(0, 4, 1, 2, 3)
+    return (
+        of_latent.flatten().view(of_latent.shape),
+        of_weight.flatten().view(of_weight.shape),
+        of_centers,
+        of_log_widths,
+    )
+
+
+def _group_of_entry(like: Tensor, num_groups: int) -> Tensor:
+    num_entries = like.shape[-1]
+    return torch.arange(num_entries, device=like.device) * num_groups // num_entries
+
+
+def _sum_groups(values: Tensor, num_groups: int) -> Tensor:
+    """Sum the runs of entries that :func:`generate` calls groups, along the last dimension, always in one order."""
+    num_entries = values.shape[-1]
+    groups = torch.arange(num_groups + 1, device=values.device)
+    first = -(-groups * num_entries // num_groups)  # the first j with ⌊j·G/n⌋ = g
+    places = first[:-1, None] + torch.arange(-(-num_entries // num_groups), device=values.device)
+    inside = places < first[1:, None]
+    taken = values.index_select(-1, places.clamp(max=num_entries - 1).flatten())
+    return (taken.view(*values.shape[:-1], *places.shape) * inside).sum(-1)
