@@ -42,8 +42,8 @@ def generated_once(model: nn.Module) -> Iterator[None]:
     for which nothing is generated beforehand: under ``torch.compile``, where FSDP has cut the parameters, and with
     ``set_fused(model, False)``.
 
-    Under ``DistributedDataParallel`` leave the last micro-batch outside, as with its ``no_sync``: its backward is the
-    one that averages the gradients. Inside of another such block it does nothing.
+    On several ranks leave the last micro-batch outside, as with the ``no_sync`` of ``DistributedDataParallel``: its
+    backward is the one upon which gradients are averaged. Inside of another such block it does nothing.
 
     Args:
         model: A model with adapters, or without, for which it does nothing.
@@ -52,7 +52,8 @@ def generated_once(model: nn.Module) -> Iterator[None]:
         RuntimeError: The parameters change inside of the block, or a backward comes after it.
 
     Note:
-        An exception in the block drops the gradients that are not with the parameters yet.
+        From one micro-batch to the next A and B of all layers live on, and their gradients in the parameters' dtype, as
+        much as those of a stored LoRA. ``zero_grad`` does not reach them, and an exception in the block drops them.
     """
     if is_generated_once(model):
         yield

@@ -38,7 +38,7 @@ class StepGeneration:
         if not module.automatic_optimization:
             raise ValueError(
                 f'`generate="step"` needs to know where an optimizer step begins, and {type(module).__name__} '
-                'optimizes manually: set `generate="forward"`, and use `generated_once(self)` in its `training_step`.'
+                'optimizes manually: set `generate="forward"`. (`generated_once` does it by hand.)'
             )
         if sharded:
             rank_zero_warn(

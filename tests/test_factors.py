@@ -242,11 +242,12 @@ def test_gradient_that_comes_after_the_end_is_an_error(dtype):
         loss.backward()
 
 
-def test_held_matrices_of_other_values_are_not_served():
+def test_held_matrices_of_other_values_are_not_given_to_a_forward():
     pair, store = generators(), FactorStore()
     store.held = {}
     with torch.no_grad():
         store.hold(*pair, *own(pair), SCALE)
         pair[1].latent.add_(0.1)
+    assert store.held_in(torch.bfloat16) is None
     with pytest.raises(RuntimeError, match="parameters have changed inside"):
-        ask(store, pair)
+        store.held_in(torch.float32)

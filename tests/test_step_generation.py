@@ -193,7 +193,7 @@ def test_manual_optimization_is_refused(tmp_path):
     class Manual(PlainMLP):
         automatic_optimization = False
 
-    with pytest.raises(ValueError, match=r"Manual optimizes manually: set `generate=\"forward\"`, and use `generated_"):
+    with pytest.raises(ValueError, match=r"Manual optimizes manually: set `generate=\"forward\"`"):
         fit(tmp_path, "step", module=Manual())
 
 
