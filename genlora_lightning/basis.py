@@ -216,7 +216,7 @@ def pass_gradients_on(
         scale: As there.
     """
     flat = [tensor for one in parameters for tensor in one]
-    with torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad():  # a validation may be on, in which a checkpoint is saved
         end = cast("Tensor", _PassOn.apply(kernel, scale, gradients, *flat))  # type: ignore[no-untyped-call]
         end.backward()  # type: ignore[no-untyped-call]
 

@@ -85,8 +85,8 @@ class GenLoRAFinetuning(Callback):
         generate: With ``accumulate_grad_batches`` greater than 1: ``"forward"`` generates the low-rank matrices in each
             micro-batch; ``"step"`` once for all micro-batches of an optimizer step, whose gradients go through the
             generator as one sum (under DDP once more for the last micro-batch). Losses and gradients are equal to
-            rounding, also where a checkpoint inside of an accumulation window divides the sum. The matrices' gradients,
-            as large as those of a stored LoRA, live from one micro-batch to the next.
+            rounding, also where a checkpoint inside of an accumulation window divides the sum. The adapters' parameters
+            have no gradient before the last backward; those of the matrices, as large as a stored LoRA's, wait for it.
         check_ranks_every_n_steps: How often to compare the adapters between the ranks, in every bit, beside the end of
             the run, where it is always done; 0: only there. To find a fault; it waits for the device.
 

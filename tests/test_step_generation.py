@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 
 from genlora_lightning import GenLoRAFinetuning
 from genlora_lightning.accumulation import is_generated_once
@@ -87,12 +87,15 @@ def test_losses_and_adapters_equal_those_of_the_plain_path(tmp_path, made, setti
 
 def test_validation_in_the_middle_of_a_window_disturbs_nothing(tmp_path):
     settings = {"accumulate_grad_batches": 4, "max_epochs": 2}
-    quiet, validated = (
-        fit(tmp_path, "step", val=val, **settings, **({"val_check_interval": 3} if val else {}))
-        for val in (None, mlp_loader(16))
-    )
+    validating = {"val": mlp_loader(16), "val_check_interval": 3}
+    quiet, validated = (fit(tmp_path, "step", **settings, **more) for more in ({}, validating))
     assert quiet.losses == validated.losses
     assert_same(validated, quiet, 0.0)
+    saver = ModelCheckpoint(dirpath=tmp_path, monitor="val_loss", save_top_k=-1)
+    saved = fit(tmp_path, "step", saver, enable_checkpointing=True, **settings, **validating)
+    assert_same(saved, quiet)
+    states = [torch.load(file, weights_only=True) for file in tmp_path.glob("*.ckpt")]
+    assert sum(bool(state["genlora"]["resume"]["gradients"]) for state in states) > 4
 
 
 def test_accumulation_may_change_during_the_run(tmp_path):
