@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from genlora_lightning.accumulation import generated_once as generated_once
     from genlora_lightning.adapter_io import load_adapter as load_adapter
     from genlora_lightning.adapter_io import save_adapter as save_adapter
     from genlora_lightning.analysis import effective_rank as effective_rank
@@ -80,6 +81,7 @@ _HOME = {
     "effective_ranks": "analysis",
     "export_lora": "lora_export",
     "forget_factors": "generation",
+    "generated_once": "accumulation",
     "inject_adapters": "injection",
     "load_adapter": "adapter_io",
     "load_module": "loading",

@@ -194,16 +194,62 @@ class _Generate(torch.autograd.Function):
         refuse_second_derivative("The generator of the adapter's matrices")
         if ctx.when_differentiated is not None:
             ctx.when_differentiated()
-        used = [i for i, gradient in enumerate(gradients) if gradient is not None]
-        result: list[Tensor | None] = [None] * (_PER_GENERATOR * len(gradients))
-        if used:
-            flat = [t for i in used for t in ctx.saved_tensors[_PER_GENERATOR * i : _PER_GENERATOR * (i + 1)]]
-            gradient = torch.stack([cast("Tensor", gradients[i]) for i in used]).to(flat[0].dtype)
-            for kind, stacked in enumerate(_gradients(flat, gradient, ctx.kernel, ctx.scale)):
-                for i, one in zip(used, stacked.unbind(0), strict=True):
-                    if ctx.needs_input_grad[4 + _PER_GENERATOR * i + kind]:
-                        result[_PER_GENERATOR * i + kind] = one
-        return (None, None, None, None, *result)
+        needed = ctx.needs_input_grad[4:]
+        return (None, None, None, None, *_of_parameters(ctx.saved_tensors, needed, gradients, ctx.kernel, ctx.scale))
+
+
+def pass_gradients_on(
+    parameters: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+    gradients: Sequence[Tensor],
+    kernel: Kernel,
+    *,
+    scale: float = 1.0,
+) -> None:
+    """Add to the parameters' gradients what those of the matrices make of them, without generating the matrices.
+
+    It is the backward of :func:`generate_matrices`, by autograd and with its hooks.
+
+    Args:
+        parameters: As there.
+        gradients: Of the matrices ``(R, n)``, in any dtype.
+        kernel: As there.
+        scale: As there.
+    """
+    flat = [tensor for one in parameters for tensor in one]
+    with torch.inference_mode(False), torch.enable_grad():  # a validation may be on, in which a checkpoint is saved
+        end = cast("Tensor", _PassOn.apply(kernel, scale, gradients, *flat))  # type: ignore[no-untyped-call]
+        end.backward()  # type: ignore[no-untyped-call]
+
+
+class _PassOn(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(ctx: Any, kernel: Kernel, scale: float, gradients: Sequence[Tensor], *flat: Tensor) -> Tensor:
+        ctx.save_for_backward(*flat)
+        ctx.kernel, ctx.scale, ctx.gradients = kernel, scale, gradients
+        return flat[0].new_zeros(())  # for autograd to begin at
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
+        needed = ctx.needs_input_grad[3:]
+        return (None, None, None, *_of_parameters(ctx.saved_tensors, needed, ctx.gradients, ctx.kernel, ctx.scale))
+
+
+def _of_parameters(
+    flat: Sequence[Tensor], needed: Sequence[bool], gradients: Sequence[Tensor | None], kernel: Kernel, scale: float
+) -> list[Tensor | None]:
+    """Gradients of all parameters, from those of the matrices; ``None`` where there is none or none is needed."""
+    used = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
+    result: list[Tensor | None] = [None] * len(flat)
+    if used:
+        taken = [t for i, _ in used for t in flat[_PER_GENERATOR * i : _PER_GENERATOR * (i + 1)]]
+        gradient = torch.stack([one for _, one in used]).to(flat[0].dtype)
+        for kind, stacked in enumerate(_gradients(taken, gradient, kernel, scale)):
+            for (i, _), one in zip(used, stacked.unbind(0), strict=True):
+                if needed[_PER_GENERATOR * i + kind]:
+                    result[_PER_GENERATOR * i + kind] = one
+    return result
 
 
 def _stacked(flat: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,6 +41,7 @@ from genlora_lightning.resume import (
     write_content,
 )
 from genlora_lightning.sharded_loading import weight_source
+from genlora_lightning.step_generation import Generate, StepGeneration
 from genlora_lightning.strategies import check_averaging, check_strategy
 
 _WRAPPED_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start")
@@ -81,6 +82,11 @@ class GenLoRAFinetuning(Callback):
         adapter_sharding: Where the base is sharded (FSDP1, FSDP2): ``"replicate"`` keeps the adapters whole on each
             rank and averages their gradients in one message per optimizer step; ``"shard"`` shards them, too. Modules
             trained in full are treated as the adapters are.
+        generate: With ``accumulate_grad_batches`` greater than 1: ``"forward"`` generates the low-rank matrices in each
+            micro-batch; ``"step"`` once for all micro-batches of an optimizer step, whose gradients go through the
+            generator as one sum (under DDP once more for the last micro-batch). Losses and gradients are equal to
+            rounding, also where a checkpoint inside of an accumulation window divides the sum. The adapters' parameters
+            have no gradient before the last backward; those of the matrices, as large as a stored LoRA's, wait for it.
         check_ranks_every_n_steps: How often to compare the adapters between the ranks, in every bit, beside the end of
             the run, where it is always done; 0: only there. To find a fault; it waits for the device.
 
@@ -99,6 +105,7 @@ class GenLoRAFinetuning(Callback):
         check_finite_every_n_steps: int = 1,
         adapter_sharding: AdapterSharding = "replicate",
         check_ranks_every_n_steps: int = 0,
+        generate: Generate = "forward",
     ) -> None:
         if not isinstance(config, (GenLoRAConfig, dict)) and config is not None:
             raise TypeError(f"`config` must be a GenLoRAConfig or a dictionary of its fields, got {config!r}.")
@@ -113,6 +120,9 @@ class GenLoRAFinetuning(Callback):
             )
         self.adapter_sharding: AdapterSharding = adapter_sharding
         self.check_ranks_every_n_steps = check_ranks_every_n_steps
+        if generate not in get_args(Generate):
+            raise ValueError(f"`generate` must be one of {get_args(Generate)}, got {generate!r}.")
+        self.generate: Generate = generate
         self.report: CoverageReport | None = None
         self._folder: Path | None = None
         self._saved_after_error = False
@@ -122,6 +132,7 @@ class GenLoRAFinetuning(Callback):
         self._ranks: Ranks | None = None
         self._untrained = False
         self._cache = ExitStack()  # while nothing is trained
+        self._steps: StepGeneration | None = None
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
@@ -234,6 +245,9 @@ class GenLoRAFinetuning(Callback):
             self._resume.prepare(trainer, pl_module)
         if self.train_mode:
             set_train_mode(pl_module)
+        self._steps = None
+        if self.generate == "step":
+            self._steps = StepGeneration(trainer, pl_module, sharded=self._of_run.inside)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -267,17 +281,26 @@ class GenLoRAFinetuning(Callback):
     # -- while training ---------------------------------------------------------------------------------------------
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._steps is not None:
+            self._steps.before_batch()
+
+    @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._last_loss = loss.detach()
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._steps is not None:
+            self._steps.after_backward()
         if not pl_module.automatic_optimization:  # it may clip before it steps
             for optimizer in trainer.optimizers:
                 self._of_run.reduce(optimizer)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._steps is not None:
+            self._steps.after_backward()  # of a micro-batch that had none, because its `training_step` gave no loss
         self._of_run.reduce(optimizer)
         warning = self._gradient_watch.check(pl_module, optimizer, self._of_run.any_rank)
         if warning is not None:
@@ -321,6 +344,11 @@ class GenLoRAFinetuning(Callback):
             self._of_run.compare(pl_module, f"After step {trainer.global_step}")
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._steps is not None:  # left open where the epoch was cut short
+            self._steps.end()
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._of_run.compare(pl_module, f"At the end, after step {trainer.global_step},")
 
@@ -348,6 +376,9 @@ class GenLoRAFinetuning(Callback):
             saved = self._save_after_error(trainer, pl_module)
             rank_zero_info(f"Stopped at step {trainer.global_step}. {saved}")
         self._cache.close()
+        if self._steps is not None:  # a checkpoint may yet be written
+            with suppress(RuntimeError):  # must not hide the error that is being handled
+                self._steps.end()
         self._unwrap(pl_module)
         release_loaders(trainer)
 

@@ -30,13 +30,19 @@ from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceCla
 from genlora_lightning.predictions import PredictionWriter
 from genlora_lightning.progress import default_progress_bar
 from genlora_lightning.ranks import AdapterSharding
+from genlora_lightning.step_generation import Generate
 from genlora_lightning.throughput import TokensPerSecond
 
 SHORT_NAMES = (CausalLMModule, SequenceClassificationModule, InstructionDataModule, TextClassificationDataModule)
 TRACEBACK_VARIABLE = "GENLORA_TRACEBACK"
 AUTO = "auto"
 # Arguments of the callback that are settings of the command line, and their defaults.
-_CALLBACK_DEFAULTS = {"adapter_dir": None, "adapter_sharding": "replicate", "check_ranks_every_n_steps": 0}
+_CALLBACK_DEFAULTS = {
+    "adapter_dir": None,
+    "adapter_sharding": "replicate",
+    "check_ranks_every_n_steps": 0,
+    "generate": "forward",
+}
 _SPECIAL_CHECKPOINTS = (AUTO, "best", "last", "hpc", "registry")
 _USAGE_ERROR = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -92,6 +98,12 @@ class GenLoRACLI(LightningCLI):
             type=int,
             default=0,
             help="For debugging: compare the adapters of all processes this often; 0: at the end only.",
+        )
+        parser.add_argument(
+            "--generate",
+            type=Generate,
+            default="forward",
+            help="With accumulate_grad_batches: generate the adapters' matrices in each forward, or once per step.",
         )
         for source, target in (("model", "tokenizer"), ("label_names", "label_names")):
             parser.link_arguments(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +26,12 @@ from genlora_lightning.layers import GenLoRALinear
 # Entries of matrices that are generated at once: what the arithmetic needs in between is a few times as much.
 _AT_ONCE = 1 << 24
 
+T = TypeVar("T")
 
-class _Shape(NamedTuple):
+
+class Shape(NamedTuple):
+    """What generators have in common that can be computed at once."""
+
     entries: int
     rank: int
     latents: int
@@ -66,7 +70,7 @@ def set_fused(model: nn.Module, on: bool) -> None:
     The two give the same to rounding. The plain path is slower and keeps more for the backward, but can be
     differentiated twice.
     """
-    for layer in _layers(model):
+    for layer in layers_of(model):
         layer.fused = on
 
 
@@ -80,7 +84,7 @@ def cached_factors(model: nn.Module) -> Iterator[None]:
     Args:
         model: A model with adapters, or without, for which it does nothing.
     """
-    stores = [layer.store for layer in _layers(model)]
+    stores = [layer.store for layer in layers_of(model)]
     before = [store.keeps for store in stores]
     hook = register_optimizer_step_post_hook(lambda *_: forget_factors(model))
     try:
@@ -97,7 +101,7 @@ def cached_factors(model: nn.Module) -> Iterator[None]:
 
 def forget_factors(model: nn.Module) -> None:
     """Drop what :func:`cached_factors` keeps: to be called after writing to adapters' parameters by other ways."""
-    for layer in _layers(model):
+    for layer in layers_of(model):
         layer.store.forget()
 
 
@@ -109,8 +113,8 @@ def sharing_modules(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def generated(model: nn.Module) -> Iterator[list[Tensor]]:
     """Context manager that generates as a forward of the model does, without one, and gives A and B of all layers."""
-    forward = _generate_for(_layers(model))
-    found = [layer.store.given for layer in _layers(model)]
+    forward = _generate_for(layers_of(model))
+    found = [layer.store.given for layer in layers_of(model)]
     mine = [given for given in found if given is not None and given.forward is forward]
     try:
         yield [matrix for given in mine for matrix in (given.A, given.B) if matrix is not None]
@@ -133,7 +137,7 @@ class SharedGeneration:
         """Before the forward: generate what the layers need, unless an outer module has."""
         if torch.compiler.is_compiling():
             return
-        layers = _layers(module)
+        layers = layers_of(module)
         if any(layer.store.is_served for layer in layers):
             layers = []
         self._forwards.append((_generate_for(layers), layers))
@@ -152,30 +156,37 @@ class SharedGeneration:
 
 def _generate_for(layers: Iterable[GenLoRALinear]) -> ModelForward:
     forward = ModelForward()
-    shapes: dict[_Shape, list[tuple[Given, str, RBFGenerator]]] = {}
+    wanted: dict[tuple[bool, Shape], list[tuple[Given, str, RBFGenerator]]] = {}
     served: list[tuple[GenLoRALinear, Given]] = []
     for layer in layers:
-        dtype = layer.wanted_dtype()
+        dtype, store = layer.wanted_dtype(), layer.store
         a, b = layer.generator_A, layer.generator_B
-        if dtype is None or layer.store.kept(a, b, dtype) is not None or not (a.is_whole and b.is_whole):
+        if dtype is None or store.kept(a, b, dtype) is not None or not (a.is_whole and b.is_whole):
             continue
         given = Given(None, None, forward)
         served.append((layer, given))
+        hold = store.held is not None and forward.has_graph
+        if hold and (held := store.held_in(dtype)) is not None:
+            given.A, given.B = (one.leaf for one in held)
+            continue
         for name, generator, scale in (("A", a, 1.0), ("B", b, layer.scaling)):
-            shapes.setdefault(_shape(generator, scale, dtype), []).append((given, name, generator))
-    for shape, wanted in shapes.items():
-        at_once = max(1, _AT_ONCE // (shape.entries * shape.rank * shape.latents * shape.centers))
-        for start in range(0, len(wanted), at_once):
-            _generate(shape, wanted[start : start + at_once])
+            wanted.setdefault((hold, shape_of(generator, scale, dtype)), []).append((given, name, generator))
+    for (hold, shape), matrices in wanted.items():
+        with torch.set_grad_enabled(forward.has_graph and not hold):
+            for some in at_once(shape, matrices):
+                _generate(shape, some)
     for layer, given in served:
-        layer.store.given = given
+        store = layer.store
+        store.given = given
         assert given.A is not None
         assert given.B is not None
-        layer.store.keep(layer.generator_A, layer.generator_B, given.A, given.B)
+        if store.held is not None and forward.has_graph:
+            given.A, given.B = store.hold(layer.generator_A, layer.generator_B, given.A, given.B, layer.scaling)
+        store.keep(layer.generator_A, layer.generator_B, given.A, given.B)
     return forward
 
 
-def _generate(shape: _Shape, wanted: list[tuple[Given, str, RBFGenerator]]) -> None:
+def _generate(shape: Shape, wanted: list[tuple[Given, str, RBFGenerator]]) -> None:
     # Weakly: the graph, of which the matrices hold the end, would hold them, and nobody could free either.
     receivers = [(weakref.ref(given), name) for given, name, _ in wanted]
 
@@ -197,9 +208,10 @@ def _is_ours(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), SharedGeneration)
 
 
-def _shape(generator: RBFGenerator, scale: float, dtype: torch.dtype) -> _Shape:
+def shape_of(generator: RBFGenerator, scale: float, dtype: torch.dtype) -> Shape:
+    """The shape of a matrix that a generator is to make."""
     latent: Tensor = generator.latent
-    return _Shape(
+    return Shape(
         generator.num_entries,
         generator.rank,
         generator.num_latents,
@@ -213,7 +225,15 @@ def _shape(generator: RBFGenerator, scale: float, dtype: torch.dtype) -> _Shape:
     )
 
 
-def _layers(model: nn.Module) -> list[GenLoRALinear]:
+def at_once(shape: Shape, wanted: list[T]) -> Iterator[list[T]]:
+    """Cut a list of what has one shape into pieces whose arithmetic takes no more than a little memory."""
+    number = max(1, _AT_ONCE // (shape.entries * shape.rank * shape.latents * shape.centers))
+    for start in range(0, len(wanted), number):
+        yield wanted[start : start + number]
+
+
+def layers_of(model: nn.Module) -> list[GenLoRALinear]:
+    """The adapted linears in a module, each once."""
     # Each forward asks, so that it is always right; the generators in the layers are many and need no visit.
     found: dict[GenLoRALinear, None] = {}
     waiting: list[nn.Module | None] = [model]
@@ -232,6 +252,6 @@ def _outer_parts(model: nn.Module) -> list[nn.Module]:
     for child in model.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             found += _outer_parts(child)
-        elif not isinstance(child, GenLoRALinear) and _layers(child):
+        elif not isinstance(child, GenLoRALinear) and layers_of(child):
             found.append(child)
     return found

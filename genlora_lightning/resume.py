@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from genlora_lightning.accumulation import pass_gradients
 from genlora_lightning.checkpoint import CHECKPOINT_KEY, keep_adapters_only, numbered_state, pack
 from genlora_lightning.injection import adapter_layers
 from genlora_lightning.parallel import mean_gradients
@@ -96,6 +97,7 @@ def _gradients(trainer: Trainer, module: LightningModule, progress: _Progress) -
     """
     if module.automatic_optimization and not _mid_window(trainer, progress):
         return {}
+    pass_gradients(module)
     sharded = whole_gradients(module)  # of all ranks already
     parameters = {n: p for n, p in plain_parameters(module).items() if p.requires_grad and not is_sharded(p)}
     own = mean_gradients(parameters.values()) if trainer.world_size > 1 else [p.grad for p in parameters.values()]

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from genlora_lightning.basis import anchored_rbf, generate, generate_matrices, slope_at_zero, slopes
+from genlora_lightning.basis import anchored_rbf, generate, generate_matrices, pass_gradients_on, slope_at_zero, slopes
 
 KERNELS = ["gaussian", "inverse_multiquadric", "inverse_quadratic"]
 # entries, rank, latents, groups, centres: with groups of one size and not
@@ -175,6 +175,30 @@ def test_own_backward_in_float32_equals_autograd_in_float64(kernel):
     theirs = torch.autograd.grad((generate(*exact, kernel) * weights).sum(), exact)
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_gradients_that_are_passed_on_equal_those_of_the_backward_and_are_added(sizes):
+    several = leaves(3, *sizes)
+    flat = [t for one in several for t in one]
+    gradients = [torch.randn(sizes[1], sizes[0], dtype=torch.float64) for _ in several]
+    expected = torch.autograd.grad(generate_matrices(several, "gaussian", scale=1.7), flat, gradients)
+    for times in (1, 2):
+        with torch.no_grad():
+            pass_gradients_on(several, gradients, "gaussian", scale=1.7)
+        for parameter, one in zip(flat, expected, strict=True):
+            torch.testing.assert_close(parameter.grad, times * one, rtol=1e-13, atol=0)
+
+
+def test_gradients_of_fixed_parameters_are_not_passed_on_and_those_in_bfloat16_are_widened():
+    latent, weight, centers, log_widths = leaves(1, 12, 3, 1, 4, 1, dtype=torch.float32)[0]
+    gradient = torch.randn(3, 12).bfloat16()
+    pass_gradients_on([(latent, weight, centers.detach(), log_widths)], [gradient], "gaussian")
+    (expected,) = torch.autograd.grad(
+        generate_matrices([(latent, weight, centers, log_widths)], "gaussian"), [latent], [gradient.float()]
+    )
+    assert torch.equal(latent.grad, expected)
+    assert centers.grad is None
 
 
 def test_nothing_but_the_parameters_is_kept_for_the_backward():

@@ -323,9 +323,9 @@ def test_adapter_dir_alone_keeps_the_adapter_of_the_module(config: Path, tmp_pat
 
 
 def test_settings_of_the_callback_reach_it(config: Path) -> None:
-    flags = ["--adapter_sharding", "shard", "--check_ranks_every_n_steps", "3"]
+    flags = ["--adapter_sharding", "shard", "--check_ranks_every_n_steps", "3", "--generate", "step"]
     (callback,) = callbacks_of(main(["fit", "--config", str(config), *flags]), GenLoRAFinetuning)
-    assert (callback.adapter_sharding, callback.check_ranks_every_n_steps) == ("shard", 3)
+    assert (callback.adapter_sharding, callback.check_ranks_every_n_steps, callback.generate) == ("shard", 3, "step")
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from genlora_lightning.factors import FactorStore, Given, ModelForward
+from genlora_lightning.factors import FactorStore, Given, Held, ModelForward
 from genlora_lightning.generator import RBFGenerator
 
 SCALE = 1.5
@@ -190,3 +190,64 @@ def test_store_holds_no_graph_once_a_forward_that_nobody_differentiates_is_repla
     store.given.forward.runs = False
     ask(store, pair)
     assert matrix() is None
+
+
+# -- matrices that several forwards use ------------------------------------------------------------------------------
+
+
+def test_held_matrices_serve_all_that_is_differentiated_and_nothing_else():
+    pair, store = generators(), FactorStore()
+    with torch.no_grad():
+        A, B = own(pair)
+    store.held = {}
+    assert_same(ask(store, pair), own(pair))  # for which nothing was generated beforehand
+    leaves = store.hold(*pair, A, B, SCALE)
+    assert store.hold(*pair, 2 * A, 2 * B, SCALE)[0] is leaves[0]
+    assert ask(store, pair)[0] is leaves[0]
+    assert recomputed(lambda: ask(store, pair))[1] is leaves[1]
+    with torch.no_grad():
+        assert ask(store, pair)[0] is not leaves[0]
+    assert ask(store, pair, torch.bfloat16)[0].grad_fn is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_held_matrix_sums_gradients_in_float32_until_they_are_taken(dtype):
+    generator = generators()[0]
+    with torch.no_grad():
+        held = Held(generator(dtype=dtype), generator, 1.0)
+    assert held.take() is None
+    for _ in range(2):
+        for value in (1.0, 1 / 512):  # whose sum has too many bits for bfloat16
+            (value * held.leaf).sum().backward()
+        taken = held.take()
+        assert taken.dtype is torch.float32
+        assert torch.equal(taken, torch.full_like(taken, 1 + 1 / 512))
+        assert held.take() is None
+
+
+def test_held_matrix_of_fixed_parameters_needs_no_gradient():
+    generator = generators()[0].requires_grad_(False)
+    held = Held(generator(), generator, 1.0)
+    assert not held.leaf.requires_grad
+    held.end()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradient_that_comes_after_the_end_is_an_error(dtype):
+    generator = generators()[0]
+    held = Held(generator(dtype=dtype), generator, 1.0)
+    loss = held.leaf.sum()
+    held.end()
+    with pytest.raises(RuntimeError, match="gradients have been passed on"):
+        loss.backward()
+
+
+def test_held_matrices_of_other_values_are_not_given_to_a_forward():
+    pair, store = generators(), FactorStore()
+    store.held = {}
+    with torch.no_grad():
+        store.hold(*pair, *own(pair), SCALE)
+        pair[1].latent.add_(0.1)
+    assert store.held_in(torch.bfloat16) is None
+    with pytest.raises(RuntimeError, match="parameters have changed inside"):
+        store.held_in(torch.float32)

@@ -26,6 +26,9 @@ from tests.conftest import perturb, small_config
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 from tests.test_fused import Operators
 
+# Its name in transformers 5; version 4 has no other.
+RENAMED = "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
+
 
 def adapted(make=tiny_llama, *, moved: bool = True, config=None, **changes) -> nn.Module:
     model = make(**changes)
@@ -101,6 +104,38 @@ def test_twenty_steps_equal_those_of_the_plain_path(make, accumulate):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings(RENAMED)
+@pytest.mark.parametrize("how", ["reentrant", "not reentrant", "compiled"])
+def test_twenty_steps_with_checkpointed_activations_or_compiled_equal_those_of_the_plain_path(how):
+    torch._dynamo.reset()
+    model = adapted(moved=False, config=small_config(alpha=1.5), num_hidden_layers=1 if how == "compiled" else 2)
+    plain = copy.deepcopy(model)
+    set_fused(plain, False)
+    runner = model
+    if how == "compiled":
+        runner = torch.compile(model, backend="aot_eager")
+    else:
+        model.gradient_checkpointing_enable({"use_reentrant": how == "reentrant"})
+        model.enable_input_require_grads()
+    optimizers = [
+        torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.05, momentum=0.9) for m in (model, plain)
+    ]
+    for step in range(20):
+        losses = []
+        for m in (runner, plain):
+            loss = m(input_ids=ids_of(step), labels=ids_of(step)).loss
+            loss.backward()
+            losses.append(loss.detach())
+        torch.testing.assert_close(losses[0], losses[1], rtol=0, atol=1e-6)
+        ours = {n: p.grad for n, p in adapter_parameters(model).items()}
+        assert_same_gradients(ours, {n: p.grad for n, p in adapter_parameters(plain).items()})
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    moved = adapter_parameters(model)["model.layers.0.mlp.up_proj.generator_B.latent"]
+    assert moved.detach().abs().max() > 1e-3
+
+
 def test_each_shape_is_generated_once_in_a_forward(monkeypatch):
     model = adapted(num_hidden_layers=5)
     with generations(monkeypatch) as calls:
@@ -125,10 +160,6 @@ def test_number_of_generators_operators_does_not_grow_with_the_layers(backward):
         return len(operators.names)
 
     assert count(2) == count(6) <= 5 * (45 if backward else 20)
-
-
-# Its name in transformers 5; version 4 has no other.
-RENAMED = "ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning"
 
 
 @pytest.mark.filterwarnings(RENAMED)

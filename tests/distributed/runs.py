@@ -29,6 +29,8 @@ CONFIG = {"modules_to_train": ["lm_head"]}
 def strategy(kind: str) -> Strategy | str:
     if kind == "ddp":
         return DDPStrategy(process_group_backend="gloo")
+    if kind == "ddp, unused":
+        return DDPStrategy(process_group_backend="gloo", find_unused_parameters=True)
     if kind == "fsdp1":
         return GenLoRAFSDPStrategy()
     return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1) if kind == "fsdp2" else "auto"

@@ -125,8 +125,12 @@ class Dropping(PlainMLP):
         self.net.insert(2, torch.nn.Dropout(0.3))
 
 
-@pytest.mark.parametrize(("batches", "accumulate"), [(3, 1), (5, 2), (6, 3)])
-def test_stop_inside_an_epoch_on_two_ranks_resumes_with_each_rank_s_own_randomness(tmp_path, batches, accumulate):
+@pytest.mark.parametrize(
+    ("batches", "accumulate", "generate"), [(3, 1, "forward"), (5, 2, "forward"), (6, 3, "forward"), (6, 3, "step")]
+)
+def test_stop_inside_an_epoch_on_two_ranks_resumes_with_each_rank_s_own_randomness(
+    tmp_path, batches, accumulate, generate
+):
     config = small_config(exclude_modules=["5"], dropout=0.2)
     data = mlp_loader().dataset
     for part in ("whole", "rest"):
@@ -135,7 +139,7 @@ def test_stop_inside_an_epoch_on_two_ranks_resumes_with_each_rank_s_own_randomne
         run = ddp(
             folder,
             RankedSeed() if part == "whole" else Callback(),
-            GenLoRAFinetuning(config),
+            GenLoRAFinetuning(config, generate=generate),
             StopAt(tmp_path / "half.ckpt", batches) if part == "whole" else Callback(),
             max_epochs=2,
             accumulate_grad_batches=accumulate,

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
-from genlora_lightning import load_adapter
+from genlora_lightning import GenLoRAFinetuning, load_adapter
+from genlora_lightning.accumulation import is_generated_once
+from genlora_lightning.generation import set_fused
 from genlora_lightning.state import adapter_state_dict
+from tests.conftest import small_config
 from tests.distributed.runs import (
     CONFIG,
     POLICIES,
@@ -128,3 +134,69 @@ def test_our_module_counts_each_token_alike_under_every_strategy(tmp_path, kind)
             assert_close(state, expected)
     assert CONFIG["modules_to_train"] == ["lm_head"]
     assert any("lm_head" in name for name in expected)
+
+
+class Plain(Callback):
+    """Has the adapters computed by the formula, left to autograd, in each forward."""
+
+    def on_fit_start(self, trainer, pl_module):
+        set_fused(pl_module, False)
+
+
+class Windows(Callback):
+    """Whether forwards share what was generated, after each micro-batch."""
+
+    def on_fit_start(self, trainer, pl_module):
+        self.open: list[bool] = []
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        self.open.append(is_generated_once(pl_module))
+
+
+class Leaving(PlainLlama):
+    """Leaves some layers out in the last micro-batch of four."""
+
+    def training_step(self, batch, batch_idx):
+        assert self.net is not None
+        part = self.net.model.layers[1].mlp
+        if batch_idx % 4 == 3:
+            part.forward = torch.zeros_like
+        try:
+            return super().training_step(batch, batch_idx)
+        finally:
+            vars(part).pop("forward", None)
+
+
+@pytest.mark.parametrize("kind", ["ddp, unused", *SHARDED])
+def test_generation_once_per_step_equals_plain_autograd_in_one_process(tmp_path, kind):
+    settings = {"accumulate_grad_batches": 4, "gradient_clip_val": 0.5}  # 3 steps an epoch
+
+    def run(kind: str, policy: str, generate: str, *callbacks: Callback) -> Any:
+        adapter = GenLoRAFinetuning(
+            small_config(**CONFIG), adapter_sharding=policy, generate=generate, save_adapter=False
+        )
+        epochs = 7 if policy == "replicate" else 1  # there is nothing to share with "shard"
+        return fit(kind, policy, tmp_path, Leaving(), *callbacks, adapter=adapter, max_epochs=epochs, **settings)
+
+    expected = run("single", "replicate", "forward", Plain())
+    assert expected.state["net.model.layers.0.mlp.up_proj.generator_B.latent"].abs().max() > 1e-3
+
+    def all_policies() -> list[Any]:
+        found = []
+        for policy in POLICIES if kind in SHARDED else POLICIES[:1]:
+            windows = Windows()
+            context = pytest.warns(UserWarning, match='no effect with `adapter_sharding="shard"`')
+            # Rank 0 alone warns.
+            with context if policy == "shard" and os.environ["RANK"] == "0" else nullcontext():
+                record = run(kind, policy, "step", windows)
+            found.append((policy, record.losses, record.state, windows.open))
+        return found
+
+    first, second = on_ranks(all_policies)
+    for (policy, losses, state, opened), (*_, other, _) in zip(first, second, strict=True):
+        assert len(losses) == (7 * 12 if policy == "replicate" else 12)
+        assert opened == [policy == "replicate" and batch % 4 < 3 for batch in range(len(losses))]
+        torch.testing.assert_close(losses, expected.losses[: len(losses)], rtol=0, atol=1e-6)
+        if policy == "replicate":
+            assert_close(state, expected.state)
+        assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
