@@ -23,11 +23,26 @@ from genlora_lightning import GenLoRAConfig, compress_lora, remove_adapters
 from genlora_lightning.lora_export import truncate_factors
 
 CONFIGS = {
-    "rank 16, 8 groups": {"rank": 16, "num_groups": 8},
-    "rank 16, 16 groups": {"rank": 16, "num_groups": 16},
-    "rank 16, 16 groups, 2 centers": {"rank": 16, "num_groups": 16, "num_centers": 2},
-    "rank 32, 32 groups": {"rank": 32, "num_groups": 32},
+    "rank 16, 8 groups": (16, 8, 1),
+    "rank 16, 16 groups": (16, 16, 1),
+    "rank 16, 16 groups, 2 centers": (16, 16, 2),
+    "rank 32, 32 groups": (32, 32, 1),
 }
+
+
+def configuration(rank: int, num_groups: int, num_centers: int) -> GenLoRAConfig:
+    """Generators that can be fitted: without signs, and with all of them learned."""
+    return GenLoRAConfig(
+        rank=rank,
+        num_groups_a=num_groups,
+        num_groups_b=num_groups,
+        num_centers=num_centers,
+        entry_signs=False,
+        learn_centers=True,
+        learn_widths=True,
+    )
+
+
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -145,7 +160,7 @@ def main() -> None:
     del lora
     for name in args.configs:
         start = time.perf_counter()
-        compressed = compress_lora(args.lora, GenLoRAConfig(**CONFIGS[name]), steps=args.fit_steps)
+        compressed = compress_lora(args.lora, configuration(*CONFIGS[name]), steps=args.fit_steps)
         seconds = time.perf_counter() - start
         compressed.apply(base)
         show(name, sum(row.bytes for row in compressed.rows), compressed.relative_error, base, seconds)

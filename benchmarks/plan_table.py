@@ -19,7 +19,7 @@ from genlora_lightning.traffic import Setup
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "runs/benchmarks/plan_table.json"
 GPUS = (1, 8, 64, 512)
-CONFIG = GenLoRAConfig(rank=64, num_groups=16)
+CONFIG = GenLoRAConfig()
 SETUP = Setup(batch=1, tokens=2048, gpu_memory=80.0, gradient_checkpointing=True)
 
 

@@ -107,7 +107,8 @@ def pass_gradients(model: nn.Module) -> None:
         for some in at_once(shape, everything):
             parameters = [one.generator.parts() for one, _ in some]
             with torch.autocast(shape.device.type, enabled=False):
-                pass_gradients_on(parameters, [g for _, g in some], shape.kernel, scale=shape.scale)
+                signs = some[0][0].generator.signs()
+                pass_gradients_on(parameters, [g for _, g in some], shape.kernel, scale=shape.scale, signs=signs)
 
 
 def end_generating_once(model: nn.Module) -> None:

@@ -40,44 +40,51 @@ def anchored_rbf(t: Tensor, centers: Tensor, kernel: Kernel) -> Tensor:
     Returns:
         ψ, in the broadcast shape. |ψ| < 1, and so is its derivative for every kernel.
     """
+    value, factor = _factored_rbf(t, centers, kernel)
+    return value if factor is None else factor * value
+
+
+def _factored_rbf(t: Tensor, centers: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor | None]:
+    """ψ; of the Gaussian what is left of it without its factor ``exp(−c²/2)``, which depends on the centre alone."""
     if kernel == "gaussian":
         centers = centers.clamp(-_MAX_CENTER, _MAX_CENTER)
-        return torch.exp(-0.5 * centers.square()) * torch.expm1(t * (centers - 0.5 * t))
+        return torch.expm1(t * torch.sub(centers, t, alpha=0.5)), torch.exp(-0.5 * centers.square())
     # φ(u) = v^-½ or v^-1 with v = 1 + u²; v(−c) − v(t − c) = t·(2c − t), and the rest is the difference of fractions.
     at_zero = 1 + centers.square()
     at_t = 1 + (t - centers).square()
     difference = t * (2 * centers - t)
     if kernel == "inverse_quadratic":
-        return difference / (at_t * at_zero)
+        return difference / (at_t * at_zero), None
     if kernel == "inverse_multiquadric":
         root_zero, root_t = at_zero.sqrt(), at_t.sqrt()
-        return difference / (root_zero * root_t * (root_zero + root_t))
+        return difference / (root_zero * root_t * (root_zero + root_t)), None
     raise ValueError(f"Unknown kernel {kernel!r}.")
 
 
-def slopes(t: Tensor, centers: Tensor, psi: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """Derivatives of :func:`anchored_rbf` by ``t`` and by the centres, as accurate for small ``t`` as it is.
+def _factored_slope(t: Tensor, centers: Tensor, value: Tensor, kernel: Kernel) -> Tensor:
+    """Derivative of :func:`_factored_rbf` by ``t``, given its value; as accurate for small ``t`` as that is."""
+    if kernel == "gaussian":
+        centers = centers.clamp(-_MAX_CENTER, _MAX_CENTER)
+        return (centers - t).mul(value + 1)
+    # With v = 1 + u² at u = t − c: φ' = −2u/v² or −u/v^(3/2)
+    away = t - centers
+    inverse = 1 / (1 + away.square())
+    return -2 * away * inverse.square() if kernel == "inverse_quadratic" else -away * inverse * inverse.sqrt()
 
-    Args:
-        t: As there.
-        centers: As there.
-        psi: Its value there.
-        kernel: As there.
-    """
+
+def _slope_by_center(t: Tensor, centers: Tensor, psi: Tensor, kernel: Kernel) -> Tensor:
+    """Derivative of :func:`anchored_rbf` by the centres, given its value; as accurate for small ``t`` as that is."""
     if kernel == "gaussian":
         inside = centers.abs() <= _MAX_CENTER
         centers = centers.clamp(-_MAX_CENTER, _MAX_CENTER)
-        at_zero = torch.exp(-0.5 * centers.square())
-        away = t - centers
         # (t − c)·φ(t − c) + c·φ(−c), where φ(t − c) = ψ + φ(−c)
-        return -away * (psi + at_zero), (away * psi + t * at_zero) * inside
+        return ((t - centers) * psi + t * torch.exp(-0.5 * centers.square())) * inside
     # With a = 1/v(t − c) and b = 1/v(−c): a − b = ψ, a^½ − b^½ = ψ, and the other powers' differences follow.
     a, b = 1 / (1 + (t - centers).square()), 1 / (1 + centers.square())
     if kernel == "inverse_quadratic":
-        return 2 * (centers - t) * a.square(), 2 * (t * a.square() - centers * psi * (a + b))
+        return 2 * (t * a.square() - centers * psi * (a + b))
     root_a, root_b = a.sqrt(), b.sqrt()
-    cube = a * root_a
-    return (centers - t) * cube, t * cube - centers * psi * (a + root_a * root_b + b)
+    return t * a * root_a - centers * psi * (a + root_a * root_b + b)
 
 
 def slope_at_zero(centers: Tensor, kernel: Kernel) -> Tensor:
@@ -89,8 +96,15 @@ def slope_at_zero(centers: Tensor, kernel: Kernel) -> Tensor:
     return factor * centers / (1 + centers.square()) ** power
 
 
-def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor, kernel: Kernel) -> Tensor:
-    """Generate basis vectors: ``M[r, j] = Σ_q Σ_k w[g(j), r, q, k] · ψ(z[j, q] / h[r, q, k]; c[r, q, k])``.
+def generate(
+    latent: Tensor,
+    weight: Tensor,
+    centers: Tensor,
+    log_widths: Tensor,
+    kernel: Kernel,
+    signs: Tensor | None = None,
+) -> Tensor:
+    """Generate basis vectors: ``M[r, j] = Σ_q σ[r, q, j] Σ_k w[g(j), r, q, k] · ψ(z[j, q] / h[r, q, k]; c[r, q, k])``.
 
     Entry j belongs to group ``g(j) = ⌊j·G/n⌋``: G runs of consecutive entries whose lengths differ by at most one.
 
@@ -100,6 +114,7 @@ def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor
         centers: ``c (R, Q, K)``, in units of the width.
         log_widths: ``log h (R, Q, K)``.
         kernel: Name of the radial basis function.
+        signs: ``σ (R, Q, n)``; 1 everywhere if ``None``.
 
     Returns:
         ``M (R, n)``, in the dtype of the inputs. A column is exactly zero where all its latents are.
@@ -109,7 +124,8 @@ def generate(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor
     # Of one latent the transposed gradient would have strides that DDP warns about, though it is contiguous.
     by_latent = latent.view(1, num_entries) if latent.shape[1] == 1 else latent.T
     t = by_latent.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
-    psi = anchored_rbf(t, centers.unsqueeze(-1), kernel).flatten(1, 2)
+    psi = anchored_rbf(t, centers.unsqueeze(-1), kernel)
+    psi = (psi if signs is None else psi * signs.unsqueeze(2)).flatten(1, 2)
     by_function = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (R, Q·K, G)
     if num_entries % num_groups == 0:
         grouped = psi.view(rank, psi.shape[1], num_groups, num_entries // num_groups)
@@ -122,6 +138,7 @@ def generate_matrices(
     kernel: Kernel,
     *,
     scale: float = 1.0,
+    signs: Tensor | None = None,
     dtype: torch.dtype | None = None,
     when_differentiated: Callable[[], None] | None = None,
 ) -> tuple[Tensor, ...]:
@@ -134,6 +151,7 @@ def generate_matrices(
         parameters: For each generator latent, weight, centres and logarithms of widths, as :func:`generate` takes them.
         kernel: Name of the radial basis function.
         scale: A factor on the matrices.
+        signs: The same for all of them.
         dtype: Of the matrices, computed in the parameters' dtype and rounded once; that one if ``None``.
         when_differentiated: Called when the gradients of all matrices that were used are there.
 
@@ -144,7 +162,7 @@ def generate_matrices(
         RuntimeError: In the backward, if it is to be differentiated itself (``create_graph=True``).
     """
     flat = [tensor for one in parameters for tensor in one]
-    return cast("tuple[Tensor, ...]", _Generate.apply(kernel, scale, dtype, when_differentiated, *flat))  # type: ignore[no-untyped-call]
+    return cast("tuple[Tensor, ...]", _Generate.apply(kernel, scale, signs, dtype, when_differentiated, *flat))  # type: ignore[no-untyped-call]
 
 
 def is_ordinary(tensor: Any) -> bool:
@@ -175,16 +193,20 @@ class _Generate(torch.autograd.Function):
         ctx: Any,
         kernel: Kernel,
         scale: float,
+        signs: Tensor | None,
         dtype: torch.dtype | None,
         when_differentiated: Callable[[], None] | None,
         *flat: Tensor,
     ) -> tuple[Tensor, ...]:
         ctx.save_for_backward(*flat)
         ctx.set_materialize_grads(False)
-        ctx.kernel, ctx.scale, ctx.when_differentiated = kernel, scale, when_differentiated
+        ctx.kernel, ctx.scale, ctx.signs, ctx.when_differentiated = kernel, scale, signs, when_differentiated
         latent, weight, centers, inverse_widths = _stacked(flat, scale)
-        psi = anchored_rbf(latent * inverse_widths, centers, kernel)
-        matrices = (psi * weight).flatten(-2)  # (L, R, Q, K, n)
+        value, factor = _factored_rbf(latent * inverse_widths, centers, kernel)
+        matrices = value.mul_(weight if factor is None else weight * factor)
+        if signs is not None:
+            matrices *= _grouped(signs, latent)
+        matrices = matrices.flatten(-2)  # (L, R, Q, K, n)
         matrices = matrices.sum((2, 3)) if matrices.shape[2] * matrices.shape[3] > 1 else matrices[:, :, 0, 0]
         return (matrices if dtype is None else matrices.to(dtype)).unbind(0)
 
@@ -194,8 +216,9 @@ class _Generate(torch.autograd.Function):
         refuse_second_derivative("The generator of the adapter's matrices")
         if ctx.when_differentiated is not None:
             ctx.when_differentiated()
-        needed = ctx.needs_input_grad[4:]
-        return (None, None, None, None, *_of_parameters(ctx.saved_tensors, needed, gradients, ctx.kernel, ctx.scale))
+        needed = ctx.needs_input_grad[5:]
+        of_parameters = _of_parameters(ctx.saved_tensors, needed, gradients, ctx.kernel, ctx.scale, ctx.signs)
+        return (None, None, None, None, None, *of_parameters)
 
 
 def pass_gradients_on(
@@ -204,6 +227,7 @@ def pass_gradients_on(
     kernel: Kernel,
     *,
     scale: float = 1.0,
+    signs: Tensor | None = None,
 ) -> None:
     """Add to the parameters' gradients what those of the matrices make of them, without generating the matrices.
 
@@ -214,30 +238,39 @@ def pass_gradients_on(
         gradients: Of the matrices ``(R, n)``, in any dtype.
         kernel: As there.
         scale: As there.
+        signs: As there.
     """
     flat = [tensor for one in parameters for tensor in one]
     with torch.inference_mode(False), torch.enable_grad():  # a validation may be on, in which a checkpoint is saved
-        end = cast("Tensor", _PassOn.apply(kernel, scale, gradients, *flat))  # type: ignore[no-untyped-call]
+        end = cast("Tensor", _PassOn.apply(kernel, scale, signs, gradients, *flat))  # type: ignore[no-untyped-call]
         end.backward()  # type: ignore[no-untyped-call]
 
 
 class _PassOn(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(ctx: Any, kernel: Kernel, scale: float, gradients: Sequence[Tensor], *flat: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, kernel: Kernel, scale: float, signs: Tensor | None, gradients: Sequence[Tensor], *flat: Tensor
+    ) -> Tensor:
         ctx.save_for_backward(*flat)
-        ctx.kernel, ctx.scale, ctx.gradients = kernel, scale, gradients
+        ctx.kernel, ctx.scale, ctx.signs, ctx.gradients = kernel, scale, signs, gradients
         return flat[0].new_zeros(())  # for autograd to begin at
 
     @staticmethod
     @override
     def backward(ctx: Any, *_: Tensor) -> tuple[Any, ...]:
-        needed = ctx.needs_input_grad[3:]
-        return (None, None, None, *_of_parameters(ctx.saved_tensors, needed, ctx.gradients, ctx.kernel, ctx.scale))
+        needed = ctx.needs_input_grad[4:]
+        of_parameters = _of_parameters(ctx.saved_tensors, needed, ctx.gradients, ctx.kernel, ctx.scale, ctx.signs)
+        return (None, None, None, None, *of_parameters)
 
 
 def _of_parameters(
-    flat: Sequence[Tensor], needed: Sequence[bool], gradients: Sequence[Tensor | None], kernel: Kernel, scale: float
+    flat: Sequence[Tensor],
+    needed: Sequence[bool],
+    gradients: Sequence[Tensor | None],
+    kernel: Kernel,
+    scale: float,
+    signs: Tensor | None,
 ) -> list[Tensor | None]:
     """Gradients of all parameters, from those of the matrices; ``None`` where there is none or none is needed."""
     used = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
@@ -245,7 +278,10 @@ def _of_parameters(
     if used:
         taken = [t for i, _ in used for t in flat[_PER_GENERATOR * i : _PER_GENERATOR * (i + 1)]]
         gradient = torch.stack([one for _, one in used]).to(flat[0].dtype)
-        for kind, stacked in enumerate(_gradients(taken, gradient, kernel, scale)):
+        wanted = [any(needed[_PER_GENERATOR * i + kind] for i, _ in used) for kind in range(_PER_GENERATOR)]
+        for kind, stacked in enumerate(_gradients(taken, gradient, kernel, scale, signs, wanted)):
+            if stacked is None:
+                continue
             for (i, _), one in zip(used, stacked.unbind(0), strict=True):
                 if needed[_PER_GENERATOR * i + kind]:
                     result[_PER_GENERATOR * i + kind] = one
@@ -269,32 +305,53 @@ def _stacked(flat: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tens
     return latent, weight.unsqueeze(-1), centers[..., None, None], torch.exp(-log_widths)[..., None, None]
 
 
-def _gradients(flat: Sequence[Tensor], gradient: Tensor, kernel: Kernel, scale: float) -> tuple[Tensor, ...]:
-    """Gradients of L generators' parameters, stacked, from those of their matrices ``(L, R, n)``."""
+def _grouped(signs: Tensor, latent: Tensor) -> Tensor:
+    """Signs ``(R, Q, n)`` as (R, Q, 1, G, n/G), like the latents of :func:`_stacked`."""
+    return signs.view(*signs.shape[:2], 1, *latent.shape[-2:])
+
+
+def _gradients(
+    flat: Sequence[Tensor],
+    gradient: Tensor,
+    kernel: Kernel,
+    scale: float,
+    signs: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of L generators' parameters, stacked, from those of their matrices ``(L, R, n)``, where wanted.
+
+    Each line is a pass over as many numbers as the matrices have, and these passes are what a generator costs.
+    """
     latent, weight, centers, inverse_widths = _stacked(flat, scale)
     (num, rank, num_entries), num_groups = gradient.shape, flat[1].shape[0]
     gradient = gradient.reshape(num, rank, 1, 1, *latent.shape[-2:])
+    if signs is not None:
+        gradient = gradient * _grouped(signs, latent)
     t = latent * inverse_widths
-    psi = anchored_rbf(t, centers, kernel)
-    by_t, by_center = slopes(t, centers, psi, kernel)
-    of_weight = (gradient * psi).sum(-1)  # (L, R, Q, K, G)
-    of_psi = gradient * weight
-    of_centers = (of_psi * by_center).sum((-1, -2))
-    of_t = of_psi * by_t
-    of_log_widths = -(of_t * t).sum((-1, -2))
-    of_latent = (of_t * inverse_widths).sum((1, 3)).view(num, -1, num_entries).mT
-    if num_entries % num_groups:
-        of_weight = _sum_groups(of_weight, num_groups)
-    if scale != 1.0:
-        of_weight = scale * of_weight
-    # With the parameters' strides, also in dimensions of size 1: autograd and DDP would copy each one otherwise.
-    of_weight = of_weight.permute(0, 4, 1, 2, 3)
-    return (
-        of_latent.flatten().view(of_latent.shape),
-        of_weight.flatten().view(of_weight.shape),
-        of_centers,
-        of_log_widths,
-    )
+    value, factor = _factored_rbf(t, centers, kernel)
+    of_latent = of_weight = of_centers = of_log_widths = None
+    if wanted[1]:
+        of_weight = (gradient * value).sum(-1)  # (L, R, Q, K, G)
+        if factor is not None:
+            of_weight *= scale * factor.squeeze(-1)
+        elif scale != 1.0:
+            of_weight *= scale
+        if num_entries % num_groups:
+            of_weight = _sum_groups(of_weight, num_groups)
+        # With the parameters' strides, also in dimensions of size 1: autograd and DDP would copy each one otherwise.
+        of_weight = of_weight.permute(0, 4, 1, 2, 3)
+        of_weight = of_weight.flatten().view(of_weight.shape)
+    if wanted[2]:
+        psi = value if factor is None else value * factor
+        of_centers = (gradient * weight * _slope_by_center(t, centers, psi, kernel)).sum((-1, -2))
+    if wanted[0] or wanted[3]:
+        by_t = weight * inverse_widths if factor is None else weight * factor * inverse_widths
+        by_t = gradient * by_t * _factored_slope(t, centers, value, kernel)
+        if wanted[3]:
+            of_log_widths = -(by_t * latent).sum((-1, -2))
+        of_latent = by_t.sum((1, 3)).view(num, -1, num_entries).mT
+        of_latent = of_latent.flatten().view(of_latent.shape)
+    return of_latent, of_weight, of_centers, of_log_widths
 
 
 def _group_of_entry(like: Tensor, num_groups: int) -> Tensor:

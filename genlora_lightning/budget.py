@@ -1,4 +1,4 @@
-"""From a number of parameters to the latents, groups and rank of an adapter."""
+"""From a number of parameters to the latents, rank and groups of an adapter."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 from genlora_lightning.config import GenLoRAConfig
 
 ALLOWANCE = 1.05
-_RANK, _FEW_GROUPS, _MANY_GROUPS = 16, 8, 48
+_RANK, _GROUPS = 64, 8
 # The fields that a budget decides.
-SIZES = ("rank", "num_latents_a", "num_latents_b", "num_groups", "num_centers")
+SIZES = ("rank", "num_latents_a", "num_latents_b", "num_groups_a", "num_groups_b", "num_centers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,34 +41,37 @@ def ladder(config: GenLoRAConfig, linears: Sequence[tuple[int, int]], parameters
 
     This is the one place that decides what grows first, after what was measured (docs/method.md):
 
-    1. Up to rank 16 with 8 groups, rank and groups grow together, with one latent each.
-    2. A latent more as soon as it fits at that size. B gets them first, up to twice A's: 1 and 1, 1 and 2, 2 and 3, 2
-       and 4, 3 and 5, … One latent is as much as a unit of LoRA's rank.
-    3. What is left goes into groups, at rank 16 up to 48 of them, then into rank and groups together.
+    1. With one latent each rank and groups of B grow together, up to rank 64 with 8 groups. A has one group throughout.
+    2. A latent more as soon as it fits at rank 64, B before A: 1 and 1, 1 and 2, 2 and 2, 2 and 3, … One latent is as
+       much as a unit of LoRA's rank on its side.
+    3. What is left goes into groups of B, up to 8, then into rank, then into more groups.
 
     Args:
         config: What all of them have in common.
         linears: ``(in_features, out_features)`` of each adapted linear.
         parameters: The budget, which decides the latents.
     """
-    largest = min(min(shape) for shape in linears)
-    rank, groups = min(_RANK, largest), min(_FEW_GROUPS, largest)
+    narrowest = min(min(shape) for shape in linears)
+    fewest_outputs = min(outputs for _, outputs in linears)
+    rank, groups = min(_RANK, narrowest), min(_GROUPS, fewest_outputs)
     latents = (1, 1)
-    for b in itertools.count(1):
-        a = (b + 1) // 2
-        wider = replace(config, rank=rank, num_latents_a=a, num_latents_b=b, num_groups=groups, num_centers=1)
+    for a, b in ((number // 2, (number + 1) // 2) for number in itertools.count(2)):
+        wider = replace(
+            config, rank=rank, num_latents_a=a, num_latents_b=b, num_groups_a=1, num_groups_b=1, num_centers=1
+        )
         if count(wider, linears) > parameters:
             break
         latents = (a, b)
-    base = replace(config, num_latents_a=latents[0], num_latents_b=latents[1], num_centers=1)
+    base = replace(config, num_latents_a=latents[0], num_latents_b=latents[1], num_groups_a=1, num_centers=1)
     if latents == (1, 1):
         for small in range(1, rank):
-            yield replace(base, rank=small, num_groups=(small + 1) // 2)
-    most = min(_MANY_GROUPS, largest)
-    for number in range(groups, most + 1):
-        yield replace(base, rank=rank, num_groups=number)
-    for larger in range(rank + 1, largest + 1):
-        yield replace(base, rank=larger, num_groups=max(most, min(largest, most * larger // rank)))
+            yield replace(base, rank=small, num_groups_b=max(1, groups * small // rank))
+    for number in range(groups if latents == (1, 1) else 1, groups + 1):
+        yield replace(base, rank=rank, num_groups_b=number)
+    for larger in range(rank + 1, narrowest + 1):
+        yield replace(base, rank=larger, num_groups_b=groups)
+    for number in range(groups + 1, fewest_outputs + 1):
+        yield replace(base, rank=narrowest, num_groups_b=number)
 
 
 def count(config: GenLoRAConfig, linears: Iterable[tuple[int, int]]) -> int:

@@ -13,6 +13,8 @@ Init = Literal["zero_latent", "zero_weight"]
 Kernel = Literal["gaussian", "inverse_multiquadric", "inverse_quadratic"]
 
 ALL_LINEAR = "all-linear"
+# γ·√R of `entry_signs`: found by search (docs/method.md), at a rate that suits the latents.
+SIGNED_GAIN = 64.0
 
 
 @dataclass(kw_only=True)
@@ -22,20 +24,29 @@ class GenLoRAConfig:
     The update of a weight ``W (out, in)`` is ``ΔW = s · B · A`` with ``A (rank, in)`` and ``B (out, rank)``. Each of
     the two matrices is generated from one latent vector, or a few, by radial basis functions; see
     :class:`~genlora_lightning.RBFGenerator` for the formula. One adapted linear has ``Q_A · in + Q_B · out`` entries of
-    latents (Q_A, Q_B: the numbers of latents) and ``(Q_A + Q_B) · rank · num_centers · (num_groups + 2)`` other
-    parameters, against LoRA's ``rank · (in + out)``.
+    latents (Q_A, Q_B: the numbers of latents) and ``rank · num_centers · (Q_A · G_A + Q_B · G_B)`` RBF weights (G_A,
+    G_B: the numbers of groups), against LoRA's ``rank · (in + out)``. Learned centres or widths are ``rank ·
+    num_centers · (Q_A + Q_B)`` more each.
 
     Args:
         rank: Number R of generated basis vectors of each matrix, the highest rank ΔW can have. It may be generous:
-            one more costs ``(Q_A + Q_B) · num_centers · (num_groups + 2)`` parameters per linear, whatever its size.
+            one more costs ``num_centers · (Q_A · G_A + Q_B · G_B)`` parameters per linear, whatever its size.
         alpha: Numerator of the scaling ``s``. With ``scaling="sqrt_rank"`` one value suits every rank: the basis
             functions start with slopes of root-mean-square 1, so that a block of ΔW starts as ``alpha`` times a rank-1
             matrix of the latents times a number of variance 1.
         scaling: ``"sqrt_rank"``: ``s = alpha / √rank``; ``"rank"``: ``s = alpha / rank``, as in LoRA.
         num_latents_a: Number Q_A of latent vectors of A. 1 is the paper's form.
         num_latents_b: Number Q_B of latent vectors of B. 1 is the paper's form.
-        num_groups: Number G of groups of consecutive entries of a latent. Each group has RBF weights of its own. More
-            groups give more rank and cost ``rank · num_centers`` parameters each. At most the number of entries.
+        num_groups_a: Number G_A of groups of consecutive entries of A's latents. Each group has RBF weights of its own,
+            ``rank · num_centers`` for each latent. At most the number of entries.
+        num_groups_b: Number G_B of groups of B's latents.
+        entry_signs: Multiply every generated number by a fixed pseudo-random sign of its own. Then each entry of a
+            latent has a direction of its own in the space of the basis vectors, and ΔW a high rank with one group
+            already. The signs are a formula and stored nowhere. Without them the entries of a group share a direction.
+        weight_gain: A constant factor γ on the RBF weights, which are stored divided by it. It decides nothing but how
+            fast they learn: with Adam γ times as fast as without (with SGD γ² times: set 1 there). ``None``:
+            ``64 / √rank`` with ``entry_signs``, since a weight that entries with random signs share needs larger steps
+            than an entry of a latent, the smaller the more weights there are; 1 without.
         num_centers: Number K of radial basis functions that are summed to one basis vector.
         width: Initial width h of the radial basis functions, in units of the latent's entries.
         learn_centers: Train the centres.
@@ -56,16 +67,19 @@ class GenLoRAConfig:
         TypeError: A value has the wrong type.
     """
 
-    rank: int = 16
+    rank: int = 64
     alpha: float = 2.0
     scaling: ScalingRule = "sqrt_rank"
     num_latents_a: int = 1
     num_latents_b: int = 1
-    num_groups: int = 8
+    num_groups_a: int = 1
+    num_groups_b: int = 8
+    entry_signs: bool = True
+    weight_gain: float | None = None
     num_centers: int = 1
     width: float = 1.0
-    learn_centers: bool = True
-    learn_widths: bool = True
+    learn_centers: bool = False
+    learn_widths: bool = False
     init: Init = "zero_latent"
     kernel: Kernel = "gaussian"
     dropout: float = 0.0
@@ -74,7 +88,7 @@ class GenLoRAConfig:
     modules_to_train: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("rank", "num_latents_a", "num_latents_b", "num_groups", "num_centers"):
+        for name in ("rank", "num_latents_a", "num_latents_b", "num_groups_a", "num_groups_b", "num_centers"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}.")
@@ -90,7 +104,15 @@ class GenLoRAConfig:
             raise ValueError(f"`width` must be finite and greater than 0, got {self.width}.")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"`dropout` must be at least 0 and less than 1, got {self.dropout}.")
-        for name in ("learn_centers", "learn_widths"):
+        if self.weight_gain is not None:
+            value = self.weight_gain
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(
+                    f"`weight_gain` must be a number or null, got {value!r} of type {type(value).__name__}."
+                )
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"`weight_gain` must be finite and greater than 0, got {value}.")
+        for name in ("entry_signs", "learn_centers", "learn_widths"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise TypeError(f"`{name}` must be true or false, got {value!r}.")
@@ -135,11 +157,25 @@ class GenLoRAConfig:
         """The factor ``s`` of ``ΔW = s · B · A``."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "sqrt_rank" else self.rank)
 
+    @property
+    def gain(self) -> float:
+        """The factor γ on the RBF weights, decided."""
+        if self.weight_gain is not None:
+            return self.weight_gain
+        return SIGNED_GAIN / math.sqrt(self.rank) if self.entry_signs else 1.0
+
     def count_parameters(self, in_features: int, out_features: int) -> int:
-        """Trainable parameters of one adapter: ``Q_A·in + Q_B·out + (Q_A + Q_B)·R·K·(G + [centres] + [widths])``."""
-        per_function = self.num_groups + int(self.learn_centers) + int(self.learn_widths)
-        functions = (self.num_latents_a + self.num_latents_b) * self.rank * self.num_centers
-        return self.num_latents_a * in_features + self.num_latents_b * out_features + functions * per_function
+        """Trainable parameters of one adapter.
+
+        ``Q_A·in + Q_B·out + R·K·(Q_A·(G_A + [centres] + [widths]) + Q_B·(G_B + [centres] + [widths]))``, the brackets 1
+        for what is learned.
+        """
+        learned = int(self.learn_centers) + int(self.learn_widths)
+        functions = self.num_latents_a * (self.num_groups_a + learned) + self.num_latents_b * (
+            self.num_groups_b + learned
+        )
+        latents = self.num_latents_a * in_features + self.num_latents_b * out_features
+        return latents + self.rank * self.num_centers * functions
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as plain numbers, strings and lists, fit for JSON, YAML and safe checkpoint loading."""

@@ -14,24 +14,27 @@ from typing_extensions import override
 
 from genlora_lightning.basis import generate, generate_matrices, is_ordinary, slope_at_zero
 from genlora_lightning.config import Init, Kernel
+from genlora_lightning.signs import entry_signs
 
 
 class RBFGenerator(nn.Module):
     r"""Generates a matrix of ``rank`` basis vectors of length ``num_entries`` from one latent vector, or a few.
 
     .. math::
-        M_{rj} = \sum_q \sum_k w_{g(j)\,rqk} \; \psi_{rqk}(z_{jq}), \qquad
+        M_{rj} = \gamma \sum_q \sigma_{rqj} \sum_k w_{g(j)\,rqk} \; \psi_{rqk}(z_{jq}), \qquad
         \psi_{rqk}(x) = \varphi(x / h_{rqk} - c_{rqk}) - \varphi(-c_{rqk})
 
     with the latents z, cut into groups g of consecutive entries, the RBF weights w, the centres c (in units of the
-    width) and the widths h. The idea (a latent vector per low-rank matrix, radial basis functions that make the basis
+    width), the widths h, fixed signs σ (:mod:`~genlora_lightning.signs`; 1 without a sign table) and a constant γ,
+    the weights' gain. The idea (a latent vector per low-rank matrix, radial basis functions that make the basis
     vectors) is GenLoRA's (arXiv 2602.05709); the anchoring at zero, the groups' own weights, more than one latent and
     the initialisation are this library's reading of it.
 
     Initial values: centres of random sign, |c| spread over [0.5, 2] (where the functions have slope *and* curvature at
     zero); random weights, scaled for each group and latent so that the R slopes
     :math:`\partial M_{rj}/\partial z_{jq}` at zero have the root mean square 1 (exactly for K = 1, in expectation for
-    more); latents uniform in ±1/√n, like the rows of LoRA's A. With ``zero_start`` the matrix is zero.
+    more), or with signs weights that make each slope ±1, because the signs are random enough; latents uniform in ±1/√n,
+    like the rows of LoRA's A. With ``zero_start`` the matrix is zero.
 
     Args:
         num_entries: Length n of a basis vector.
@@ -43,6 +46,9 @@ class RBFGenerator(nn.Module):
         kernel: Name of the radial basis function.
         learn_centers: Whether the centres are trainable.
         learn_widths: Whether the widths are trainable.
+        sign_table: Number of the table of fixed signs; ``None`` for no signs.
+        weight_gain: γ. An optimizer that gives all parameters steps of one size, as Adam does, moves the weights γ
+            times as fast.
         zero_start: ``None``: start at random; ``"zero_latent"`` or ``"zero_weight"``: start with this part at zero, so
             that the matrix is zero, exactly.
         device: Where the parameters are made.
@@ -68,6 +74,8 @@ class RBFGenerator(nn.Module):
         kernel: Kernel = "gaussian",
         learn_centers: bool = True,
         learn_widths: bool = True,
+        sign_table: int | None = None,
+        weight_gain: float = 1.0,
         zero_start: Init | None = None,
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
@@ -85,6 +93,8 @@ class RBFGenerator(nn.Module):
         self.num_centers = num_centers
         self.width = width
         self.kernel: Kernel = kernel
+        self.sign_table = sign_table
+        self.weight_gain = weight_gain
         self.zero_start = zero_start
         # Counted up whenever the parameters change, so that whoever keeps a matrix knows that it is out of date.
         self.changes = 0
@@ -112,10 +122,14 @@ class RBFGenerator(nn.Module):
         self.log_widths.fill_(math.log(self.width))
         bound = 1 / math.sqrt(self.num_entries)
         self.latent.uniform_(-bound, bound, generator=generator)
-        self.weight.normal_(generator=generator)
-        slopes = self.weight * slope_at_zero(self.centers, self.kernel) / self.width  # (G, R, Q, K)
-        # Of a basis function's K slopes the squares are summed, not the slopes: their sum may happen to be nearly zero.
-        self.weight.div_(slopes.square().sum(3, keepdim=True).mean(1, keepdim=True).sqrt())
+        slopes = self.weight_gain * slope_at_zero(self.centers, self.kernel) / self.width  # (R, Q, K), per unit weight
+        if self.sign_table is None:
+            self.weight.normal_(generator=generator)
+            # Of a basis function's K slopes the squares are summed, not the slopes: their sum may be nearly zero.
+            squares = (self.weight * slopes).square().sum(3, keepdim=True).mean(1, keepdim=True)  # (G, 1, Q, 1)
+            self.weight.div_(squares.sqrt())
+        else:
+            self.weight.copy_(1 / (slopes * self.num_centers))
         if self.zero_start == "zero_latent":
             self.latent.zero_()
         elif self.zero_start == "zero_weight":
@@ -124,6 +138,12 @@ class RBFGenerator(nn.Module):
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The parameters in the order in which the functions of :mod:`~genlora_lightning.basis` take them."""
         return self.latent, self.weight, self.centers, self.log_widths
+
+    def signs(self) -> Tensor | None:
+        """The fixed signs ``(R, Q, n)``, if there are any."""
+        if self.sign_table is None:
+            return None
+        return entry_signs(self.sign_table, self.rank, self.num_latents, self.num_entries, self.latent.device)
 
     @property
     def is_whole(self) -> bool:
@@ -147,11 +167,12 @@ class RBFGenerator(nn.Module):
         """
         # No matrix product in it, and therefore nothing that autocast would turn into bfloat16. A compiler makes a
         # better backward than ours out of the formula.
+        scale *= self.weight_gain
         if plain or torch.compiler.is_compiling() or not is_ordinary(self.latent):
-            matrix = generate(*self.parts(), self.kernel)
+            matrix = generate(*self.parts(), self.kernel, self.signs())
             matrix = matrix if scale == 1.0 else scale * matrix
             return matrix if dtype is None else matrix.to(dtype)
-        return generate_matrices([self.parts()], self.kernel, scale=scale, dtype=dtype)[0]
+        return generate_matrices([self.parts()], self.kernel, scale=scale, signs=self.signs(), dtype=dtype)[0]
 
     @override
     def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
@@ -174,5 +195,6 @@ class RBFGenerator(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"num_entries={self.num_entries}, rank={self.rank}, num_latents={self.num_latents}, "
-            f"num_groups={self.num_groups}, num_centers={self.num_centers}, kernel={self.kernel!r}"
+            f"num_groups={self.num_groups}, num_centers={self.num_centers}, kernel={self.kernel!r}, "
+            f"sign_table={self.sign_table}"
         )

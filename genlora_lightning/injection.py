@@ -108,12 +108,16 @@ def inject_adapters(
     for name, module in targets.items():
         shape = linear_shape(module)
         assert shape is not None
-        if config.num_groups > min(shape):
-            raise ValueError(
-                f"`num_groups` is {config.num_groups}, but {name} has only {shape[0]} inputs and {shape[1]} outputs to "
-                f"divide into groups. Lower `num_groups` to {min(shape)} or add {name.rsplit('.', 1)[-1]!r} to "
-                "`exclude_modules`."
-            )
+        last = name.rsplit(".", 1)[-1]
+        for field, groups, entries, what in (
+            ("num_groups_a", config.num_groups_a, shape[0], "inputs"),
+            ("num_groups_b", config.num_groups_b, shape[1], "outputs"),
+        ):
+            if groups > entries:
+                raise ValueError(
+                    f"`{field}` is {groups}, but {name} has only {entries} {what} to divide into groups. Lower "
+                    f"`{field}` to {entries} or add {last!r} to `exclude_modules`."
+                )
 
     model.requires_grad_(False)
     replacements = {id(module): GenLoRALinear(module, config, generator) for module in targets.values()}

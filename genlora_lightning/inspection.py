@@ -14,14 +14,12 @@ from torch import Tensor
 from genlora_lightning.adapter_io import adapter_bytes
 from genlora_lightning.analysis import effective_rank
 from genlora_lightning.base_identity import describe_base
-from genlora_lightning.basis import generate
 from genlora_lightning.checkpoint import describe
-from genlora_lightning.config import GenLoRAConfig, Kernel
+from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.layers import GenLoRALinear
 from genlora_lightning.loading import read_checkpoint
-from genlora_lightning.manifest import StoredAdapter, read_adapter
+from genlora_lightning.manifest import read_adapter, stored_layer
 from genlora_lightning.tables import text_table
-
-_PARTS = ("latent", "weight", "centers", "log_widths")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,16 +175,11 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
         versions=stored.versions,
         created=stored.created,
         num_bytes=adapter_bytes(Path(stored.folder)),
-        layers=tuple(_describe_layer(stored, name) for name in stored.layers),
+        layers=tuple(_describe_layer(name, stored.layer(name)) for name in stored.layers),
         trained_modules={
             name: sum(stored.tensors[own].numel() for own in names) for name, names in stored.trained_modules.items()
         },
     )
-
-
-def _generated(parts: list[Tensor], kernel: Kernel) -> Tensor:
-    latent, weight, centers, log_widths = parts
-    return generate(latent, weight, centers, log_widths, kernel)
 
 
 @torch.no_grad()
@@ -198,21 +191,14 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     ending = ".generator_A.latent"
     layers = []
     for name in [name.removesuffix(ending) for name in tensors if name.endswith(ending)]:
-        own = {side: [f"{name}.generator_{side}.{part}" for part in _PARTS] for side in "AB"}
         try:
-            A, B = (_generated([tensors[part] for part in own[side]], config.kernel) for side in "AB")
-        except (KeyError, RuntimeError) as error:
+            shape = (tensors[f"{name}.generator_B.latent"].shape[0], tensors[f"{name}{ending}"].shape[0])
+            layer = stored_layer(name, shape, config, tensors)
+        except (KeyError, RuntimeError, ValueError) as error:
             raise ValueError(f"The tensors of {name} in {path} are incomplete or do not fit together.") from error
-        layers.append(
-            LayerDescription(
-                module=name,
-                out_features=B.shape[1],
-                in_features=A.shape[1],
-                rank=config.rank,
-                effective_rank=effective_rank(A, B.T),
-                parameters=sum(tensors.pop(part).numel() for side in "AB" for part in own[side]),
-            )
-        )
+        layers.append(_describe_layer(name, layer))
+        for own in layer.adapter_parameters():
+            del tensors[f"{name}.{own}"]
     return AdapterDescription(
         folder=str(path),
         base=described.get("base_model") or "an unnamed base",
@@ -226,8 +212,7 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     )
 
 
-def _describe_layer(stored: StoredAdapter, name: str) -> LayerDescription:
-    layer = stored.layer(name)
+def _describe_layer(name: str, layer: GenLoRALinear) -> LayerDescription:
     return LayerDescription(
         module=name,
         out_features=layer.out_features,

@@ -66,24 +66,26 @@ class GenLoRALinear(nn.Module):
         weight = base_layer.weight
         assert isinstance(weight, Tensor)
 
-        def make(num_entries: int, num_latents: int, zero_start: bool) -> RBFGenerator:
+        def make(num_entries: int, num_latents: int, num_groups: int, table: int, zero_start: bool) -> RBFGenerator:
             return RBFGenerator(
                 num_entries,
                 rank=config.rank,
                 num_latents=num_latents,
-                num_groups=config.num_groups,
+                num_groups=num_groups,
                 num_centers=config.num_centers,
                 width=config.width,
                 kernel=config.kernel,
                 learn_centers=config.learn_centers,
                 learn_widths=config.learn_widths,
+                sign_table=table if config.entry_signs else None,
+                weight_gain=config.gain,
                 zero_start=config.init if zero_start else None,
                 device=weight.device,
                 generator=generator,
             )
 
-        self.generator_A = make(self.in_features, config.num_latents_a, zero_start=False)
-        self.generator_B = make(self.out_features, config.num_latents_b, zero_start=True)
+        self.generator_A = make(self.in_features, config.num_latents_a, config.num_groups_a, 0, zero_start=False)
+        self.generator_B = make(self.out_features, config.num_latents_b, config.num_groups_b, 1, zero_start=True)
         self.set_dropout(config)
         self.enabled = True
         # Whether functions with backwards of their own compute it; else plain autograd, which they are compared with.

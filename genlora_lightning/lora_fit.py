@@ -31,9 +31,9 @@ class GeneratorFit:
         self.scaling = config.scaling_factor
         self.A, self.B = A, B  # (L, r, I), (L, O, r)
         self.squared_norm = ((A @ A.mT).double() * (B.mT @ B).double()).sum((1, 2))
-        z_a, z_b, coefficients = _block_vectors(A, B, config.num_groups)
+        z_a, z_b, coefficients = _block_vectors(A, B, config.num_groups_a, config.num_groups_b)
         left, s, right = torch.linalg.svd(coefficients)
-        k = min(config.num_groups, config.rank)
+        k = min(s.shape[1], config.rank)
         # s·U_B·U_Aᵀ are the blocks' coefficients. A common rotation spreads them over all R basis functions; one that
         # were zero in both A and B would have no gradient.
         rotation = torch.linalg.qr(torch.randn(A.shape[0], config.rank, k, generator=random))[0].mT.to(A.device)
@@ -48,18 +48,19 @@ class GeneratorFit:
     def _restart_where_zero(self, random: torch.Generator) -> None:
         """Where the LoRA's update is zero, start as an adapter does: B zero, and nothing else."""
         for i in (self.squared_norm == 0).nonzero().flatten().tolist():
-            for group, entries, num_latents, start in (
-                (self.of_a, self.A.shape[2], self.config.num_latents_a, None),
-                (self.of_b, self.B.shape[1], self.config.num_latents_b, self.config.init),
+            config = self.config
+            for group, entries, num_latents, num_groups, start in (
+                (self.of_a, self.A.shape[2], config.num_latents_a, config.num_groups_a, None),
+                (self.of_b, self.B.shape[1], config.num_latents_b, config.num_groups_b, config.init),
             ):
                 fresh = RBFGenerator(
                     entries,
-                    rank=self.config.rank,
+                    rank=config.rank,
                     num_latents=num_latents,
-                    num_groups=self.config.num_groups,
-                    num_centers=self.config.num_centers,
-                    width=self.config.width,
-                    kernel=self.config.kernel,
+                    num_groups=num_groups,
+                    num_centers=config.num_centers,
+                    width=config.width,
+                    kernel=config.kernel,
                     zero_start=start,
                     generator=random,
                 )
@@ -78,7 +79,7 @@ class GeneratorFit:
         """Generated A ``(L, R, I)`` and B ``(L, O, R)``, the generators' scaling multiplied into B."""
 
         def make(latent: Tensor, weight: Tensor, centers: Tensor, log_widths: Tensor) -> Tensor:
-            return generate(latent, weight, centers, log_widths, self.config.kernel)
+            return self.config.gain * generate(latent, weight, centers, log_widths, self.config.kernel)
 
         batched: Callable[..., Tensor] = torch.vmap(make)
         A = batched(*(self.of_a[name].to(dtype) for name in _NAMES))
@@ -127,7 +128,8 @@ class GeneratorFit:
         for group in (self.of_a, self.of_b):
             for name in self._trained_names():
                 # A step is a share of the latents' size, which differs between layers by less than a factor of ten.
-                size = float(group[name].square().mean().sqrt()) if name == "latent" else 1.0
+                sizes = {"latent": float(group["latent"].square().mean().sqrt()), "weight": 1 / self.config.gain}
+                size = sizes.get(name, 1.0)
                 groups.append({"params": [group[name].requires_grad_()], "lr": _LEARNING_RATE * size})
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
         schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -175,7 +177,7 @@ def _unit_in_groups(z: Tensor, num_groups: int) -> Tensor:
     return z / norms[:, _groups(z.shape[1], num_groups, z.device)]
 
 
-def _block_vectors(A: Tensor, B: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
+def _block_vectors(A: Tensor, B: Tensor, groups_a: int, groups_b: int) -> tuple[Tensor, Tensor, Tensor]:
     """Approximate each block of ``B @ A`` (group of outputs × group of inputs) by ``c · z_B z_Aᵀ``.
 
     This is what the generators can do where their functions are straight: one vector per group of inputs, one per group
@@ -185,15 +187,16 @@ def _block_vectors(A: Tensor, B: Tensor, num_groups: int) -> tuple[Tensor, Tenso
     Args:
         A: ``(L, r, I)``.
         B: ``(L, O, r)``.
-        num_groups: G.
+        groups_a: G_A.
+        groups_b: G_B.
 
     Returns:
-        z_A ``(L, I)`` and z_B ``(L, O)``, of norm 1 in each group, and c ``(L, G, G)``, outputs first.
+        z_A ``(L, I)`` and z_B ``(L, O)``, of norm 1 in each group, and c ``(L, G_B, G_A)``.
     """
-    group_a = _groups(A.shape[2], num_groups, A.device)
-    group_b = _groups(B.shape[1], num_groups, A.device)
+    group_a = _groups(A.shape[2], groups_a, A.device)
+    group_b = _groups(B.shape[1], groups_b, A.device)
 
-    def strip_vectors(own: Tensor, other_gram: Tensor, group: Tensor) -> Tensor:
+    def strip_vectors(own: Tensor, other_gram: Tensor, group: Tensor, num_groups: int) -> Tensor:
         # own (L, r, n); the strip of group g is other @ own[:, :, g].
         z = _unit_in_groups(
             (own * torch.linalg.eigh(other_gram @ (own @ own.mT) @ other_gram)[1][:, :, -1:]).sum(1), num_groups
@@ -203,19 +206,19 @@ def _block_vectors(A: Tensor, B: Tensor, num_groups: int) -> tuple[Tensor, Tenso
             z = _unit_in_groups((own * v[:, :, group]).sum(1), num_groups)
         return z
 
-    def project(own: Tensor, z: Tensor) -> Tensor:
+    def project(own: Tensor, z: Tensor, num_groups: int) -> Tensor:
         return _sum_groups(own * z.unsqueeze(1), num_groups)  # (L, r, G)
 
-    z_a = strip_vectors(A, B.mT @ B, group_a)
-    z_b = strip_vectors(B.mT, A @ A.mT, group_b)
+    z_a = strip_vectors(A, B.mT @ B, group_a, groups_a)
+    z_b = strip_vectors(B.mT, A @ A.mT, group_b, groups_b)
     for _ in range(_POWER_STEPS):
-        p, q = project(A, z_a), project(B.mT, z_b)
-        c = q.mT @ p  # (L, G, G)
-        z_a = _unit_in_groups(((q @ c)[:, :, group_a] * A).sum(1), num_groups)
-        p = project(A, z_a)
+        p, q = project(A, z_a, groups_a), project(B.mT, z_b, groups_b)
+        c = q.mT @ p  # (L, G_B, G_A)
+        z_a = _unit_in_groups(((q @ c)[:, :, group_a] * A).sum(1), groups_a)
+        p = project(A, z_a, groups_a)
         c = q.mT @ p
-        z_b = _unit_in_groups(((p @ c.mT)[:, :, group_b] * B.mT).sum(1), num_groups)
-    return z_a, z_b, project(B.mT, z_b).mT @ project(A, z_a)
+        z_b = _unit_in_groups(((p @ c.mT)[:, :, group_b] * B.mT).sum(1), groups_b)
+    return z_a, z_b, project(B.mT, z_b, groups_b).mT @ project(A, z_a, groups_a)
 
 
 def _initial(
@@ -242,9 +245,10 @@ def _initial(
     further = torch.randn(num, num_latents - 1, *slopes.shape[1:], generator=random).to(z.device)
     unit = torch.cat([(slopes / size.unsqueeze(2)).unsqueeze(1), further], 1)  # (L, Q, G, R)
     latent = z.new_zeros(num, entries, num_latents)
-    latent[:, :, 0] = z * size[:, _groups(entries, config.num_groups, z.device)]
+    latent[:, :, 0] = z * size[:, _groups(entries, slopes.shape[1], z.device)]
     own = slope_at_zero(centers, config.kernel) / config.width  # (L, R, Q, K)
     weight = unit.permute(0, 2, 3, 1).unsqueeze(4) * (own / own.square().sum(3, keepdim=True)).unsqueeze(1)
+    weight /= config.gain
     return {
         "latent": latent,
         "weight": weight,

@@ -153,7 +153,7 @@ def compress_lora(
         folder: The LoRA adapter's folder. Scalings (``lora_alpha``, rank-stabilised, per-module patterns) are heeded;
             modules that it saves in full are kept as they are.
         config: The generators. ``target_modules``, ``exclude_modules`` and ``modules_to_train`` are replaced by what
-            the LoRA has.
+            the LoRA has. ``entry_signs`` must be false.
         steps: Optimizer steps after the initial guess from the singular vectors; 0 for the guess alone.
         seed: Of the random parts of the initial guess.
         device: Where to compute.
@@ -165,8 +165,13 @@ def compress_lora(
     Raises:
         FileNotFoundError: There is no such adapter.
         ValueError: It is damaged, no LoRA, or a kind of LoRA that is more than ``ΔW = s·B·A`` (DoRA, trained biases,
-            adapted embeddings or convolutions); or ``config`` has more groups than a linear has features.
+            adapted embeddings or convolutions); or ``config`` has more groups than a linear has features, or signs.
     """
+    if config.entry_signs:
+        raise ValueError(
+            "`entry_signs` is true, but with a random sign for every entry generators cannot be fitted to given "
+            "matrices. Set `entry_signs=False`, with groups for A and B alike."
+        )
     if steps < 0:
         raise ValueError(f"`steps` must be at least 0, got {steps}.")
     files = read_lora(folder)
@@ -175,11 +180,12 @@ def compress_lora(
     )
     by_shape: dict[tuple[torch.Size, torch.Size], list[str]] = {}
     for name, (A, B) in files.layers.items():
-        if config.num_groups > min(A.shape[1], B.shape[0]):
-            raise ValueError(
-                f"`num_groups` is {config.num_groups}, but {name} has only {A.shape[1]} inputs and {B.shape[0]} "
-                "outputs to divide into groups."
-            )
+        for option, groups, entries, what in (
+            ("num_groups_a", config.num_groups_a, A.shape[1], "inputs"),
+            ("num_groups_b", config.num_groups_b, B.shape[0], "outputs"),
+        ):
+            if groups > entries:
+                raise ValueError(f"`{option}` is {groups}, but {name} has only {entries} {what} to divide into groups.")
         by_shape.setdefault((A.shape, B.shape), []).append(name)
     random = torch.Generator().manual_seed(seed)
     state: dict[str, Tensor] = {}

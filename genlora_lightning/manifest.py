@@ -67,10 +67,22 @@ class StoredAdapter:
 
     def layer(self, name: str) -> GenLoRALinear:
         """The adapter of one linear, on a base layer without memory."""
-        layer = empty_layer(self.layers[name], self.config)
-        state = {own: self.tensors[f"{name}.{own}"] for own in layer.adapter_parameters()}
-        layer.load_state_dict(state, strict=False, assign=True)
-        return layer
+        return stored_layer(name, self.layers[name], self.config, self.tensors)
+
+
+def stored_layer(
+    name: str, shape: tuple[int, int], config: GenLoRAConfig, tensors: Mapping[str, Tensor]
+) -> GenLoRALinear:
+    """The adapter of a linear of a shape ``(out, in)`` out of stored tensors, on a base layer without memory.
+
+    Raises:
+        KeyError: A tensor is missing.
+        RuntimeError: One has another shape.
+    """
+    layer = empty_layer(shape, config)
+    state = {own: tensors[f"{name}.{own}"] for own in layer.adapter_parameters()}
+    layer.load_state_dict(state, strict=False, assign=True)
+    return layer
 
 
 def empty_layer(shape: tuple[int, int], config: GenLoRAConfig) -> GenLoRALinear:

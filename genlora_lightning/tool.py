@@ -203,7 +203,15 @@ def _compress_lora(options: argparse.Namespace) -> None:
     from genlora_lightning.lora_files import read_lora
     from genlora_lightning.lora_import import compress_lora
 
-    config = GenLoRAConfig(rank=options.rank, num_groups=options.num_groups, num_centers=options.num_centers)
+    config = GenLoRAConfig(
+        rank=options.rank,
+        num_groups_a=options.num_groups,
+        num_groups_b=options.num_groups,
+        num_centers=options.num_centers,
+        entry_signs=False,
+        learn_centers=True,
+        learn_widths=True,
+    )
     model = _load_base(options, set(read_lora(options.lora).saved))  # a wrong base is found before the work is done
     steps = {} if options.steps is None else {"steps": options.steps}
     compressed = compress_lora(options.lora, config, seed=options.seed, **steps)

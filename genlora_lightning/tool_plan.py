@@ -24,7 +24,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         default = getattr(_DEFAULTS, f"num_latents_{side}")
         text = f"latents of {side.upper()} (default: %(default)s)"
         parser.add_argument(f"--num-latents-{side}", type=int, default=default, help=text)
-    parser.add_argument("--num-groups", type=int, default=_DEFAULTS.num_groups, help="groups (default: %(default)s)")
+    for side in "ab":
+        default = getattr(_DEFAULTS, f"num_groups_{side}")
+        text = f"groups of {side.upper()} (default: %(default)s)"
+        parser.add_argument(f"--num-groups-{side}", type=int, default=default, help=text)
     parser.add_argument("--num-centers", type=int, default=_DEFAULTS.num_centers, help="centres (default: %(default)s)")
     parser.add_argument("--strategy", choices=["single", "ddp", "fsdp1", "fsdp2"], help="default: single, or fsdp2")
     parser.add_argument(

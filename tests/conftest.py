@@ -25,8 +25,20 @@ def _seed() -> None:
 
 
 def small_config(**changes: object) -> GenLoRAConfig:
-    """A configuration for models of a few dozen features."""
-    return GenLoRAConfig(**{"rank": 4, "num_groups": 2, **changes})  # type: ignore[arg-type]
+    """A configuration for models of a few dozen features, in which all that can be trained is.
+
+    ``num_groups`` is short for that of A and B alike.
+    """
+    groups = changes.pop("num_groups", 2)
+    fields = {
+        "rank": 4,
+        "num_groups_a": groups,
+        "num_groups_b": groups,
+        "weight_gain": 1.5,  # that of the defaults is made for Adam
+        "learn_centers": True,
+        "learn_widths": True,
+    }
+    return GenLoRAConfig(**{**fields, **changes})  # type: ignore[arg-type]
 
 
 def perturb(model: nn.Module, scale: float = 0.3) -> None:

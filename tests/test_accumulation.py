@@ -323,7 +323,7 @@ def test_layers_for_which_nothing_is_generated_beforehand_work_as_without(way):
 
 
 def test_fixed_centers_and_hooks_on_parameters_are_respected():
-    model = adapted(config=GenLoRAConfig(rank=4, num_groups=2, learn_centers=False))
+    model = adapted(config=GenLoRAConfig(rank=4, num_groups_b=2, learn_widths=True))
     seen = []
     parameters = {name: p for name, p in adapter_parameters(model).items() if p.requires_grad}
     for name, parameter in parameters.items():

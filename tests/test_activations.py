@@ -89,13 +89,16 @@ def test_counting_changes_nothing_in_the_model():
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert])
 def test_factors_are_the_matrices_of_all_layers_whether_activations_are_checkpointed_or_not(make, checkpointing):
     # A forward generates for all of its layers at its beginning, and what it generates lives until its gradient is
-    # there: gradient checkpointing does not make it less. Nothing else of the generators lives with it.
+    # there: gradient checkpointing does not make it less. Nothing else of the generators lives with it, but one table
+    # of signs for each side and number of entries, a byte each.
     model = adapted(make)
     if checkpointing:
         enable_gradient_checkpointing(model)
     step = count_step(model, 4, 32, autocast=False, num_labels=3 if make is tiny_bert else None)
     generators = [module for module in model.modules() if isinstance(module, RBFGenerator)]
-    assert step.factors == 4 * sum(generator.rank * generator.num_entries for generator in generators)
+    tables = {(g.sign_table, g.num_entries): g.rank * g.num_entries for g in generators}
+    matrices = 4 * sum(generator.rank * generator.num_entries for generator in generators)
+    assert step.factors == matrices + sum(tables.values())
 
 
 def test_factors_grow_with_the_rank_and_other_activations_hardly():

@@ -224,7 +224,7 @@ DAMAGED = [
         DamagedFileError,
         r"disagrees with the tensors: .*is \(2, 4, 1, 1\), not \(2, 5, 1, 1",
     ),
-    (lambda f: edit_config(f, num_groups=99), DamagedFileError, r"disagrees with the tensors: .*`num_groups` is 99"),
+    (lambda f: edit_config(f, num_groups_a=99), DamagedFileError, r"disagrees with the tensors: .*`num_groups` is 99"),
     (lambda f: edit_config(f, target_modules=["q_proj"]), DamagedFileError, r"is not the one that was written with"),
 ]
 

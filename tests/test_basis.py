@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from genlora_lightning.basis import anchored_rbf, generate, generate_matrices, pass_gradients_on, slope_at_zero, slopes
+from genlora_lightning.basis import anchored_rbf, generate, generate_matrices, pass_gradients_on, slope_at_zero
 
 KERNELS = ["gaussian", "inverse_multiquadric", "inverse_quadratic"]
 # entries, rank, latents, groups, centres: with groups of one size and not
@@ -19,7 +19,7 @@ def phi(u: float, kernel: str) -> float:
     return (1 + u**2) ** (-0.5 if kernel == "inverse_multiquadric" else -1.0)
 
 
-def oracle(latent, weight, centers, log_widths, kernel):
+def oracle(latent, weight, centers, log_widths, kernel, signs):
     """The formula, entry by entry, in Python's float64."""
     groups, rank, num_latents, num_centers = weight.shape
     n = latent.shape[0]
@@ -29,9 +29,10 @@ def oracle(latent, weight, centers, log_widths, kernel):
         for j in range(n):
             total = 0.0
             for q, k in itertools.product(range(num_latents), range(num_centers)):
+                sign = 1 if signs is None else int(signs[r, q, j])
                 c, h = float(centers[r, q, k]), math.exp(float(log_widths[r, q, k]))
                 psi = phi(float(latent[j, q]) / h - c, kernel) - phi(-c, kernel)
-                total += float(weight[j * groups // n, r, q, k]) * psi
+                total += sign * float(weight[j * groups // n, r, q, k]) * psi
             row.append(total)
         rows.append(row)
     return torch.tensor(rows, dtype=torch.float64)
@@ -46,13 +47,19 @@ def random_inputs(n, rank, latents, groups, centers, dtype=torch.float64):
     )
 
 
+def random_signs(rank, latents, n):
+    return torch.randint(0, 2, (rank, latents, n), dtype=torch.int8) * 2 - 1
+
+
+@pytest.mark.parametrize("signed", [True, False])
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("n", "rank", "latents", "groups", "centers"), SIZES)
-def test_generated_matrix_equals_float64_loop_over_the_formula(kernel, n, rank, latents, groups, centers):
+def test_generated_matrix_equals_float64_loop_over_the_formula(kernel, n, rank, latents, groups, centers, signed):
     inputs = random_inputs(n, rank, latents, groups, centers)
-    expected = oracle(*inputs, kernel)
-    torch.testing.assert_close(generate(*inputs, kernel), expected, rtol=1e-12, atol=1e-14)
-    in_float32 = generate(*(t.float() for t in inputs), kernel)
+    signs = random_signs(rank, latents, n) if signed else None
+    expected = oracle(*inputs, kernel, signs)
+    torch.testing.assert_close(generate(*inputs, kernel, signs), expected, rtol=1e-12, atol=1e-14)
+    in_float32 = generate(*(t.float() for t in inputs), kernel, signs)
     torch.testing.assert_close(in_float32.double(), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -124,8 +131,9 @@ def leaves(num, *sizes, dtype=torch.float64):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_many_matrices_and_their_gradients_equal_those_of_the_formula(kernel, sizes):
     several = leaves(3, *sizes)
-    matrices = generate_matrices(several, kernel, scale=1.7)
-    expected = [1.7 * generate(*one, kernel) for one in several]
+    signs = random_signs(sizes[1], sizes[2], sizes[0])
+    matrices = generate_matrices(several, kernel, scale=1.7, signs=signs)
+    expected = [1.7 * generate(*one, kernel, signs) for one in several]
     weights = [torch.randn_like(matrix) for matrix in matrices]
     flat = [t for one in several for t in one]
     for matrix, one in zip(matrices, expected, strict=True):
@@ -140,7 +148,8 @@ def test_many_matrices_and_their_gradients_equal_those_of_the_formula(kernel, si
 @pytest.mark.parametrize("sizes", SIZES)
 def test_own_backward_passes_gradcheck(kernel, sizes):
     first, second = leaves(2, *sizes)
-    function = lambda *t: generate_matrices([t[:4], t[4:]], kernel, scale=0.6)  # noqa: E731
+    signs = random_signs(sizes[1], sizes[2], sizes[0])
+    function = lambda *t: generate_matrices([t[:4], t[4:]], kernel, scale=0.6, signs=signs)  # noqa: E731
     assert torch.autograd.gradcheck(function, (*first, *second))
 
 
@@ -151,17 +160,23 @@ def test_own_backward_at_a_zero_latent_passes_gradcheck(kernel):
     assert torch.autograd.gradcheck(lambda *t: generate_matrices([t], kernel), inputs)
 
 
+def of_one_entry(t, center, kernel):
+    """Gradients of a basis function by its latent and its centre, of the own backward."""
+    latent, weight, centers, log_widths = (
+        value.to(t.dtype).requires_grad_() for value in (t.view(1, 1), torch.ones(1, 1, 1, 1), center, torch.zeros(1))
+    )
+    shaped = latent, weight, centers.view(1, 1, 1), log_widths.view(1, 1, 1)
+    return torch.autograd.grad(generate_matrices([shaped], kernel)[0].sum(), (latent, centers))
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_slopes_are_accurate_near_zero_and_bounded_far_out(kernel):
-    t = torch.tensor([1e-7, -1e-5, 1e-3])
-    centers = torch.tensor([0.7, -1.3, 2.0])
-    exact = slopes(t.double(), centers.double(), anchored_rbf(t.double(), centers.double(), kernel), kernel)
-    for one, other in zip(slopes(t, centers, anchored_rbf(t, centers, kernel), kernel), exact, strict=True):
-        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=0)
-    far = torch.tensor([0.0, 1.0, -5.0, 1e3, -1e6, 1e18])
-    for center in (0.0, 0.5, -3.0, 14.0, 1e4):
-        center = torch.tensor(center)
-        by_t, by_center = slopes(far, center, anchored_rbf(far, center, kernel), kernel)
+    for t, center in itertools.product((1e-7, -1e-5, 1e-3), (0.7, -1.3, 2.0)):
+        exact = of_one_entry(torch.tensor(t).double(), torch.tensor(center).double(), kernel)
+        for one, other in zip(of_one_entry(torch.tensor(t), torch.tensor(center), kernel), exact, strict=True):
+            torch.testing.assert_close(one.double(), other, rtol=2e-5, atol=0, check_dtype=False)
+    for t, center in itertools.product((0.0, 1.0, -5.0, 1e3, -1e6, 1e18), (0.0, 0.5, -3.0, 14.0, 1e4)):
+        by_t, by_center = of_one_entry(torch.tensor(t), torch.tensor(center), kernel)
         assert by_t.abs().max() <= 1
         assert by_center.abs().max() <= 1.5
 
@@ -182,10 +197,11 @@ def test_gradients_that_are_passed_on_equal_those_of_the_backward_and_are_added(
     several = leaves(3, *sizes)
     flat = [t for one in several for t in one]
     gradients = [torch.randn(sizes[1], sizes[0], dtype=torch.float64) for _ in several]
-    expected = torch.autograd.grad(generate_matrices(several, "gaussian", scale=1.7), flat, gradients)
+    signs = random_signs(sizes[1], sizes[2], sizes[0])
+    expected = torch.autograd.grad(generate_matrices(several, "gaussian", scale=1.7, signs=signs), flat, gradients)
     for times in (1, 2):
         with torch.no_grad():
-            pass_gradients_on(several, gradients, "gaussian", scale=1.7)
+            pass_gradients_on(several, gradients, "gaussian", scale=1.7, signs=signs)
         for parameter, one in zip(flat, expected, strict=True):
             torch.testing.assert_close(parameter.grad, times * one, rtol=1e-13, atol=0)
 

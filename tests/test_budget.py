@@ -33,20 +33,20 @@ def test_every_step_of_the_ladder_is_larger_than_the_one_before_and_fits_the_lin
     steps = list(ladder(GenLoRAConfig(), shapes, wanted))
     sizes = [count(config, shapes) for config in steps]
     assert sizes == sorted(set(sizes))
-    assert all(config.num_groups <= 6 for config in steps)
+    assert all(config.num_groups_a == 1 and config.num_groups_b <= 7 for config in steps)
 
 
 def test_latents_come_as_soon_as_they_fit_and_b_gets_them_first():
     unit = sum(i + o for i, o in SMOLLM2)
-    found = [fit_budget(GenLoRAConfig(), SMOLLM2, rank * unit).config for rank in (1, 2, 3, 4)]
-    assert [(c.num_latents_a, c.num_latents_b) for c in found] == [(1, 1), (1, 2), (1, 2), (2, 4)]
-    assert [config.rank == 16 for config in found] == [False, True, True, True]
+    found = [fit_budget(GenLoRAConfig(), SMOLLM2, rank * unit).config for rank in (1, 1.5, 2, 2.5, 3)]  # LoRA ranks
+    assert [(c.num_latents_a, c.num_latents_b) for c in found] == [(1, 1), (1, 1), (1, 2), (2, 2), (2, 3)]
+    assert [config.rank >= 64 for config in found] == [False, True, True, True, True]
 
 
 def test_what_is_not_searched_is_kept():
-    config = GenLoRAConfig(kernel="inverse_quadratic", learn_widths=False, alpha=3.0)
+    config = GenLoRAConfig(kernel="inverse_quadratic", learn_widths=True, alpha=3.0)
     found = fit_budget(config, SMOLLM2, 600_000).config
-    assert (found.kernel, found.learn_widths, found.alpha) == ("inverse_quadratic", False, 3.0)
+    assert (found.kernel, found.learn_widths, found.alpha) == ("inverse_quadratic", True, 3.0)
 
 
 def test_model_with_the_configuration_found_has_the_parameters_said():
@@ -55,11 +55,11 @@ def test_model_with_the_configuration_found_has_the_parameters_said():
     found = fit_budget(GenLoRAConfig(), shapes, 1000)
     inject_adapters(model, found.config)
     assert [(layer.in_features, layer.out_features) for layer in adapter_layers(model).values()] == shapes
-    assert sum(p.numel() for p in adapter_parameters(model).values()) == found.parameters
+    assert sum(p.numel() for p in adapter_parameters(model).values() if p.requires_grad) == found.parameters
 
 
 def test_budget_below_the_smallest_adapter_is_an_error():
-    with pytest.raises(ValueError, match=r"smallest adapter on these 2 linears has 52 parameters .*more than 30\. Ad"):
+    with pytest.raises(ValueError, match=r"smallest adapter on these 2 linears has 44 parameters .*more than 30\. Ad"):
         fit_budget(GenLoRAConfig(), [(10, 10), (10, 10)], 30)
     with pytest.raises(ValueError, match="no linears"):
         fit_budget(GenLoRAConfig(), [], 30)

@@ -76,7 +76,7 @@ def config(models: Path, tmp_path: Path) -> Path:
     data = str(tmp_path / "data.jsonl")
     return write_config(
         tmp_path / "run.yaml",
-        adapter={"rank": 4, "num_groups": 2},
+        adapter={"rank": 4, "num_groups_a": 2, "num_groups_b": 2},
         model={
             "class_path": "CausalLMModule",
             "init_args": {
@@ -285,7 +285,7 @@ def test_classification_takes_tokenizer_and_label_names_of_the_model(models: Pat
 def test_later_configs_and_flags_win(config: Path, tmp_path: Path) -> None:
     overlay = write_config(tmp_path / "overlay.yaml", adapter={"rank": 6}, trainer={"max_steps": 1})
     adapter_dir = tmp_path / "my adapter"
-    flags = ["--adapter.num_groups", "3", "--model.optimizer.lr", "0.02", "--seed_everything", "7"]
+    flags = ["--adapter.num_groups_a", "3", "--model.optimizer.lr", "0.02", "--seed_everything", "7"]
     files = ["--config", str(config), "--config", str(overlay)]
     cli = main(["fit", *files, *flags, "--adapter_dir", str(adapter_dir)])
     adapter = next(m for m in cli.model.modules() if isinstance(m, GenLoRALinear))
@@ -307,7 +307,7 @@ def test_own_tokenizer_wins_and_is_saved(config: Path, models: Path, tmp_path: P
 def test_adapter_section_adapts_a_module_that_knows_nothing_of_adapters(tmp_path: Path) -> None:
     trainer = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "1", "--trainer.default_root_dir", str(tmp_path)]
     plain = ["fit", "--model", "tests.plain.PlainMLP", "--data", f"{__name__}.MLPData", *trainer]
-    cli = main([*plain, "--adapter.rank", "2", "--adapter.num_groups", "2"])
+    cli = main([*plain, "--adapter.rank", "2", "--adapter.num_groups_b", "2"])
     assert sum(isinstance(m, GenLoRALinear) for m in cli.model.modules()) == 3
     unadapted = main(plain)
     assert not any(isinstance(m, GenLoRALinear) for m in unadapted.model.modules())

@@ -17,8 +17,10 @@ from genlora_lightning.layers import GenLoRALinear
         ({"rank": -3}, r"`rank` must be at least 1, got -3"),
         ({"num_latents_a": 0}, r"`num_latents_a` must be at least 1, got 0"),
         ({"num_latents_b": -1}, r"`num_latents_b` must be at least 1, got -1"),
-        ({"num_groups": 0}, r"`num_groups` must be at least 1, got 0"),
+        ({"num_groups_a": 0}, r"`num_groups_a` must be at least 1, got 0"),
+        ({"num_groups_b": 0}, r"`num_groups_b` must be at least 1, got 0"),
         ({"num_centers": -1}, r"`num_centers` must be at least 1, got -1"),
+        ({"weight_gain": 0.0}, r"`weight_gain` must be finite and greater than 0, got 0.0"),
         ({"alpha": 0.0}, r"`alpha` must be finite and not zero, got 0.0"),
         ({"alpha": float("nan")}, r"`alpha` must be finite"),
         ({"width": 0}, r"`width` must be finite and greater than 0, got 0"),
@@ -45,6 +47,8 @@ def test_value_out_of_range_is_an_error_that_names_it(changes, message):
         ({"rank": 4.0}, r"`rank` must be an integer, got 4.0 of type float"),
         ({"rank": True}, r"`rank` must be an integer, got True"),
         ({"alpha": "2"}, r"`alpha` must be a number, got '2'"),
+        ({"entry_signs": 1}, r"`entry_signs` must be true or false, got 1"),
+        ({"weight_gain": "8"}, r"`weight_gain` must be a number or null, got '8'"),
         ({"learn_centers": 1}, r"`learn_centers` must be true or false, got 1"),
         ({"modules_to_train": "head"}, r"`modules_to_train` must be a list of module names, got 'head'"),
         ({"exclude_modules": [3]}, r"`exclude_modules` must hold non-empty module names, got 3"),
@@ -73,14 +77,15 @@ def test_scaling_factor_follows_the_rule():
 
 @pytest.mark.parametrize("learn", [(True, True), (False, True), (True, False), (False, False)])
 @pytest.mark.parametrize(
-    ("rank", "latents", "groups", "centers"), [(16, (1, 1), 8, 1), (3, (1, 2), 5, 4), (1, (3, 1), 1, 1)]
+    ("rank", "latents", "groups", "centers"), [(16, (1, 1), (8, 8), 1), (3, (1, 2), (2, 5), 4), (1, (3, 1), (1, 1), 1)]
 )
 def test_counted_parameters_are_those_that_train(learn, rank, latents, groups, centers):
     config = GenLoRAConfig(
         rank=rank,
         num_latents_a=latents[0],
         num_latents_b=latents[1],
-        num_groups=groups,
+        num_groups_a=groups[0],
+        num_groups_b=groups[1],
         num_centers=centers,
         learn_centers=learn[0],
         learn_widths=learn[1],
@@ -92,7 +97,14 @@ def test_counted_parameters_are_those_that_train(learn, rank, latents, groups, c
 
 def test_published_count_of_the_method_notes():
     # n + G·R·K + 2·R·K for n = 4096, R = 64, G = 8, K = 1, of one matrix
-    assert GenLoRAConfig(rank=64, num_groups=8).count_parameters(4096, 4096) == 2 * 4736
+    config = GenLoRAConfig(rank=64, num_groups_a=8, num_groups_b=8, learn_centers=True, learn_widths=True)
+    assert config.count_parameters(4096, 4096) == 2 * 4736
+
+
+def test_gain_falls_with_the_root_of_the_rank_where_signs_are_and_may_be_given():
+    assert [GenLoRAConfig(rank=rank).gain for rank in (16, 64, 256)] == [16.0, 8.0, 4.0]
+    assert GenLoRAConfig(rank=16, entry_signs=False).gain == 1.0
+    assert GenLoRAConfig(rank=16, weight_gain=3.0).gain == 3.0
 
 
 def test_every_field_is_documented():

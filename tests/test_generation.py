@@ -149,6 +149,7 @@ def test_number_of_generators_operators_does_not_grow_with_the_layers(backward):
     def count(layers: int) -> int:
         model = adapted(num_hidden_layers=layers)
         (shared,) = (h.__self__ for h in model._forward_pre_hooks.values())
+        loss_of(model)  # makes the tables of signs, once for all models
         with Operators() as operators:
             shared.begin(model, ())
             stores = [layer.store for layer in adapter_layers(model).values()]
@@ -159,7 +160,7 @@ def test_number_of_generators_operators_does_not_grow_with_the_layers(backward):
             return len([name for name in operators.names if name != "ones_like"])
         return len(operators.names)
 
-    assert count(2) == count(6) <= 5 * (45 if backward else 20)
+    assert count(2) == count(6) <= 5 * (50 if backward else 20)
 
 
 @pytest.mark.filterwarnings(RENAMED)

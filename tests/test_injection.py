@@ -94,7 +94,11 @@ def test_second_injection_changes_nothing_and_another_configuration_is_an_error(
         ({"exclude_modules": ["blocks", "head"]}, r"matches none of the 5 linears. Left out were blocks.0.0: in `excl"),
         (
             {"num_groups": 5},
-            r"`num_groups` is 5, but head has only 8 inputs and 3 outputs .* Lower .* to 3 or add 'head'",
+            r"`num_groups_b` is 5, but head has only 3 outputs .* Lower `num_groups_b` to 3 or add 'head'",
+        ),
+        (
+            {"num_groups_a": 9},
+            r"`num_groups_a` is 9, but blocks.0.0 has only 8 inputs .* Lower `num_groups_a` to 8 or add '0'",
         ),
     ],
 )

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from genlora_lightning import compress_lora, export_lora, inject_adapters, load_adapter, save_adapter
+from genlora_lightning import GenLoRAConfig, compress_lora, export_lora, inject_adapters, load_adapter, save_adapter
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
 from genlora_lightning.lora_files import read_lora
@@ -19,6 +19,11 @@ from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 from tests.test_lora_export import adapted, logits
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def unsigned(**changes: object) -> GenLoRAConfig:
+    """Generators that can be fitted."""
+    return small_config(**{"entry_signs": False, **changes})
 
 
 def write_lora(folder: Path, layers: dict[str, tuple[torch.Tensor, torch.Tensor]], **config: object) -> Path:
@@ -76,7 +81,7 @@ def accuracy(model: nn.Module) -> float:
 def test_reported_error_equals_that_of_the_formed_matrices(tmp_path):
     lora = random_lora(3, {"a": (20, 24), "b": (20, 24), "c": (24, 9)})
     folder = write_lora(tmp_path / "lora", lora, lora_alpha=6)
-    result = compress_lora(folder, small_config(), steps=20)
+    result = compress_lora(folder, unsigned(), steps=20)
     model = nn.ModuleDict({"a": nn.Linear(20, 24), "b": nn.Linear(20, 24), "c": nn.Linear(24, 9)})
     result.apply(model)
     lost = total = 0.0
@@ -102,7 +107,7 @@ def test_reported_error_equals_that_of_the_formed_matrices(tmp_path):
 @pytest.mark.parametrize("kernel", ["gaussian", "inverse_quadratic"])
 def test_lora_of_rank_one_is_met_almost_exactly(tmp_path, changes, kernel):
     folder = write_lora(tmp_path / "lora", random_lora(1, {"a": (40, 50), "b": (40, 50)}))
-    result = compress_lora(folder, small_config(**{"width": 30.0, "kernel": kernel, **changes}), steps=200)
+    result = compress_lora(folder, unsigned(**{"width": 30.0, "kernel": kernel, **changes}), steps=200)
     assert all(row.relative_error < 0.05 for row in result.rows)
 
 
@@ -115,7 +120,7 @@ def test_block_structured_lora_of_high_rank_is_met_where_one_of_equal_singular_v
     errors = {}
     for name, (A, B) in {"structured": structured, "unstructured": unstructured}.items():
         folder = write_lora(tmp_path / name, {"a": (A, B.clone())})
-        config = small_config(rank=8, num_groups=groups, width=30.0)
+        config = unsigned(rank=8, num_groups=groups, width=30.0)
         errors[name] = compress_lora(folder, config, steps=300).rows[0].relative_error
     assert errors["structured"] < 0.05
     assert 0.5 < errors["unstructured"] < 1
@@ -123,7 +128,7 @@ def test_block_structured_lora_of_high_rank_is_met_where_one_of_equal_singular_v
 
 def test_descent_improves_the_guess_and_never_ends_above_it(tmp_path):
     folder = write_lora(tmp_path / "lora", random_lora(4, {f"m{i}": (48, 40) for i in range(3)}))
-    config = small_config(rank=16, num_groups=8, num_centers=2)
+    config = unsigned(rank=16, num_groups=8, num_centers=2)
     errors = [[row.relative_error for row in compress_lora(folder, config, steps=steps).rows] for steps in (0, 3, 600)]
     assert all(few <= guess for guess, few in zip(errors[0], errors[1], strict=True))
     assert all(many < guess - 0.02 for guess, many in zip(errors[0], errors[2], strict=True))
@@ -132,7 +137,7 @@ def test_descent_improves_the_guess_and_never_ends_above_it(tmp_path):
 def test_more_latents_are_used_by_the_fit(tmp_path):
     folder = write_lora(tmp_path / "lora", random_lora(2, {"a": (40, 50), "b": (40, 50)}))
     few, more = (
-        compress_lora(folder, small_config(num_groups=1, num_latents_a=q, num_latents_b=q, width=30.0), steps=400)
+        compress_lora(folder, unsigned(num_groups=1, num_latents_a=q, num_latents_b=q, width=30.0), steps=400)
         for q in (1, 2)
     )
     # One latent per factor where the functions are straight is rank 1; two hold a LoRA of rank 2.
@@ -143,7 +148,7 @@ def test_more_latents_are_used_by_the_fit(tmp_path):
 def test_fixed_centers_and_widths_stay_and_learned_ones_move(tmp_path):
     A, B = torch.randn(1, 3, 20), torch.randn(1, 24, 3)
     for learned in (False, True):
-        config = small_config(learn_centers=learned, learn_widths=learned)
+        config = unsigned(learn_centers=learned, learn_widths=learned)
         fit = GeneratorFit(A, B, config, torch.Generator().manual_seed(0))
         before = {name: tensor.clone() for name, tensor in fit.parameters().items()}
         fit.run(30, _Bar())
@@ -160,7 +165,7 @@ class _Bar:
 def test_update_of_zero_becomes_a_fresh_adapter_that_can_be_trained(tmp_path):
     lora = random_lora(2, {"a": (16, 12), "b": (16, 12)})
     lora["a"] = (lora["a"][0], torch.zeros(12, 2))
-    result = compress_lora(write_lora(tmp_path / "lora", lora), small_config(), steps=30)
+    result = compress_lora(write_lora(tmp_path / "lora", lora), unsigned(), steps=30)
     assert result.rows[0].relative_error == 0.0
     assert result.rows[0].update_norm == 0.0
     assert result.rows[1].relative_error < 1
@@ -174,7 +179,7 @@ def test_update_of_zero_becomes_a_fresh_adapter_that_can_be_trained(tmp_path):
 
 def test_fit_is_the_same_for_the_same_seed(tmp_path):
     folder = write_lora(tmp_path / "lora", random_lora(2, {"a": (16, 12)}))
-    states = [compress_lora(folder, small_config(), steps=10, seed=seed).state for seed in (1, 1, 2)]
+    states = [compress_lora(folder, unsigned(), steps=10, seed=seed).state for seed in (1, 1, 2)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
 
@@ -191,7 +196,7 @@ def test_lora_that_peft_trained_keeps_its_task_and_trains_on(tmp_path):
     original = accuracy(lora)
     assert original > 0.8
     assert accuracy(tiny_bert().eval()) < 0.5
-    result = compress_lora(tmp_path / "lora", small_config(rank=8, num_groups=8), steps=300)
+    result = compress_lora(tmp_path / "lora", unsigned(rank=8, num_groups=8), steps=300)
     assert result.config.modules_to_train == ["classifier"]
     model = tiny_bert().eval()
     result.apply(model)
@@ -236,9 +241,9 @@ def test_every_kind_of_scaling_is_that_of_peft(tmp_path):
 
 
 def test_exported_adapter_can_be_compressed_again(tmp_path):
-    model = adapted("llama")
+    model = adapted("llama", entry_signs=False)
     export_lora(model, tmp_path / "lora")
-    result = compress_lora(tmp_path / "lora", small_config(rank=8, num_groups=4), steps=300)
+    result = compress_lora(tmp_path / "lora", unsigned(rank=8, num_groups=4), steps=300)
     assert result.relative_error < 0.15
     fresh = tiny_llama().eval()
     result.apply(fresh)
@@ -249,7 +254,7 @@ def test_exported_adapter_can_be_compressed_again(tmp_path):
 
 def test_applying_to_another_model_changes_nothing(tmp_path):
     export_lora(adapted("llama"), tmp_path / "lora")
-    result = compress_lora(tmp_path / "lora", small_config(), steps=0)
+    result = compress_lora(tmp_path / "lora", unsigned(), steps=0)
     for other in (tiny_gpt2().eval(), tiny_llama(hidden_size=32).eval()):
         before = logits(other)
         with pytest.raises(ValueError, match=r"target_modules|does not fit this model"):
@@ -258,7 +263,7 @@ def test_applying_to_another_model_changes_nothing(tmp_path):
         assert all(p.requires_grad for p in other.parameters())
         assert torch.equal(logits(other), before)
     model = tiny_llama()
-    inject_adapters(model, small_config())
+    inject_adapters(model, unsigned())
     perturb(model)
     with pytest.raises(ValueError, match="already has adapters"):
         result.apply(model)
@@ -282,7 +287,7 @@ def test_applying_to_another_model_changes_nothing(tmp_path):
 def test_other_kinds_of_adapters_are_refused_by_name(tmp_path, config, message):
     folder = write_lora(tmp_path / "lora", random_lora(2, {"a": (8, 8)}), **config)
     with pytest.raises(ValueError, match=message):
-        compress_lora(folder, small_config())
+        compress_lora(folder, unsigned())
 
 
 def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
@@ -324,18 +329,20 @@ def edit_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
 )
 def test_damaged_folder_is_an_error_that_says_how(tmp_path, damage, error, message):
     folder = write_lora(tmp_path / "lora", random_lora(2, {"a": (8, 8)}))
-    compress_lora(folder, small_config(), steps=0)
+    compress_lora(folder, unsigned(), steps=0)
     damage(folder)
     with pytest.raises(error, match=message):
-        compress_lora(folder, small_config(), steps=0)
+        compress_lora(folder, unsigned(), steps=0)
 
 
 def test_impossible_settings_are_errors(tmp_path):
     folder = write_lora(tmp_path / "lora", random_lora(2, {"a": (8, 6)}))
-    with pytest.raises(ValueError, match=r"`num_groups` is 7, but a has only 8 inputs and 6 outputs"):
-        compress_lora(folder, small_config(num_groups=7))
+    with pytest.raises(ValueError, match=r"`num_groups_b` is 7, but a has only 6 outputs to divide"):
+        compress_lora(folder, unsigned(num_groups=7))
+    with pytest.raises(ValueError, match=r"`entry_signs` is true, but .* Set `entry_signs=False`"):
+        compress_lora(folder, small_config())
     with pytest.raises(ValueError, match=r"`steps` must be at least 0, got -1"):
-        compress_lora(folder, small_config(), steps=-1)
+        compress_lora(folder, unsigned(), steps=-1)
     with pytest.raises(FileNotFoundError, match="no LoRA adapter folder"):
-        compress_lora(tmp_path / "nothing", small_config())
+        compress_lora(tmp_path / "nothing", unsigned())
     assert os.listdir(tmp_path) == ["lora"]

@@ -190,7 +190,7 @@ def test_reloaded_folder_computes_what_the_adapted_model_computes(tmp_path, kind
     assert not any(layer.merged for layer in adapter_layers(model).values())
     reloaded, info = type(model).from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert (logits(reloaded.eval()) - expected).abs().max() <= 1e-5
+    assert (logits(reloaded.eval()) - expected).abs().max() <= 3e-5
     assert (logits(MODELS[kind]().eval()) - expected).abs().max() > 1e-3
     untied = any("lm_head" in str(v) or "embed_tokens" in str(v) for v in changes.values())
     assert reloaded.config.tie_word_embeddings == (kind != "bert" and not untied) or kind == "bert"

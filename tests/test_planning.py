@@ -112,7 +112,7 @@ def test_verdict_overlay_and_text():
 def test_a_70b_shape_is_built_and_adapted_without_drawing_numbers():
     model = build_on_meta(read_config("llama-70b"), "causal-lm")
     state = torch.random.get_rng_state()
-    report = inject_adapters(model, GenLoRAConfig(rank=64, num_groups=16))
+    report = inject_adapters(model, GenLoRAConfig(rank=64, num_groups_b=16))
     assert torch.equal(torch.random.get_rng_state(), state)
     assert len(report.adapted) == 560
     assert {p.device.type for p in model.parameters()} == {"meta"}

@@ -21,7 +21,7 @@ def model(tmp_path):
 
 
 def test_plan_prints_what_json_holds(model, capsys):
-    arguments = ["plan", "--model", model, "--rank", "4", "--num-groups", "2", "--gpus", "4", "--seq", "16"]
+    arguments = ["plan", "--model", model, "--rank", "4", "--num-groups-b", "2", "--gpus", "4", "--seq", "16"]
     assert main([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert main(arguments) == 0
@@ -35,7 +35,9 @@ def test_plan_prints_what_json_holds(model, capsys):
 def test_plan_takes_names_or_an_expression_as_targets(model, capsys):
     for targets, linears in ((["q_proj", "v_proj"], 4), (["q_proj"], 2), ([r".*\.mlp\..*"], 6), (["all-linear"], 14)):
         assert (
-            main(["plan", "--model", model, "--num-groups", "2", "--seq", "8", "--json", "--target-modules", *targets])
+            main(
+                ["plan", "--model", model, "--num-groups-b", "2", "--seq", "8", "--json", "--target-modules", *targets]
+            )
             == 0
         )
         assert json.loads(capsys.readouterr().out)["linears"] == linears
@@ -44,7 +46,7 @@ def test_plan_takes_names_or_an_expression_as_targets(model, capsys):
 def test_bad_plans_are_errors_of_one_line(model, capsys):
     for arguments, message in (
         (["--gpus", "2", "--strategy", "single"], "'single' is for one GPU"),
-        (["--num-groups", "64"], "`num_groups` is 64"),
+        (["--num-groups-b", "64"], "`num_groups_b` is 64"),
         (["--target-modules", "nonsense"], "no linear matches"),
     ):
         assert main(["plan", "--model", model, *arguments]) == 1

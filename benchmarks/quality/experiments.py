@@ -83,19 +83,30 @@ def _lora(rank: int, lr: float) -> Arm:
     return Arm(name=f"LoRA r{rank}", method="lora", budget=rank, lr=lr)
 
 
-def _genlora(name: str, budget: float, rank: int = 16, latents: tuple[int, int] = (1, 1)) -> Arm:
-    fixed = {"rank": rank, "num_latents_a": latents[0], "num_latents_b": latents[1]}
-    return Arm(name=name, method="genlora", budget=budget, fixed=fixed, lr=1e-3)
+def _genlora(name: str, budget: float, rank: int = 64, latents: tuple[int, int] = (1, 1), **fixed: Any) -> Arm:
+    sizes = {"rank": rank, "num_latents_a": latents[0], "num_latents_b": latents[1]}
+    return Arm(name=name, method="genlora", budget=budget, fixed=sizes | fixed, lr=1e-3)
+
+
+def _groups_only(name: str, groups: int, latents: tuple[int, int] = (1, 1)) -> Arm:
+    """GenLoRA without signs: the entries of a group share a direction."""
+    return _genlora(name, 0, 16, latents, **_unsigned(groups))
+
+
+def _unsigned(groups: int) -> dict[str, Any]:
+    learned = {"learn_centers": True, "learn_widths": True}
+    return {"num_groups_a": groups, "num_groups_b": groups, "entry_signs": False, "weight_gain": 1.0, **learned}
 
 
 LORAS = (_lora(1, 1e-3), _lora(2, 1e-3), _lora(4, 5e-4), _lora(8, 5e-4), _lora(16, 2.5e-4))
 # Names say the budget: b2 has as many parameters as LoRA of rank 2.
 GENLORAS = (
-    _genlora("GenLoRA b1", 1.05, rank=4),  # one latent for each factor is as much as LoRA of rank 1 already
-    _genlora("GenLoRA b1.28", 1.28),
+    _genlora("GenLoRA b1", 1.05, rank=28),  # one latent for each factor is as much as LoRA of rank 1 already
+    _genlora("GenLoRA b1.5", 1.5),
     _genlora("GenLoRA b2", 2.0, latents=(1, 2)),
-    _genlora("GenLoRA b4", 4.0, latents=(2, 4)),
+    _genlora("GenLoRA b4", 4.0, rank=128, latents=(2, 2)),
 )
+GROUPS_ONLY = (_groups_only("groups only b1.28", 8), _groups_only("groups only b2", 10, (1, 2)))
 # Rates: LoRA's are where it is known to live. The others' were placed so that ΔW after seven steps at the middle of the
 # range is about as long as that of LoRA r2 at the middle of its own.
 OTHERS = (
@@ -116,9 +127,24 @@ OTHERS = (
 
 def _sized(rank: int, groups: int, latents: tuple[int, int] = (1, 1), **fixed: Any) -> Arm:
     """GenLoRA with everything given, for the searches."""
-    sizes = {"rank": rank, "num_latents_a": latents[0], "num_latents_b": latents[1], "num_groups": groups}
+    sizes = {"rank": rank, "num_latents_a": latents[0], "num_latents_b": latents[1], **_unsigned(groups)}
     name = f"R{rank} G{groups} Q{latents[0]}/{latents[1]}" + "".join(f" {key}={value}" for key, value in fixed.items())
     return Arm(name=name, method="genlora", fixed={**sizes, **fixed}, lr=4e-3)
+
+
+def _packaged(rank: int, groups: int, latents: tuple[int, int] = (1, 1), lr: float = 4e-3, **fixed: Any) -> Arm:
+    """GenLoRA as the package has it, for the searches: groups of B."""
+    sizes = {"rank": rank, "num_latents_a": latents[0], "num_latents_b": latents[1], "num_groups_b": groups}
+    name = f"R{rank} B{groups} Q{latents[0]}/{latents[1]}" + "".join(f" {key}={value}" for key, value in fixed.items())
+    name += "" if lr == 4e-3 else f" lr {lr:g}"
+    return Arm(name=name, method="genlora", fixed={**sizes, **fixed}, lr=lr)
+
+
+def _signed(rank: int, lr: float, *, rbf: float, **fixed: Any) -> Arm:
+    """A variant whose entries have signs of their own."""
+    given = {"R": rank, "G": 1, "kernel": "linear", "signs": "layer", "lr_rbf": rbf, **fixed}
+    name = f"signs R{rank}" + "".join(f" {key}={value}" for key, value in fixed.items()) + f" rbf × {rbf:g}, lr {lr:g}"
+    return Arm(name=name, method="variant", fixed=given, lr=lr)
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -160,6 +186,93 @@ EXPERIMENTS: dict[str, Experiment] = {
         tasks=("movies",),
         trials=1,
         tuning_seeds=(0, 1),
+        final=False,
+    ),
+    # Entries with directions of their own, fixed at random: VeRA's idea, of which only signs and amplitudes are left.
+    "signs": Experiment(
+        arms=(
+            _signed(64, 4e-3, rbf=8.0),
+            _signed(64, 8e-3, rbf=8.0),
+            _signed(64, 4e-3, rbf=32.0),
+            _signed(64, 8e-3, rbf=32.0),
+            _signed(64, 8e-3, rbf=1.0),
+            _signed(64, 8e-3, rbf=1.0, G=8),
+            _signed(64, 8e-3, rbf=8.0, G=8),
+            _signed(256, 8e-3, rbf=8.0),
+            _signed(64, 4e-3, rbf=8.0, G=8),
+            _signed(256, 4e-3, rbf=8.0),
+            _signed(64, 4e-3, rbf=16.0),
+            _signed(64, 2e-3, rbf=16.0),
+            _signed(64, 4e-3, rbf=8.0, b={"q": 2}),
+            _signed(64, 4e-3, rbf=8.0, kernel="gaussian"),
+            _signed(64, 4e-3, rbf=8.0, a={"freeze": ("weight",)}),
+            _signed(64, 4e-3, rbf=8.0, a={"freeze": ("latent",)}),
+            _signed(16, 4e-3, rbf=8.0),
+            _signed(256, 4e-3, rbf=8.0, G=2),
+            _signed(64, 4e-3, rbf=4.0, G=8),
+            _signed(64, 4e-3, rbf=8.0, signs="shared"),
+            _signed(256, 4e-3, rbf=4.0),
+            _signed(256, 4e-3, rbf=4.0, b={"q": 2}),
+            _signed(64, 4e-3, rbf=8.0, equal=True),
+            _signed(64, 4e-3, rbf=8.0, kernel="gaussian", freeze=("centers", "log_widths")),
+            _signed(64, 4e-3, rbf=8.0, b={"G": 8}),
+            _signed(64, 2e-3, rbf=8.0),
+            _signed(64, 4e-3, rbf=4.0),
+            _signed(128, 4e-3, rbf=6.0),
+            _signed(64, 4e-3, rbf=8.0, a_scale=0.5),
+            _signed(64, 4e-3, rbf=8.0, a_scale=2.0),
+            _signed(64, 4e-3, rbf=4.0, q=2),
+        ),
+        tasks=("movies",),
+        trials=1,
+        final=False,
+    ),
+    # The same with amplitudes of their own for the groups of B alone, whose rates fall with the root of the rank.
+    "sign-groups": Experiment(
+        arms=(
+            _signed(64, 4e-3, rbf=8.0, equal=True, b={"G": 8}),
+            _signed(128, 4e-3, rbf=5.6, equal=True, b={"G": 8}),
+            _signed(64, 4e-3, rbf=8.0, equal=True, b={"G": 17}),
+            _signed(64, 4e-3, rbf=8.0, equal=True, signs="shared", b={"G": 8}),
+            _signed(64, 4e-3, rbf=4.0, equal=True, b={"G": 8}),
+            _signed(64, 4e-3, rbf=4.0, equal=True, a={"G": 8}),
+            _signed(64, 4e-3, rbf=4.0, equal=True, b={"G": 8, "grouping": "strided"}),
+            _signed(16, 4e-3, rbf=8.0, equal=True, b={"G": 8}),
+        ),
+        tasks=("movies",),
+        trials=1,
+        tuning_seeds=(100, 101),
+        final=False,
+    ),
+    # What the package's form of it costs: one table of signs for all layers, functions that bend.
+    "sign-forms": Experiment(
+        arms=(
+            _packaged(64, 8, width=4.0, weight_gain=32.0),
+            _signed(64, 4e-3, rbf=4.0, equal=True, signs="shared", b={"G": 8}),
+            _signed(64, 4e-3, rbf=4.0, equal=True, b={"G": 8}),
+            _packaged(64, 8),
+            _signed(64, 4e-3, rbf=4.0, equal=True, signs="shifted", b={"G": 8}),
+            replace(_lora(2, 0), lr=2e-3),
+            replace(_lora(8, 0), lr=2e-3),
+        ),
+        tasks=("movies",),
+        trials=1,
+        tuning_seeds=(100, 101, 102),
+        final=False,
+    ),
+    # What a budget of 2, 3 or 4 is best spent on.
+    "sign-sizes": Experiment(
+        arms=(
+            _packaged(64, 8),
+            _packaged(128, 8),
+            _packaged(64, 4, (1, 2)),
+            _packaged(64, 4, (2, 4)),
+            _packaged(128, 8, (2, 2)),
+            _packaged(64, 1, (1, 2)),
+        ),
+        tasks=("movies",),
+        trials=1,
+        tuning_seeds=(100, 101),
         final=False,
     ),
     # The main table and the Pareto picture.

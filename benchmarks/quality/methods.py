@@ -14,7 +14,7 @@ come nearest to the budget:
 | FourierFT | number of frequencies, the same for every linear | n |
 | VB-LoRA | number h of vectors; their length v divides all sizes | 4 · h · (in + out) / v, and h · v for all |
 | LoKr | Kronecker factor and rank | a · b + r · (in / b + out / a), or the second factor in full |
-| GenLoRA | groups, at given rank and numbers of latents | Q_A · in + Q_B · out + (Q_A + Q_B) · R · K · (G + 2) |
+| GenLoRA | groups of B, at given rank and numbers of latents | Q_A · in + Q_B · out + R · (Q_A · G_A + Q_B · G_B) |
 
 VeRA is not matched: with LoRA rank 2's parameters its frozen matrices would have rank 1,728 on MiniLM, and a step would
 take several times as long. VB-LoRA's logits are counted in full, as trained, although two of each h are kept.
@@ -220,15 +220,17 @@ def _genlora(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
 
 
 def _genlora_size(shapes: Shapes, budget: float, **fixed: Any) -> Settings:
-    """As many groups as the budget allows at the given rank, at least one, unless the groups are given."""
+    """As many groups of B as the budget allows at the given rank, at least one, unless they are given."""
     config = GenLoRAConfig(**{key: value for key, value in fixed.items() if not key.endswith("_lr_factor")})
     latents = sum(config.num_latents_a * n_in + config.num_latents_b * n_out for n_in, n_out in shapes.values())
-    per_group = (config.num_latents_a + config.num_latents_b) * config.rank * config.num_centers * len(shapes)
-    spare = (budget * lora_unit(shapes) - latents) / per_group - config.learn_centers - config.learn_widths
+    functions = config.rank * config.num_centers * len(shapes)
+    of_a, of_b = config.num_latents_a * functions, config.num_latents_b * functions
+    rest = of_a * config.num_groups_a + (of_a + of_b) * (config.learn_centers + config.learn_widths)
+    spare = (budget * lora_unit(shapes) - latents - rest) / of_b
     groups = min(max(1, round(spare)), min(min(shape) for shape in shapes.values()))
     # All fields that decide the numbers are written down: defaults may change.
     plain = {key: value for key, value in config.to_dict().items() if "modules" not in key}
-    return {**plain, "num_groups": groups, **fixed}
+    return {**plain, "weight_gain": config.gain, "num_groups_b": groups, **fixed}
 
 
 def _full(base: nn.Module, settings: Settings, seed: int) -> list[Group]:

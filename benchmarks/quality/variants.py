@@ -8,6 +8,9 @@ A specification is a dictionary; `DEFAULTS` has the fields. Under "a" and "b" st
 | kernel | a kernel of the package, or "linear": M[r, j] = Σ_q w[q, g(j), r] · z[q, j], no nonlinearity at all |
 | width, cmin, cmax | initial width; range of the centres' distances from zero |
 | grouping | "contiguous" or "strided" entries of a group |
+| signs | each entry's direction has signs of its own, fixed: M[r, j] is multiplied by σ[q, j, r] = ±1; "layer": drawn \
+for each layer anew, "shared": the same in all, "shifted": those of one table, read from another place in each layer |
+| equal | the weights start at 1 instead of at random |
 | ortho | directions of the groups orthogonal, as far as R allows |
 | one_direction | all groups start in one direction |
 | a_scale | factor on the initial size of A (1: uniform in ±1/√n) |
@@ -42,6 +45,8 @@ DEFAULTS: Spec = {
     "cmin": 0.5,
     "cmax": 2.0,
     "ortho": False,
+    "signs": "",
+    "equal": False,
     "alpha": 2.0,
     "a_scale": 1.0,
     "freeze": (),
@@ -76,6 +81,15 @@ class Factor(nn.Module):
         index = torch.arange(n)
         group = index * groups // n if spec["grouping"] == "contiguous" else index % groups
         self.register_buffer("group", group, persistent=False)
+        signs = torch.ones(())
+        if spec["signs"]:
+            source = random if spec["signs"] == "layer" else torch.Generator().manual_seed(17 + zero)
+            shift = int(torch.randint(512, (1,), generator=random)) if spec["signs"] == "shifted" else 0
+            signs = torch.empty(latents, n + shift, rank, 1).bernoulli_(0.5, generator=source)[:, shift:] * 2 - 1
+            self.weight.data.abs_()  # they say how much of a direction there is
+            if spec["equal"]:
+                self.weight.data.fill_(1.0)
+        self.register_buffer("signs", signs, persistent=False)
         for name in spec["freeze"]:
             getattr(self, name).requires_grad_(False)
 
@@ -96,7 +110,7 @@ class Factor(nn.Module):
 
     def forward(self) -> Tensor:
         """The matrix (R, n)."""
-        weight = self.weight[:, self.group]  # (q, n, R, K)
+        weight = self.weight[:, self.group] * self.signs  # (q, n, R, K)
         if self.kernel == "linear":
             return torch.einsum("qnrk,qn->rn", weight, self.latent)
         t = self.latent[:, None, None, :] * torch.exp(-self.log_widths).unsqueeze(-1)

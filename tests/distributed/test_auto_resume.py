@@ -65,7 +65,7 @@ def run_of(folder: Path, models: Path, *, killed: bool) -> Path:  # noqa: F811
     return write_config(
         folder / "run.yaml",
         ckpt_path="auto",
-        adapter={"rank": 4, "num_groups": 2},
+        adapter={"rank": 4, "num_groups_b": 2},
         adapter_dir=str(folder / "adapter"),
         model={
             "class_path": "CausalLMModule",

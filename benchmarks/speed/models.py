@@ -1,0 +1,203 @@
+"""The models, and the arms: what is put on a copy of one, whose base weights all copies share."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from genlora_lightning import GenLoRAConfig, generated_once, inject_adapters
+from genlora_lightning.architectures import enable_gradient_checkpointing, repeated_blocks
+
+from .plan import Cell
+
+_RATE = 1e-4
+
+
+def _smollm2(dtype: torch.dtype) -> Any:
+    from benchmarks.quality.language import model_folder
+
+    return transformers.AutoModelForCausalLM.from_pretrained(model_folder(), dtype=dtype)
+
+
+def _minilm(dtype: torch.dtype) -> Any:
+    from benchmarks.quality.data import minilm_folder
+
+    model = transformers.AutoModel.from_pretrained(minilm_folder(), dtype=dtype)
+    model.pooler = None
+    return model
+
+
+_TINY = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+
+
+def _tiny(dtype: torch.dtype) -> Any:
+    config = transformers.LlamaConfig(**_TINY, num_hidden_layers=4, num_key_value_heads=2, tie_word_embeddings=True)
+    return transformers.LlamaForCausalLM(config).to(dtype)
+
+
+def _tiny_encoder(dtype: torch.dtype) -> Any:
+    config = transformers.BertConfig(**_TINY, num_hidden_layers=4)
+    return transformers.BertModel(config, add_pooling_layer=False).to(dtype)
+
+
+MODELS: dict[str, Callable[[torch.dtype], Any]] = {
+    "smollm2": _smollm2,
+    "minilm": _minilm,
+    "tiny": _tiny,
+    "tiny-encoder": _tiny_encoder,
+}
+
+
+@lru_cache(maxsize=2)
+def load_base(name: str, dtype: torch.dtype, device: str) -> Any:
+    """A model, frozen, with weights in memory that is its own (and no file's).
+
+    Raises:
+        FileNotFoundError: Its folder is not there; the message says how to make it.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    model = MODELS[name](dtype).to(device).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
+def sharing_copy(model: Any) -> Any:
+    """A copy of a model that has the very parameters and buffers of it."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def targets(model: nn.Module) -> list[str]:
+    """Names of all linears in a model's blocks: not of its head."""
+    blocks = repeated_blocks(model)
+    assert blocks is not None
+    inside = {id(module) for module in blocks.modules()}
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and id(m) in inside]
+
+
+def put_on(name: str, model: Any, rank: int) -> Any:
+    """Put an arm's adapters on a model, in place; what is then to be called."""
+    names = targets(model)
+    torch.manual_seed(0)
+    if name.startswith("genlora"):
+        inject_adapters(model, GenLoRAConfig(rank=rank, target_modules=names))
+    elif name == "floor":
+        model.enable_input_require_grads()
+    elif name != "base":
+        return _put_peft_on(name, model, rank, names)
+    return model
+
+
+def _put_peft_on(name: str, model: Any, rank: int, names: list[str]) -> Any:
+    import peft
+
+    config: peft.PeftConfig = peft.VeraConfig(r=rank, target_modules=names)
+    if name.startswith("lora"):
+        config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for it, which is going to rename it.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=name != "lora-bf16")
+
+
+def adapted_modules(model: Any, names: list[str]) -> list[nn.Module]:
+    """The modules that stand where the linears of these names stood."""
+    inner = model.base_model.model if hasattr(model, "peft_config") else model
+    return [inner.get_submodule(name) for name in names]
+
+
+def base_of(name: str, cell: Cell, device: str) -> Any:
+    """The frozen base that an arm's model is a copy of."""
+    return load_base(cell.model, torch.bfloat16 if name.endswith("-bf16") else torch.float32, device)
+
+
+def make_model(name: str, cell: Cell, device: str) -> Any:
+    """A model with an arm's adapters."""
+    model = sharing_copy(base_of(name, cell, device))
+    if cell.checkpointing:
+        enable_gradient_checkpointing(model)
+    return put_on(name, model, cell.rank)
+
+
+@dataclass
+class Arm:
+    """A model that is trained, with its own adapters and optimizer.
+
+    Args:
+        cell: The setting.
+        name: A key of :data:`~benchmarks.speed.plan.ARMS`.
+        model: What is called.
+        batches: Token ids ``(batch, tokens)`` of a step's micro-batches.
+        optimizer: ``None`` where nothing is trained.
+    """
+
+    cell: Cell
+    name: str
+    model: Any
+    batches: list[Tensor]
+    optimizer: torch.optim.Optimizer | None
+
+    def loss(self, ids: Tensor) -> Tensor:
+        """The loss of a micro-batch, as a share of the step's."""
+        with autocast(self.cell, ids.device):
+            return loss_of(self.cell, self.model, ids) / len(self.batches)
+
+    def step(self) -> None:
+        """Forwards, backwards, and the optimizer's step."""
+        once: AbstractContextManager[None] = nullcontext()
+        if self.name == "genlora-once":
+            once = generated_once(self.model)
+        with once:
+            for ids in self.batches:
+                self.loss(ids).backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def make_arm(name: str, cell: Cell, device: str) -> Arm:
+    """An arm, ready to be trained."""
+    model = make_model(name, cell, device).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    # The library's own choice, and the fastest, for every arm.
+    optimizer = torch.optim.AdamW(trained, lr=_RATE, fused=True) if trained else None
+    return Arm(cell, name, model, make_batches(cell, device), optimizer)
+
+
+def make_batches(cell: Cell, device: str) -> list[Tensor]:
+    """Random token ids, the same for every arm."""
+    vocabulary = load_base(cell.model, torch.float32, device).config.vocab_size
+    generator = torch.Generator().manual_seed(0)
+    shape = (cell.accumulation, cell.batch, cell.tokens)
+    return [*torch.randint(3, vocabulary, shape, generator=generator).to(device)]
+
+
+def loss_of(cell: Cell, model: Any, ids: Tensor) -> Tensor:
+    """Of a language model its own loss; of an encoder the mean square of what it gives."""
+    if is_language(cell):
+        loss: Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+    hidden: Tensor = model(input_ids=ids, use_cache=False).last_hidden_state
+    return hidden.float().square().mean()
+
+
+def is_language(cell: Cell) -> bool:
+    """Whether the model has a head and can generate."""
+    return cell.model in ("smollm2", "tiny")
+
+
+def autocast(cell: Cell, device: torch.device | str) -> torch.autocast:
+    """The cell's precision."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cell.precision == "bf16-mixed")
