@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from genlora_lightning.lora_import import CompressedLoRA as CompressedLoRA
     from genlora_lightning.lora_import import compress_lora as compress_lora
     from genlora_lightning.merging import MergeReport as MergeReport
+    from genlora_lightning.merging import adapters_merged as adapters_merged
     from genlora_lightning.merging import merge_adapters as merge_adapters
     from genlora_lightning.merging import save_merged as save_merged
     from genlora_lightning.merging import unmerge_adapters as unmerge_adapters
@@ -73,6 +74,7 @@ _HOME = {
     "WrongBaseError": "base_identity",
     "adapter_parameters": "injection",
     "adapters_disabled": "injection",
+    "adapters_merged": "merging",
     "cached_factors": "generation",
     "compress_lora": "lora_import",
     "convert_checkpoint": "loading",

@@ -178,8 +178,11 @@ class GenLoRAConfig:
         return latents + self.rank * self.num_centers * functions
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain numbers, strings and lists, fit for JSON, YAML and safe checkpoint loading."""
-        return dataclasses.asdict(self)
+        """The configuration as plain numbers, strings and lists, fit for JSON, YAML and safe checkpoint loading.
+
+        The gain is written down as decided: weights in a file mean nothing without it.
+        """
+        return {**dataclasses.asdict(self), "weight_gain": self.gain}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> GenLoRAConfig:
@@ -191,5 +194,6 @@ class GenLoRAConfig:
         fields = [f.name for f in dataclasses.fields(cls)]
         unknown = sorted(set(values) - set(fields))
         if unknown:
-            raise ValueError(f"Unknown GenLoRAConfig fields {unknown}. The fields are {fields}.")
+            renamed = " `num_groups` is now `num_groups_a` and `num_groups_b`." if "num_groups" in unknown else ""
+            raise ValueError(f"Unknown GenLoRAConfig fields {unknown}.{renamed} The fields are {fields}.")
         return cls(**values)

@@ -151,6 +151,12 @@ class FactorStore:
             return None
         return found[1], found[2]
 
+    def has_kept(self, a: RBFGenerator, b: RBFGenerator) -> bool:
+        """Whether something up to date is kept, in whatever dtype, and may be used."""
+        if not self._kept or not self.keeps or torch.is_grad_enabled():
+            return False
+        return any(found[0] == a.changes + b.changes for found in self._kept.values())
+
     def keep(self, a: RBFGenerator, b: RBFGenerator, A: Tensor, B: Tensor) -> None:
         """Keep matrices, if the layer keeps any."""
         if self.keeps and not torch.is_grad_enabled():

@@ -162,8 +162,12 @@ def _generate_for(layers: Iterable[GenLoRALinear]) -> ModelForward:
     wanted: dict[tuple[bool, Shape], list[tuple[Given, str, RBFGenerator]]] = {}
     served: list[tuple[GenLoRALinear, Given]] = []
     for layer in layers:
-        dtype, store = layer.wanted_dtype(), layer.store
+        store = layer.store
         a, b = layer.generator_A, layer.generator_B
+        # First what is soon asked: with one token at a time these questions are a good part of a forward.
+        if not layer.is_active or store.has_kept(a, b):
+            continue
+        dtype = layer.wanted_dtype()
         if dtype is None or store.kept(a, b, dtype) is not None or not (a.is_whole and b.is_whole):
             continue
         given = Given(None, None, forward)

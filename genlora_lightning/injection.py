@@ -84,7 +84,7 @@ def inject_adapters(
     existing = adapter_layers(model)
     if existing:
         present = adapter_config(model)
-        if replace(present, dropout=config.dropout) != config:
+        if replace(present, dropout=config.dropout).to_dict() != config.to_dict():
             raise ValueError(
                 f"The model already has adapters made with another configuration ({_differences(present, config)}). "
                 "Call `remove_adapters(model)` first."

@@ -115,6 +115,11 @@ class GenLoRALinear(nn.Module):
         return bool(self._unmerged_weight)
 
     @property
+    def is_active(self) -> bool:
+        """Whether a forward adds the update to what the base layer gives."""
+        return self.enabled and not self._unmerged_weight
+
+    @property
     def base_weight(self) -> Tensor:
         """The base layer's weight without the update, also while the layer is merged."""
         return self._unmerged_weight[0] if self._unmerged_weight else self.weight
@@ -153,7 +158,7 @@ class GenLoRALinear(nn.Module):
             ``(..., out_features)``, in the dtype the base layer gives.
         """
         base = self.base_layer
-        if self.merged or not self.enabled:
+        if not self.is_active:
             output: Tensor = base(x)
             return output
         if not self.fused:
@@ -180,7 +185,7 @@ class GenLoRALinear(nn.Module):
 
     def wanted_dtype(self) -> torch.dtype | None:
         """The dtype in which a forward would use A and B here and now; ``None`` if it would not."""
-        if self.merged or not self.enabled or not self.fused:
+        if not self.is_active or not self.fused:
             return None
         weight = self.weight
         is_narrow = not weight.is_floating_point() or weight.dtype.itemsize < 2  # a quantized one says nothing of x
@@ -198,7 +203,7 @@ class GenLoRALinear(nn.Module):
             ValueError: The weight is not stored as an ordinary matrix (quantized or sharded), or the update, or the
                 sum in ``dtype``, is not finite.
         """
-        weight = self.unmerged_weight
+        weight = self.base_weight
         delta = self.stored_delta()
         # A quantized or sharded weight may be of a subclass of Tensor that poses as an ordinary matrix.
         is_plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
@@ -221,11 +226,6 @@ class GenLoRALinear(nn.Module):
         """The update in the layout of the base layer's weight: :meth:`delta_weight`, transposed for a ``Conv1D``."""
         delta = self.delta_weight()
         return delta.T if is_conv1d(self.base_layer) else delta
-
-    @property
-    def unmerged_weight(self) -> Tensor:
-        """The base layer's weight as it is without the update, also while the layer is merged."""
-        return self._unmerged_weight[0] if self._unmerged_weight else self.weight
 
     def merge(self, dtype: torch.dtype | None = None) -> None:
         """Add the update into the base layer's weight, in float32 with one rounding, and keep the original aside.

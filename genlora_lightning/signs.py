@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
-# Odd constants of a 32-bit integer mixer; products stay below 2^63, so that no arithmetic overflows on any device.
+# Odd constants of a 32-bit integer mixer, modulo 2^32 of the least size: products with 32 bits stay below 2^63, so that
+# no arithmetic overflows on any device.
 _MIX = 0x45D9F3B
-_STEP = 0x9E3779B1
+_STEP = 0x9E3779B1 - (1 << 32)
 _MASK = 0xFFFFFFFF
 _MOST_LATENTS = 1 << 10
 

@@ -16,7 +16,7 @@ PACKAGE = Path(genlora_lightning.__file__).parent
 # Each module may import those of rows above its own, and of its own row. Lightning begins at the row of the callback.
 ROWS = [
     ["budget", "config", "tables", "atomic", "digests", "random_state", "resumable", "shapes"],
-    ["basis"],
+    ["basis", "signs"],
     ["generator", "fused"],
     ["factors"],
     ["layers"],

@@ -62,12 +62,16 @@ def test_value_of_wrong_type_is_an_error_that_names_it(changes, message):
 
 def test_dict_round_trip_goes_through_json_unchanged():
     config = GenLoRAConfig(rank=7, target_modules=["q", "v"], modules_to_train=["head"], kernel="inverse_quadratic")
-    assert GenLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    again = GenLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict())))
+    assert again.to_dict() == config.to_dict()
+    assert again == dataclasses.replace(config, weight_gain=config.gain)  # decided: a file's weights are divided by it
 
 
 def test_unknown_field_is_an_error_that_lists_the_fields():
     with pytest.raises(ValueError, match=r"Unknown GenLoRAConfig fields \['r'\]. The fields are \['rank'"):
         GenLoRAConfig.from_dict({"r": 8})
+    with pytest.raises(ValueError, match=r"\['num_groups'\]. `num_groups` is now `num_groups_a` and `num_groups_b`"):
+        GenLoRAConfig.from_dict({"num_groups": 8})
 
 
 def test_scaling_factor_follows_the_rule():

@@ -163,6 +163,27 @@ def test_what_is_kept_is_used_in_its_dtype_until_a_parameter_changes_or_it_is_fo
         assert ask(store, pair)[0] is not changed[0]
 
 
+def test_store_has_kept_something_in_whatever_dtype_until_a_change_and_only_where_it_may_be_used():
+    pair, store, forgetful = generators(), FactorStore(keeps=True), FactorStore()
+    with torch.no_grad():
+        assert not store.has_kept(*pair)
+        ask(forgetful, pair)
+        assert not forgetful.has_kept(*pair)
+        ask(store, pair, torch.bfloat16)
+        assert store.has_kept(*pair)
+        pair[1].reset_parameters()
+        assert not store.has_kept(*pair)
+        ask(store, pair)  # the other dtype's is still there, and out of date
+        assert store.has_kept(*pair)
+        with torch.enable_grad():
+            assert not store.has_kept(*pair)
+        store.keeps = False
+        assert not store.has_kept(*pair)
+        store.keeps = True
+        store.forget()
+        assert not store.has_kept(*pair)
+
+
 def test_what_is_kept_is_not_used_after_a_move():
     pair, store = generators(), FactorStore(keeps=True)
     with torch.no_grad():

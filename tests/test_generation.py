@@ -144,6 +144,21 @@ def test_each_shape_is_generated_once_in_a_forward(monkeypatch):
     assert sorted(calls) == sorted([6 * 5, 5, 3 * 5, 2 * 5, 2 * 5])
 
 
+def test_matrices_that_are_generated_in_pieces_are_those_that_are_generated_at_once(monkeypatch):
+    model = adapted(num_hidden_layers=5)
+    expected = loss_of(model)
+    expected.backward()
+    expected_gradients = gradients(model)
+    monkeypatch.setattr("genlora_lightning.generation._AT_ONCE_ON_CPU", 500)
+    with generations(monkeypatch) as calls:
+        loss = loss_of(model)
+    loss.backward()
+    assert max(calls) == 500 // (8 * 4 * 2)  # B of 8 outputs: rank 4, 2 centres
+    assert sum(calls) == 2 * 35
+    assert torch.equal(loss, expected)
+    assert_same_gradients(gradients(model), expected_gradients)
+
+
 @pytest.mark.parametrize("backward", [False, True])
 def test_number_of_generators_operators_does_not_grow_with_the_layers(backward):
     def count(layers: int) -> int:

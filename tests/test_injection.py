@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from genlora_lightning import (
+    GenLoRAConfig,
     GenLoRALinear,
     adapter_parameters,
     adapters_disabled,
@@ -109,6 +110,16 @@ def test_configuration_that_does_not_fit_is_an_error_and_changes_nothing(changes
         inject_adapters(model, small_config(**changes))
     assert list(model.state_dict()) == names
     assert trainable(model) == before
+
+
+def test_configuration_out_of_a_file_is_the_one_it_was_made_from():
+    model = Net()
+    config = GenLoRAConfig(rank=4, num_groups_b=2)
+    inject_adapters(model, config)
+    report = inject_adapters(model, GenLoRAConfig.from_dict(config.to_dict()))  # its gain is a number, not None
+    assert report.adapter_parameters > 0
+    with pytest.raises(ValueError, match=r"made with another configuration \(.*weight_gain"):
+        inject_adapters(model, GenLoRAConfig(rank=4, num_groups_b=2, weight_gain=3.0))
 
 
 def test_model_without_linears_is_an_error():

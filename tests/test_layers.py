@@ -196,6 +196,21 @@ def test_disabled_layer_is_its_base():
     assert torch.equal(layer(x), layer.base_layer(x))
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("merged", [True, False])
+def test_layer_is_active_exactly_where_it_adds_to_what_its_base_gives(enabled, merged):
+    layer = GenLoRALinear(base("linear"), small_config())
+    perturb(layer)
+    layer.merge()
+    if not merged:
+        layer.unmerge()
+    layer.enabled = enabled
+    x = torch.randn(4, 12)
+    assert layer.is_active == (enabled and not merged)
+    assert layer.is_active != torch.equal(layer(x), layer.base_layer(x))
+    assert (layer.wanted_dtype() is not None) == layer.is_active
+
+
 def test_cast_of_the_model_leaves_the_adapter_in_float32():
     layer = GenLoRALinear(base("linear"), small_config()).to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16

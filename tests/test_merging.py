@@ -11,6 +11,7 @@ from torch import nn
 
 from genlora_lightning import (
     GenLoRAConfig,
+    adapters_merged,
     inject_adapters,
     merge_adapters,
     remove_adapters,
@@ -162,6 +163,22 @@ def test_quantized_base_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(ValueError, match=r"base is quantized.*Load the original, unquantized base model"):
         save_merged(model, tmp_path / "merged")
     assert not os.listdir(tmp_path)
+
+
+def test_adapters_are_merged_inside_of_the_context_and_every_bit_is_back_after_it():
+    model = adapted("llama")
+    expected, bits = logits(model), {name: t.clone() for name, t in model.state_dict().items()}
+    with adapters_merged(model) as report:
+        assert len(report.rows) == len(adapter_layers(model))
+        assert all(layer.merged for layer in adapter_layers(model).values())
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=3e-5)
+        with pytest.raises(ValueError, match=r"14 adapters are merged already \(.*\): call `unmerge_adapters"):
+            adapters_merged(model).__enter__()
+    assert torch.equal(logits(model), expected)
+    with pytest.raises(KeyError, match="inside"), adapters_merged(model):
+        raise KeyError("inside")
+    assert all(torch.equal(t, bits[name]) for name, t in model.state_dict().items())
+    assert not any(layer.merged for layer in adapter_layers(model).values())
 
 
 # --- folder -----------------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def _bar_4(results: Results, arm: str) -> list[list[str]]:
     lines = []
     for other in results.arms():
         same = abs(results.budgets[other] / results.budgets[arm] - 1) <= MATCH
-        if results.methods[other] in ("lora", "genlora", "variant", "frozen", "full") or not same:
+        if results.methods[other] in ("lora", "genlora", "grouped", "variant", "frozen", "full") or not same:
             continue
         if found := difference(results, arm, other, AVERAGE):
             lines.append(

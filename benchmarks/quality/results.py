@@ -135,7 +135,8 @@ def load(folder: Path, experiments: tuple[str, ...]) -> Results:
         results.settings[f"{arm}/{task}"] = settings
         results.parameters.setdefault(arm, {})[task] = int(row["adapter_parameters"])
         results.budgets[arm] = float(row["budget"])
-        results.methods[arm] = row["method"]
+        # Without signs it is a form that lost; the tables compare with it as with other methods.
+        results.methods[arm] = "grouped" if settings.get("entry_signs") is False else row["method"]
         if row["stage"] == "tuning":
             loss = float(row["val_loss"]) if row["status"] == "ok" else math.inf
             cell.trials.setdefault(float(row["lr"]), {})[int(row["seed"])] = loss

@@ -78,7 +78,7 @@ def test_metrics_are_weighted_by_tokens_over_the_whole_split(
     from torchmetrics.text import Perplexity
 
     module = learnt_module(model_folders["llama"])
-    trainer = make_trainer(max_steps=15, limit_val_batches=0)
+    trainer = make_trainer(max_steps=10, limit_val_batches=0)
     trainer.fit(module, loader([text_batch(ROWS)]))
 
     split = [text_batch(ROWS[:1]), text_batch(ROWS[1:])]
