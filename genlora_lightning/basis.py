@@ -48,7 +48,9 @@ def _factored_rbf(t: Tensor, centers: Tensor, kernel: Kernel) -> tuple[Tensor, T
     """ψ; of the Gaussian what is left of it without its factor ``exp(−c²/2)``, which depends on the centre alone."""
     if kernel == "gaussian":
         centers = centers.clamp(-_MAX_CENTER, _MAX_CENTER)
-        return torch.expm1(t * torch.sub(centers, t, alpha=0.5)), torch.exp(-0.5 * centers.square())
+        inner = torch.sub(centers, t, alpha=0.5)
+        value = torch.expm1(t * inner) if torch.is_grad_enabled() else inner.mul_(t).expm1_()
+        return value, torch.exp(-0.5 * centers.square())
     # φ(u) = v^-½ or v^-1 with v = 1 + u²; v(−c) − v(t − c) = t·(2c − t), and the rest is the difference of fractions.
     at_zero = 1 + centers.square()
     at_t = 1 + (t - centers).square()
@@ -65,7 +67,8 @@ def _factored_slope(t: Tensor, centers: Tensor, value: Tensor, kernel: Kernel) -
     """Derivative of :func:`_factored_rbf` by ``t``, given its value; as accurate for small ``t`` as that is."""
     if kernel == "gaussian":
         centers = centers.clamp(-_MAX_CENTER, _MAX_CENTER)
-        return (centers - t).mul(value + 1)
+        away = centers - t
+        return torch.addcmul(away, away, value)
     # With v = 1 + u² at u = t − c: φ' = −2u/v² or −u/v^(3/2)
     away = t - centers
     inverse = 1 / (1 + away.square())
@@ -346,7 +349,7 @@ def _gradients(
         of_centers = (gradient * weight * _slope_by_center(t, centers, psi, kernel)).sum((-1, -2))
     if wanted[0] or wanted[3]:
         by_t = weight * inverse_widths if factor is None else weight * factor * inverse_widths
-        by_t = gradient * by_t * _factored_slope(t, centers, value, kernel)
+        by_t = _factored_slope(t, centers, value, kernel).mul_(gradient).mul_(by_t)
         if wanted[3]:
             of_log_widths = -(by_t * latent).sum((-1, -2))
         of_latent = by_t.sum((1, 3)).view(num, -1, num_entries).mT

@@ -1,10 +1,13 @@
-"""A frozen linear and its low-rank update as one function, with a backward that keeps nothing but what it is given.
+"""A frozen linear and its low-rank update as one function, with a backward that keeps little but what it is given.
 
 ::
 
     x ──┬── W, b ─────────────── y ◄─┐ added in place        forward: 3 matrix products
-        └── A ── h (R per token) ─ B ┘                       kept: x, A, B; W by reference; not h
-    gradients: x ← g·W + (g·B)·A;  A ← (g·B)ᵀ·x;  B ← hᵀ·g with h = x·Aᵀ once more: 6 matrix products, none for W
+        └── A ── h (R per token) ─ B ┘                       kept: x, A, B; W by reference; h if I > O
+    gradients: x ← g·W + (g·B)·A;  A ← (g·B)ᵀ·x;  B ← hᵀ·g: 5 matrix products, none for W; a 6th for h if it was not kept
+
+What is kept of h is about what stored LoRA keeps of it more than we do of other things: in SmolLM2's blocks, where the
+linears that narrow have half of the inputs, computing half of all h again costs 1.5 % of a step at rank 64.
 
 Shapes: R rank, I in_features, O out_features, T tokens; ``...`` any leading dimensions.
 """
@@ -107,8 +110,11 @@ class _AdaptedLinear(torch.autograd.Function):
         mask = None
         if dropout:
             rows, mask = torch.native_dropout(rows, dropout, True)
-        output.addmm_(rows @ A.T, B)
-        ctx.save_for_backward(x, weight, A, B, mask)
+        h = rows @ A.T
+        output.addmm_(h, B)
+        # To compute it again takes time with the inputs' number, to keep it is cheap beside an x of many inputs.
+        keeps = A.shape[1] > B.shape[1] and ctx.needs_input_grad[4]
+        ctx.save_for_backward(x, weight, A, B, mask, h if keeps else None)
         ctx.dropout, ctx.transposed, ctx.dtype = dropout, transposed, dtype
         # No view, as F.linear gives none: autograd forbids writing to one in place, and FSDP2 warns of it.
         return cast("Tensor", torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]]))
@@ -117,14 +123,21 @@ class _AdaptedLinear(torch.autograd.Function):
     @override
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         refuse_second_derivative("The adapted linear")
-        x, weight, A, B, mask = ctx.saved_tensors
+        x, weight, A, B, mask, h = ctx.saved_tensors
         # The backward may be called inside of autocast, which must not have a say in it.
         with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
-            return (*_gradients(ctx, gradient, x, weight, A, B, mask), None, None, None)
+            return (*_gradients(ctx, gradient, x, weight, A, B, mask, h), None, None, None)
 
 
 def _gradients(
-    ctx: Any, gradient: Tensor, x: Tensor, weight: Tensor, A: Tensor, B: Tensor, mask: Tensor | None
+    ctx: Any,
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    h: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     of_x = of_A = of_B = None
     kept = 1 / (1 - ctx.dropout)
@@ -143,5 +156,5 @@ def _gradients(
         if mask is not None:
             rows = torch.ops.aten.native_dropout_backward(rows, mask, kept)
         of_A = of_h.T @ rows
-        of_B = (rows @ A.T).T @ g
+        of_B = (rows @ A.T if h is None else h).T @ g
     return of_x, None, None, of_A, of_B

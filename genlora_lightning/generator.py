@@ -17,6 +17,9 @@ from genlora_lightning.config import Init, Kernel
 from genlora_lightning.signs import entry_signs
 
 
+PARTS = ("latent", "weight", "centers", "log_widths")
+
+
 class RBFGenerator(nn.Module):
     r"""Generates a matrix of ``rank`` basis vectors of length ``num_entries`` from one latent vector, or a few.
 
@@ -137,7 +140,12 @@ class RBFGenerator(nn.Module):
 
     def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The parameters in the order in which the functions of :mod:`~genlora_lightning.basis` take them."""
-        return self.latent, self.weight, self.centers, self.log_widths
+        # Hundreds of generators are asked in each forward, and a module's own lookup of a parameter is slow.
+        own = self._parameters
+        latent, weight, centers, log_widths = (own.get(name) for name in PARTS)
+        if latent is None or weight is None or centers is None or log_widths is None:  # FSDP1 has put views there
+            return self.latent, self.weight, self.centers, self.log_widths
+        return latent, weight, centers, log_widths
 
     def signs(self) -> Tensor | None:
         """The fixed signs ``(R, Q, n)``, if there are any."""
@@ -148,9 +156,10 @@ class RBFGenerator(nn.Module):
     @property
     def is_whole(self) -> bool:
         """Whether the parameters are ordinary tensors here and now, and not pieces of what FSDP1 or FSDP2 have cut."""
-        return all(
-            is_ordinary(part) and not getattr(part, "_fsdp_flattened", False) for part in self.parts()
-        ) and self.latent.shape == (self.num_entries, self.num_latents)
+        parts = self.parts()
+        if parts[0].shape != (self.num_entries, self.num_latents):
+            return False
+        return all(is_ordinary(part) and not getattr(part, "_fsdp_flattened", False) for part in parts)
 
     def changed(self) -> None:
         """Say that the parameters have new values: for whoever writes to them past the module's methods."""

@@ -62,7 +62,7 @@ class QuestionTask:
     steps = 100
     num_seeds = 3
     head_lr = 0.0
-    lr_factor = 0.5  # on the rates that experiments try
+    lr_factor = 1.0  # on the rates that experiments try
 
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer
