@@ -4,10 +4,10 @@
 
     x ──┬── W, b ─────────────── y ◄─┐ added in place        forward: 3 matrix products
         └── A ── h (R per token) ─ B ┘                       kept: x, A, B; W by reference; h if I > O
-    gradients: x ← g·W + (g·B)·A;  A ← (g·B)ᵀ·x;  B ← hᵀ·g: 5 matrix products, none for W; a 6th for h if it was not kept
+    gradients: x ← g·W + (g·B)·A;  A ← (g·B)ᵀ·x;  B ← hᵀ·g: 5 matrix products, none for W; a 6th for h if not kept
 
-What is kept of h is about what stored LoRA keeps of it more than we do of other things: in SmolLM2's blocks, where the
-linears that narrow have half of the inputs, computing half of all h again costs 1.5 % of a step at rank 64.
+To compute h again takes I products per number, and to keep it one number: the linears that narrow keep theirs. (Stored
+LoRA keeps all h; what we keep of other things leaves room for some.)
 
 Shapes: R rank, I in_features, O out_features, T tokens; ``...`` any leading dimensions.
 """

@@ -16,7 +16,6 @@ from genlora_lightning.basis import generate, generate_matrices, is_ordinary, sl
 from genlora_lightning.config import Init, Kernel
 from genlora_lightning.signs import entry_signs
 
-
 PARTS = ("latent", "weight", "centers", "log_widths")
 
 

@@ -64,11 +64,11 @@ def test_output_may_be_written_to_in_place(shape):
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_own_backward_passes_gradcheck_and_gives_the_formula(transposed, with_bias):
-    x, weight, bias, A, B = inputs(transposed=transposed)
-    b = bias if with_bias else None
-    function = lambda x, A, B: adapted_linear(x, weight, b, A, B, transposed=transposed)  # noqa: E731
-    torch.testing.assert_close(function(x, A, B), plain(x, weight, b, A, B, transposed), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(function, (x, A, B))
+    for x, weight, bias, A, B in (inputs(), widening(torch.float64)):
+        b, W = bias if with_bias else None, weight.T.contiguous() if transposed else weight
+        function = lambda x, A, B, W=W, b=b: adapted_linear(x, W, b, A, B, transposed=transposed)  # noqa: E731
+        torch.testing.assert_close(function(x, A, B), plain(x, W, b, A, B, transposed), rtol=1e-12, atol=1e-12)
+        assert torch.autograd.gradcheck(function, (x, A, B))
 
 
 def test_dropout_drops_of_the_updates_input_alone_in_forward_and_backward():
