@@ -116,10 +116,12 @@ class Results:
 def load(folder: Path, experiments: tuple[str, ...]) -> Results:
     """Read the rows of some experiments; an arm is known by its name.
 
-    Where an arm was changed and run again, the final runs of its latest settings count.
+    Where an arm was changed and run again, the final runs of its latest settings count. A trial that another experiment
+    made is not made again; it is found by its settings, task and seed.
     """
     results = Results({}, {}, {}, {}, {}, 0, 0, 0.0, [])
-    for row in read_rows(folder).values():
+    rows = [*read_rows(folder).values()]
+    for row in rows:
         results.runs += 1
         results.diverged += row["status"] != "ok"
         results.seconds += float(row["seconds"])
@@ -135,11 +137,29 @@ def load(folder: Path, experiments: tuple[str, ...]) -> Results:
         results.settings[f"{arm}/{task}"] = settings
         results.parameters.setdefault(arm, {})[task] = int(row["adapter_parameters"])
         results.budgets[arm] = float(row["budget"])
-        # Without signs it is a form that lost; the tables compare with it as with other methods.
-        results.methods[arm] = "grouped" if settings.get("entry_signs") is False else row["method"]
+        results.methods[arm] = _kind(row, settings)
         if row["stage"] == "tuning":
             loss = float(row["val_loss"]) if row["status"] == "ok" else math.inf
             cell.trials.setdefault(float(row["lr"]), {})[int(row["seed"])] = loss
         else:
             cell.finals[int(row["seed"])] = row
+    for row in rows:
+        if row["experiment"] not in experiments and row["stage"] == "tuning" and row["status"] == "ok":
+            _add_trial(results, row)
     return results
+
+
+def _kind(row: Row, settings: dict[str, object]) -> str:
+    """The method; GenLoRA without signs is one of its own, a form that lost."""
+    return "grouped" if settings.get("entry_signs") is False else str(row["method"])
+
+
+def _add_trial(results: Results, row: Row) -> None:
+    settings = json.loads(row["settings"])
+    for arm, tasks in results.cells.items():
+        cell = tasks.get(row["task"])
+        is_same = results.methods[arm] == _kind(row, settings)
+        if cell is None or not is_same or results.settings[f"{arm}/{row['task']}"] != settings:
+            continue
+        if any(int(row["seed"]) in losses for losses in cell.trials.values()):
+            cell.trials.setdefault(float(row["lr"]), {}).setdefault(int(row["seed"]), float(row["val_loss"]))

@@ -82,6 +82,19 @@ def test_final_runs_follow_at_the_best_rate_and_finished_runs_are_not_made_again
     assert pending(experiment, read_rows(tmp_path)) == second[1:]
 
 
+def test_trial_that_another_experiment_made_counts_where_settings_task_and_seed_are_the_same(tmp_path):
+    arm, other = experiments.LORAS[0], experiments.LORAS[1]
+    specs = experiments.tuning_specs(small(), arm, "movies")
+    for number, spec in enumerate(specs):
+        experiment = "main" if number else "search"
+        append_row(experiment, row_of(arm.name, spec, 1.0, experiment), tmp_path)
+    strangers = [dataclasses.replace(specs[0], seed=7), experiments.tuning_specs(small(), other, "movies")[0]]
+    for spec in strangers:
+        append_row("search", row_of(arm.name, spec, 0.5, "search"), tmp_path)
+    cell = load(tmp_path, ("main",)).cells[arm.name]["movies"]
+    assert cell.trials == {spec.lr: {spec.seed: 1.0} for spec in specs}
+
+
 def test_key_depends_on_everything_that_decides_the_numbers():
     spec = Spec(task="movies", method="lora", settings={"r": 1}, lr=1e-3, seed=0, steps=5, stage="final")
     others = [
