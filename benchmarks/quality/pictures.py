@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ OTHER_COLORS = ("#2f6f9f", "#5b8c5a", "#8b6fb0", "#b0803a", "#4d9a9a")
 SHADES = ("#f2a65a", "#e8772e", "#c94a0c", "#7f2704", "#4a1602")  # of the accent, by size
 DARK_SHADES = ("#b8bcc4", "#8a8f98", "#4b5563", "#1f2937", "#000000")
 MOST_COLUMNS = 3
+FEWEST_ARMS = 5
 
 
 def pareto(results: Results, folder: Path) -> bool:
@@ -39,6 +41,7 @@ def ranks(results: Results, folder: Path) -> bool:
 
 
 def _over_size(results: Results, path: Path, column: str, scale: float, label: str, *, is_log: bool = False) -> bool:
+    results = _covered(results)
     tasks = results.tasks()
     if not tasks:
         return False
@@ -65,6 +68,15 @@ def _over_size(results: Results, path: Path, column: str, scale: float, label: s
     }
     figure.legend(entries.values(), entries, loc="center right", fontsize=8, frameon=False)
     return _save(figure, path, legend=1.45)
+
+
+def _covered(results: Results) -> Results:
+    """Without the tasks on which so few methods ran that there is nothing to see, unless there are no others."""
+    counts = {task: len(results.arms(task)) for task in results.tasks()}
+    kept = [task for task, number in counts.items() if number >= FEWEST_ARMS] or [*counts]
+    cells = {arm: {task: cell for task, cell in found.items() if task in kept} for arm, found in results.cells.items()}
+    sizes = {arm: {task: n for task, n in found.items() if task in kept} for arm, found in results.parameters.items()}
+    return replace(results, cells=cells, parameters=sizes)
 
 
 def _size_ticks(axis: Any, results: Results, task: str) -> None:
