@@ -128,7 +128,10 @@ class GeneratorFit:
         for group in (self.of_a, self.of_b):
             for name in self._trained_names():
                 # A step is a share of the latents' size, which differs between layers by less than a factor of ten.
-                sizes = {"latent": float(group["latent"].square().mean().sqrt()), "weight": 1 / self.config.gain}
+                sizes = {
+                    "latent": float(group["latent"].detach().square().mean().sqrt()),
+                    "weight": 1 / self.config.gain,
+                }
                 size = sizes.get(name, 1.0)
                 groups.append({"params": [group[name].requires_grad_()], "lr": _LEARNING_RATE * size})
         optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from typing import Any, Literal
 
@@ -170,7 +169,9 @@ class GenLoRAModule(LightningModule):
         callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
         given = [callback for callback in callbacks if isinstance(callback, GenLoRAFinetuning)]
         for callback in given:
-            if callback is not self._own_callback and self.adapter is not None and callback.config != self.adapter:
+            if callback is self._own_callback or self.adapter is None:
+                continue
+            if callback.config.to_dict() != self.adapter.to_dict():
                 raise ValueError(
                     "The trainer's GenLoRAFinetuning callback and the module's `adapter` differ "
                     f"({_differences(callback.config, self.adapter)}). Give the configuration once, to one of them."
@@ -304,5 +305,5 @@ def _is_divided(trainer: Trainer) -> bool:
 
 
 def _differences(first: GenLoRAConfig, second: GenLoRAConfig) -> str:
-    pairs = zip(dataclasses.asdict(first).items(), dataclasses.asdict(second).values(), strict=True)
+    pairs = zip(first.to_dict().items(), second.to_dict().values(), strict=True)
     return ", ".join(f"{name}: {a!r} and {b!r}" for (name, a), b in pairs if a != b)
