@@ -24,7 +24,7 @@ from genlora_lightning.generator import RBFGenerator
 from genlora_lightning.layers import GenLoRALinear
 
 # Entries of matrices that are generated at once: what the arithmetic needs in between is a few times as much. On a CPU
-# it is to stay in a core's cache, which makes generation three times as fast; elsewhere few kernels count for more.
+# it is to stay in a core's cache, which makes generation 2.5 times as fast; elsewhere few kernels count for more.
 _AT_ONCE_ON_CPU = 1 << 18
 _AT_ONCE = 1 << 24
 

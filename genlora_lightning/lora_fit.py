@@ -15,9 +15,8 @@ from torch import Tensor
 
 from genlora_lightning.basis import generate, slope_at_zero
 from genlora_lightning.config import GenLoRAConfig
-from genlora_lightning.generator import RBFGenerator
+from genlora_lightning.generator import PARTS, RBFGenerator
 
-_NAMES = ("latent", "weight", "centers", "log_widths")
 _POWER_STEPS = 40
 _LEARNING_RATE = 0.03
 _CURVED = 2.0  # size of the latents, in widths, of the start from curved functions
@@ -82,8 +81,8 @@ class GeneratorFit:
             return self.config.gain * generate(latent, weight, centers, log_widths, self.config.kernel)
 
         batched: Callable[..., Tensor] = torch.vmap(make)
-        A = batched(*(self.of_a[name].to(dtype) for name in _NAMES))
-        B = batched(*(self.of_b[name].to(dtype) for name in _NAMES))
+        A = batched(*(self.of_a[name].to(dtype) for name in PARTS))
+        B = batched(*(self.of_b[name].to(dtype) for name in PARTS))
         return A, self.scaling * B.mT
 
     def squared_errors(self, dtype: torch.dtype) -> Tensor:
@@ -149,7 +148,7 @@ class GeneratorFit:
 
     def _set(self, values: Mapping[str, Tensor]) -> None:
         for letter, group in (("A", self.of_a), ("B", self.of_b)):
-            for name in _NAMES:
+            for name in PARTS:
                 group[name] = values[f"generator_{letter}.{name}"].clone()
 
     def _resize_latents(self, size: float) -> None:
@@ -162,7 +161,7 @@ class GeneratorFit:
 
     def _trained_names(self) -> list[str]:
         fixed = {"centers": self.config.learn_centers, "log_widths": self.config.learn_widths}
-        return [name for name in _NAMES if fixed.get(name, True)]
+        return [name for name in PARTS if fixed.get(name, True)]
 
 
 def _groups(num_entries: int, num_groups: int, device: torch.device) -> Tensor:
