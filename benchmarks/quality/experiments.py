@@ -147,6 +147,11 @@ def _signed(rank: int, lr: float, *, rbf: float, **fixed: Any) -> Arm:
     return Arm(name=name, method="variant", fixed=given, lr=lr)
 
 
+def _shared(lr: float, **fixed: Any) -> Arm:
+    """Straight functions, equal weights, one table of signs: as the package has it but for the curvature."""
+    return _signed(64, lr, rbf=4.0, equal=True, signs="shared", **fixed)
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     # Searches, on validation data alone: a row a run, no final runs.
     "groups": Experiment(
@@ -273,6 +278,23 @@ EXPERIMENTS: dict[str, Experiment] = {
         tasks=("movies",),
         trials=1,
         tuning_seeds=(100, 101),
+        final=False,
+    ),
+    # A part that all outputs share, beside the directions of their own.
+    "shared-parts": Experiment(
+        arms=tuple(
+            arm
+            for lr in (4e-3, 8e-3)
+            for arm in (
+                _shared(lr, b={"G": 5, "q": 2, "plain_latents": 1}),
+                _shared(lr, b={"G": 8, "plain_rows": 32}),
+                _shared(lr, b={"G": 5, "q": 2, "plain_rows": 32}),
+                _shared(lr, b={"G": 8, "signs": ""}),
+                _shared(lr, b={"G": 8}),
+            )
+        ),
+        tasks=("siqa", *SENTIMENT_TASKS),
+        trials=1,
         final=False,
     ),
     # The main table and the Pareto picture.

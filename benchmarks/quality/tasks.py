@@ -46,8 +46,9 @@ class SentimentTask:
         """What the adapters are put on, without values."""
         from transformers import AutoConfig, AutoModel
 
+        config = AutoConfig.from_pretrained(data.minilm_folder())
         with torch.device("meta"):
-            base = AutoModel.from_config(AutoConfig.from_pretrained(data.minilm_folder()))
+            base = AutoModel.from_config(config)
         base.pooler = None
         return base
 

@@ -10,6 +10,7 @@ A specification is a dictionary; `DEFAULTS` has the fields. Under "a" and "b" st
 | grouping | "contiguous" or "strided" entries of a group |
 | signs | each entry's direction has signs of its own, fixed: M[r, j] is multiplied by σ[q, j, r] = ±1; "layer": drawn \
 for each layer anew, "shared": the same in all, "shifted": those of one table, read from another place in each layer |
+| plain_latents, plain_rows | so many latents, or rows of M, come first and have no signs: a part that entries share |
 | equal | the weights start at 1 instead of at random |
 | ortho | directions of the groups orthogonal, as far as R allows |
 | one_direction | all groups start in one direction |
@@ -46,6 +47,8 @@ DEFAULTS: Spec = {
     "cmax": 2.0,
     "ortho": False,
     "signs": "",
+    "plain_latents": 0,
+    "plain_rows": 0,
     "equal": False,
     "alpha": 2.0,
     "a_scale": 1.0,
@@ -86,9 +89,12 @@ class Factor(nn.Module):
             source = random if spec["signs"] == "layer" else torch.Generator().manual_seed(17 + zero)
             shift = int(torch.randint(512, (1,), generator=random)) if spec["signs"] == "shifted" else 0
             signs = torch.empty(latents, n + shift, rank, 1).bernoulli_(0.5, generator=source)[:, shift:] * 2 - 1
-            self.weight.data.abs_()  # they say how much of a direction there is
+            own = slice(spec["plain_latents"], None)
+            signs[: spec["plain_latents"]] = 1
+            signs[:, :, : spec["plain_rows"]] = 1
+            self.weight.data[own].abs_()  # they say how much of a direction there is
             if spec["equal"]:
-                self.weight.data.fill_(1.0)
+                self.weight.data[own] = 1.0
         self.register_buffer("signs", signs, persistent=False)
         for name in spec["freeze"]:
             getattr(self, name).requires_grad_(False)
