@@ -1,13 +1,14 @@
 """The experiments: which methods, sizes and learning rates run on which tasks, and in which order.
 
 Fair by construction: on a task every arm has the same steps, the same batches for a seed, the same head, and the same
-number of trials of the learning rate, a factor of 2 apart, judged by validation loss at one seed. Then fresh seeds at
-the best rate, and only there the test data are looked at.
+number of trials of the learning rate, a factor of 2 apart, judged by validation loss, at as many seeds as the task asks
+for. Then fresh seeds at the best rate, and only there the test data are looked at.
 """
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -56,7 +57,7 @@ class Experiment:
         arms: In the order in which they run.
         tasks: Names of tasks.
         trials: Rates per arm and task, each twice the one before.
-        tuning_seeds: Seeds of the trials.
+        tuning_seeds: Seeds of the trials; as many as the task asks for, from `TUNING_SEED` on, if ``None``.
         final: Whether fresh seeds run at the best rate.
         trace: Points of training at which the final runs measure the effective rank.
         most_seeds: At most so many final seeds; as many as the task asks for if ``None``.
@@ -65,7 +66,7 @@ class Experiment:
     arms: Sequence[Arm]
     tasks: Sequence[str] = SENTIMENT_TASKS
     trials: int = TRIALS
-    tuning_seeds: Sequence[int] = (TUNING_SEED,)
+    tuning_seeds: Sequence[int] | None = None
     final: bool = True
     trace: int = 0
     most_seeds: int | None = None
@@ -147,9 +148,17 @@ def _signed(rank: int, lr: float, *, rbf: float, **fixed: Any) -> Arm:
     return Arm(name=name, method="variant", fixed=given, lr=lr)
 
 
-def _shared(lr: float, **fixed: Any) -> Arm:
-    """Straight functions, equal weights, one table of signs: as the package has it but for the curvature."""
-    return _signed(64, lr, rbf=4.0, equal=True, signs="shared", **fixed)
+def _shared(lr: float) -> tuple[Arm, ...]:
+    """Straight functions, equal weights, one table of signs, as the package but for the curvature; B's signs differ."""
+    of_b: tuple[dict[str, Any], ...] = (
+        {"G": 5, "q": 2, "plain_latents": 1},
+        {"G": 8, "plain_rows": 32},
+        {"G": 5, "q": 2, "plain_rows": 32},
+        {"G": 8, "signs": ""},
+        {"G": 8},
+    )
+    arms = (_signed(64, lr, rbf=4.0, equal=True, signs="shared", b=b) for b in of_b)
+    return tuple(replace(arm, name=f"B's {b}") for arm, b in zip(arms, of_b, strict=True))
 
 
 EXPERIMENTS: dict[str, Experiment] = {
@@ -265,6 +274,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         tuning_seeds=(100, 101, 102),
         final=False,
     ),
+    # More seeds for what three of them suggested: signs of each layer's own.
+    "layer-signs": Experiment(
+        arms=(
+            _signed(64, 4e-3, rbf=4.0, equal=True, signs="shared", b={"G": 8}),
+            _signed(64, 4e-3, rbf=4.0, equal=True, b={"G": 8}),
+        ),
+        tasks=("movies",),
+        trials=1,
+        tuning_seeds=tuple(range(TUNING_SEED, TUNING_SEED + 8)),
+        final=False,
+    ),
     # What a budget of 2, 3 or 4 is best spent on.
     "sign-sizes": Experiment(
         arms=(
@@ -281,22 +301,8 @@ EXPERIMENTS: dict[str, Experiment] = {
         final=False,
     ),
     # A part that all outputs share, beside the directions of their own.
-    "shared-parts": Experiment(
-        arms=tuple(
-            arm
-            for lr in (4e-3, 8e-3)
-            for arm in (
-                _shared(lr, b={"G": 5, "q": 2, "plain_latents": 1}),
-                _shared(lr, b={"G": 8, "plain_rows": 32}),
-                _shared(lr, b={"G": 5, "q": 2, "plain_rows": 32}),
-                _shared(lr, b={"G": 8, "signs": ""}),
-                _shared(lr, b={"G": 8}),
-            )
-        ),
-        tasks=("siqa", *SENTIMENT_TASKS),
-        trials=1,
-        final=False,
-    ),
+    "shared-parts": Experiment(arms=_shared(4e-3), tasks=("siqa", *SENTIMENT_TASKS), trials=1, final=False),
+    "shared-parts-slow": Experiment(arms=_shared(2e-3), tasks=("siqa",), trials=1, final=False),
     # The main table and the Pareto picture.
     "main": Experiment(arms=(*LORAS, *GENLORAS, *GROUPS_ONLY, *OTHERS)),
     # The same for the small language model and for pictures; their rows stand in the main table too.
@@ -339,7 +345,7 @@ def tuning_specs(experiment: Experiment, arm: Arm, task: str) -> list[Spec]:
     settings = arm.settings(_shapes(task))
     return [
         _spec(arm, task, settings, lr, seed, "tuning")
-        for seed in experiment.tuning_seeds
+        for seed in _tuning_seeds(experiment, task)
         for lr in rates(arm, experiment, task)
     ]
 
@@ -351,12 +357,15 @@ def final_specs(experiment: Experiment, arm: Arm, task: str, done: dict[str, Row
     trials = tuning_specs(experiment, arm, task)
     if any(spec.key not in done for spec in trials):
         return None
-    scored = [(_score(done[spec.key]), spec) for spec in trials]
-    best_score, best = min(scored, key=lambda pair: pair[0])
-    if not math.isfinite(best_score):
+    losses: dict[float, float] = defaultdict(float)  # over the tuning seeds, of which all rates have the same
+    for spec in trials:
+        losses[spec.lr] += _score(done[spec.key])
+    best = min(losses, key=lambda lr: losses[lr])
+    if not math.isfinite(losses[best]):
         return []
     return [
-        replace(best, seed=seed, stage="final", trace=experiment.trace) for seed in range(_num_seeds(experiment, task))
+        replace(trials[0], lr=best, seed=seed, stage="final", trace=experiment.trace)
+        for seed in range(_num_seeds(experiment, task))
     ]
 
 
@@ -377,7 +386,7 @@ def pending(experiment: Experiment, done: dict[str, Row], skip: Iterable[str] = 
 
 def total_runs(experiment: Experiment) -> int:
     """How many runs the experiment has."""
-    trials = experiment.trials * len(experiment.tuning_seeds) * len(experiment.tasks)
+    trials = experiment.trials * sum(len(_tuning_seeds(experiment, task)) for task in experiment.tasks)
     finals = sum(_num_seeds(experiment, task) for task in experiment.tasks) if experiment.final else 0
     return len(experiment.arms) * (trials + finals)
 
@@ -397,6 +406,12 @@ def narrowed(experiment: Experiment, tasks: Sequence[str], arms: Sequence[str]) 
         tasks=[task for task in experiment.tasks if not tasks or task in tasks],
         arms=[arm for arm in experiment.arms if not arms or arm.name in arms],
     )
+
+
+def _tuning_seeds(experiment: Experiment, task: str) -> Sequence[int]:
+    if experiment.tuning_seeds is not None:
+        return experiment.tuning_seeds
+    return range(TUNING_SEED, TUNING_SEED + get_task(task).num_tuning_seeds)
 
 
 def _num_seeds(experiment: Experiment, task: str) -> int:

@@ -178,12 +178,12 @@ def rates(results: Results, folder: Path) -> bool:
     for axis, task in zip(axes[0], tasks, strict=True):
         for arm in chosen:
             if (cell := results.cells[arm].get(task)) and cell.trials:
-                points = sorted((rate, sum(v.values()) / len(v)) for rate, v in cell.trials.items())
+                points = sorted(cell.means().items())
                 points = [(rate, loss) for rate, loss in points if math.isfinite(loss)]
                 axis.plot(*zip(*points, strict=True), label=arm, **styles[arm])
         axis.set_xscale("log", base=2)
         tried = sorted(
-            {rate for arm in chosen if task in results.cells[arm] for rate in results.cells[arm][task].trials}
+            {rate for arm in chosen if task in results.cells[arm] for rate in results.cells[arm][task].means()}
         )
         axis.set_xticks(tried[::2], [f"{rate:g}" for rate in tried[::2]], fontsize=8)
         axis.minorticks_off()

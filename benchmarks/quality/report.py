@@ -266,11 +266,19 @@ def _rate_table(main: Results, rates: Results) -> str:
             if cell.is_at_edge:
                 edges.append(f"{arm} on {task} ({cell.is_at_edge})")
             text = f"{'≥ ' if wide[1] else ''}{wide[0]:.1f}" if wide else "–"
-            tried = sorted(cell.trials)
-            rows.append([arm, task, f"{tried[0]:g} to {tried[-1]:g}", str(len(tried)), f"{cell.best_rate:g}", text])
+            tried = sorted(cell.means())
+            trials = f"{len(tried)} × {max(map(len, cell.trials.values()))}"
+            rows.append([arm, task, f"{tried[0]:g} to {tried[-1]:g}", trials, f"{cell.best_rate:g}", text])
     if not rows:
         return ""
-    header = ["method", "task", "rates tried", "trials", "best", "range within 1 % of the best loss, factors of two"]
+    header = [
+        "method",
+        "task",
+        "rates tried",
+        "rates × seeds",
+        "best",
+        "range within 1 % of the best loss, factors of two",
+    ]
     text = "## Learning rates\n\n" + _table(header, rows)
     if edges:
         text += "\n\nBest at the end of the rates tried: " + ", ".join(edges) + "."

@@ -35,13 +35,18 @@ class Cell:
     @property
     def best_rate(self) -> float | None:
         """The rate with the lowest mean validation loss."""
-        means = {rate: sum(losses.values()) / len(losses) for rate, losses in self.trials.items()}
+        means = self.means()
         return min(means, key=lambda rate: means[rate]) if means else None
+
+    def means(self) -> dict[float, float]:
+        """Mean validation loss by rate, of the rates that were tried with the most seeds: others would not compare."""
+        most = max(map(len, self.trials.values()), default=0)
+        return {rate: sum(losses.values()) / most for rate, losses in self.trials.items() if len(losses) == most}
 
     @property
     def is_at_edge(self) -> str:
         """Which end of the rates tried the best one is: "lowest" or "highest", or empty."""
-        best, tried = self.best_rate, sorted(self.trials)
+        best, tried = self.best_rate, sorted(self.means())
         if best is None or len(tried) < 2 or best not in (tried[0], tried[-1]):
             return ""
         return "lowest" if best == tried[0] else "highest"
@@ -51,7 +56,7 @@ class Cell:
 
         Between two rates the loss is taken as linear in the logarithm of the rate.
         """
-        points = sorted((math.log2(rate), sum(v.values()) / len(v)) for rate, v in self.trials.items())
+        points = sorted((math.log2(rate), mean) for rate, mean in self.means().items())
         if len(points) < 3:
             return None
         best = min(range(len(points)), key=lambda i: points[i][1])
@@ -116,8 +121,8 @@ class Results:
 def load(folder: Path, experiments: tuple[str, ...]) -> Results:
     """Read the rows of some experiments; an arm is known by its name.
 
-    Where an arm was changed and run again, the final runs of its latest settings count. A trial that another experiment
-    made is not made again; it is found by its settings, task and seed.
+    Where an arm was changed and run again, the final runs of its latest settings count, and of those the ones with the
+    latest rate. A trial that another experiment made is not made again; it is found by its settings, task and seed.
     """
     results = Results({}, {}, {}, {}, {}, 0, 0, 0.0, [])
     rows = [*read_rows(folder).values()]
@@ -142,6 +147,8 @@ def load(folder: Path, experiments: tuple[str, ...]) -> Results:
             loss = float(row["val_loss"]) if row["status"] == "ok" else math.inf
             cell.trials.setdefault(float(row["lr"]), {})[int(row["seed"])] = loss
         else:
+            if any(earlier["lr"] != row["lr"] for earlier in cell.finals.values()):
+                cell.finals.clear()  # more trials have found another rate since
             cell.finals[int(row["seed"])] = row
     for row in rows:
         if row["experiment"] not in experiments and row["stage"] == "tuning" and row["status"] == "ok":

@@ -24,6 +24,7 @@ class SentimentTask:
     batch_size = 16
     steps = 300
     num_seeds = 5
+    num_tuning_seeds = 1
     head_lr = 2e-3
     lr_factor = 1.0  # on the rates that experiments try
 

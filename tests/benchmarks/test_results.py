@@ -21,7 +21,7 @@ SHAPES = {"a.0.x": (384, 384), "a.0.y": (384, 1536)}
 
 
 class FakeTask:
-    steps, num_seeds, lr_factor = 10, 3, 1.0
+    steps, num_seeds, num_tuning_seeds, lr_factor = 10, 3, 1, 1.0
 
 
 @pytest.fixture(autouse=True)
@@ -82,6 +82,20 @@ def test_final_runs_follow_at_the_best_rate_and_finished_runs_are_not_made_again
     assert pending(experiment, read_rows(tmp_path)) == second[1:]
 
 
+def test_rate_has_the_lowest_mean_over_the_tuning_seeds_that_the_task_asks_for(monkeypatch):
+    monkeypatch.setattr(FakeTask, "num_tuning_seeds", 2)
+    experiment = dataclasses.replace(small(), tasks=("movies",))
+    arm = experiment.arms[0]
+    specs = experiments.tuning_specs(experiment, arm, "movies")
+    assert sorted({spec.seed for spec in specs}) == [100, 101]
+    losses = {100: [0.5, 0.7, 0.9, 0.9], 101: [1.1, 0.8, 0.9, 0.9]}  # the best of one seed is not the best of both
+    done = {spec.key: {"status": "ok", "val_loss": losses[spec.seed][index % 4]} for index, spec in enumerate(specs)}
+    finals = experiments.final_specs(experiment, arm, "movies", done)
+    assert {spec.lr for spec in finals} == {specs[1].lr}
+    assert experiments.final_specs(experiment, arm, "movies", dict([*done.items()][:-1])) is None
+    assert Cell(trials={1.0: {100: 0.5}, 2.0: {100: 0.7, 101: 0.8}, 4.0: {100: 0.9, 101: 0.7}}).best_rate == 2.0
+
+
 def test_trial_that_another_experiment_made_counts_where_settings_task_and_seed_are_the_same(tmp_path):
     arm, other = experiments.LORAS[0], experiments.LORAS[1]
     specs = experiments.tuning_specs(small(), arm, "movies")
@@ -93,6 +107,18 @@ def test_trial_that_another_experiment_made_counts_where_settings_task_and_seed_
         append_row("search", row_of(arm.name, spec, 0.5, "search"), tmp_path)
     cell = load(tmp_path, ("main",)).cells[arm.name]["movies"]
     assert cell.trials == {spec.lr: {spec.seed: 1.0} for spec in specs}
+
+
+def test_final_runs_of_an_earlier_rate_do_not_mix_with_those_of_the_best(tmp_path):
+    arm = experiments.LORAS[0]
+    spec = experiments.tuning_specs(small(), arm, "movies")[0]
+    for lr, seeds, loss in ((1e-3, (0, 1, 2), 0.5), (2e-3, (0, 1), 0.9)):
+        for seed in seeds:
+            append_row(
+                "main", row_of(arm.name, dataclasses.replace(spec, lr=lr, seed=seed, stage="final"), loss), tmp_path
+            )
+    cell = load(tmp_path, ("main",)).cells[arm.name]["movies"]
+    assert cell.scores("test_loss") == {0: 0.9, 1: 0.9}
 
 
 def test_key_depends_on_everything_that_decides_the_numbers():
