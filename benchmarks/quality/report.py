@@ -7,7 +7,7 @@ from pathlib import Path
 
 from . import pictures
 from .experiments import EXPERIMENTS
-from .results import AVERAGE, Results, load
+from .results import AVERAGE, GROUPS, Results, load
 from .stats import Estimate, average
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -159,19 +159,9 @@ def _bars(main: Results, rates: Results) -> str:
     tasks = main.tasks()
     for arm in genloras:
         other = reference(main, arm)
+        if other:
+            rows += _bar_1(main, arm, other)
         if other and abs(main.budgets[arm] / main.budgets[other] - 1) <= MATCH:
-            found = difference(main, arm, other, AVERAGE)
-            each = {task: difference(main, arm, other, task) for task in tasks}
-            worse = [task for task, d in each.items() if d and d.low > 0]
-            if found:
-                rows.append(
-                    [
-                        f"1. {arm} better than {other} on average, worse on no task",
-                        _verdict(found.high < 0 and not worse),
-                        f"average{_over(main, arm, other)} {found.text(4, signed=True)}; "
-                        f"worse on: {', '.join(worse) or 'none'}",
-                    ]
-                )
             ours, theirs = (_mean_rank(main, name) for name in (arm, other))
             if ours and theirs:
                 rows.append(
@@ -203,6 +193,29 @@ def _bars(main: Results, rates: Results) -> str:
             )
     rows.sort(key=lambda row: row[0][0])
     return "## The aims\n\nDecided on test loss, the finer figure.\n\n" + _table(["aim", "met", "figures"], rows)
+
+
+def _bar_1(results: Results, arm: str, other: str) -> list[list[str]]:
+    """Against LoRA of the arm's size or the next larger, on all tasks and on those of one kind of model."""
+    found = difference(results, arm, other, AVERAGE)
+    if found is None:
+        return []
+    each = {task: difference(results, arm, other, task) for task in results.tasks()}
+    worse = [task for task, d in each.items() if d and d.low > 0]
+    figures = [f"average{_over(results, arm, other)} {found.text(4, signed=True)}"]
+    for group in GROUPS:
+        pairs = results.differences(arm, other, group, LOSS)
+        if 1 < len(pairs) < len(results.differences(arm, other, AVERAGE, LOSS)):
+            figures.append(f"{group} {average([*pairs.values()]).text(4, signed=True)}")
+    share = results.budgets[arm] / results.budgets[other]
+    smaller = "" if abs(share - 1) <= MATCH else f" ({share:.2f} of its size)"
+    return [
+        [
+            f"1. {arm}{smaller} better than {other} on average, worse on no task",
+            _verdict(found.high < 0 and not worse),
+            "; ".join([*figures, f"worse on: {', '.join(worse) or 'none'}"]),
+        ]
+    ]
 
 
 def _bar_4(results: Results, arm: str) -> list[list[str]]:

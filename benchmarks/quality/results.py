@@ -12,6 +12,8 @@ from .rows import Row, read_rows
 from .stats import paired
 
 AVERAGE = "average"
+# What scores are averaged over, besides all tasks.
+GROUPS = {"encoders": (*SENTIMENT_TASKS, *VISION_TASKS), "language model": LANGUAGE_TASKS}
 ARM_ORDER = [arm.name for arm in EXPERIMENTS["main"].arms]
 TASK_ORDER = [*SENTIMENT_TASKS, *LANGUAGE_TASKS, *VISION_TASKS]
 
@@ -102,16 +104,22 @@ class Results:
         return sorted(found, key=lambda task: TASK_ORDER.index(task) if task in TASK_ORDER else len(TASK_ORDER))
 
     def samples(self, arm: str, task: str, column: str) -> list[list[float]]:
-        """Final scores of a task; of the average those of each task, or nothing unless all have some."""
-        tasks = self.tasks() if task == AVERAGE else [task]
-        found = [list(self._scores(arm, name, column).values()) for name in tasks]
+        """Final scores of a task; of the average or a group those of each task, or nothing unless all have some."""
+        found = [list(self._scores(arm, name, column).values()) for name in self._tasks_of(task)]
         return found if all(found) else []
 
     def differences(self, arm: str, other: str, task: str, column: str) -> dict[str, list[float]]:
-        """By task an arm's final scores minus another's, paired by seed; of the average all tasks that both have."""
-        tasks = self.tasks() if task == AVERAGE else [task]
-        found = {name: paired(self._scores(arm, name, column), self._scores(other, name, column)) for name in tasks}
+        """By task an arm's final scores minus another's, paired by seed; of an average all that both have."""
+        found = {
+            name: paired(self._scores(arm, name, column), self._scores(other, name, column))
+            for name in self._tasks_of(task)
+        }
         return {name: values for name, values in found.items() if values}
+
+    def _tasks_of(self, name: str) -> list[str]:
+        if name != AVERAGE and name not in GROUPS:
+            return [name]
+        return [task for task in self.tasks() if task in GROUPS.get(name, (task,))]
 
     def _scores(self, arm: str, task: str, column: str) -> dict[int, float]:
         cell = self.cells.get(arm, {}).get(task)
