@@ -47,7 +47,7 @@ def _over_size(results: Results, path: Path, column: str, scale: float, label: s
         return False
     panels = [*tasks, AVERAGE] if len(tasks) > 1 else tasks
     plt = _pyplot()
-    columns = min(MOST_COLUMNS, len(panels))
+    columns = 2 if len(panels) == 4 else min(MOST_COLUMNS, len(panels))  # no line of one panel alone
     lines = -(-len(panels) // columns)
     figure, axes = plt.subplots(lines, columns, figsize=(3.5 * columns + 1.6, 3.4 * lines), squeeze=False)
     for axis in axes.flat[len(panels) :]:

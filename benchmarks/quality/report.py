@@ -56,7 +56,8 @@ def _head(results: Results) -> str:
         "",
         "Made by `python -m benchmarks.quality report` from the rows in `results/`; not edited by hand. Means over "
         "seeds with 95 % intervals (t); differences are paired by seed. All methods: same steps, batches and number of "
-        "trials of the learning rate, which validation loss decided; the test data were seen by the final runs only.",
+        "rates, between which validation loss decided, at as many seeds as the table of learning rates says; the test "
+        "data were seen by the final runs only.",
         "",
         f"Rows: {results.runs} runs, {results.diverged} of them diverged, {results.seconds / 3600:.1f} hours of one "
         f"thread. Versions: {'; '.join(results.versions) or 'none'}.",
