@@ -221,11 +221,27 @@ def test_second_derivative_is_an_error_that_names_the_way_out():
 
 
 def test_plain_layer_can_be_differentiated_twice():
-    layer = layer_of()
+    layer = layer_of().double()
     layer.fused = False
-    x = torch.randn(3, 12, requires_grad=True)
-    (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
-    torch.autograd.grad(first.square().sum(), layer.generator_A.latent)
+    latent = layer.generator_A.latent
+    x = torch.randn(3, layer.in_features, dtype=torch.float64, requires_grad=True)
+
+    def squared_slope():
+        (first,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+        return first.square().sum()
+
+    (second,) = torch.autograd.grad(squared_slope(), latent)
+    direction, step = torch.randn_like(latent), 1e-5
+    sides = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            latent.add_(sign * step * direction)
+        sides.append(squared_slope().item())
+        with torch.no_grad():
+            latent.sub_(sign * step * direction)
+    expected = (sides[0] - sides[1]) / (2 * step)
+    assert abs(expected) > 1e-3
+    assert (second * direction).sum().item() == pytest.approx(expected, rel=1e-5)
 
 
 class Doubled(nn.Linear):
