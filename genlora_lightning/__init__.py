@@ -35,13 +35,13 @@ if TYPE_CHECKING:
     from genlora_lightning.injection import remove_adapters as remove_adapters
     from genlora_lightning.inspection import describe_adapter as describe_adapter
     from genlora_lightning.inspection import verify_adapter as verify_adapter
-    from genlora_lightning.layers import GenLoRALinear as GenLoRALinear
+    from genlora_lightning.layers import AdaptedLinear as AdaptedLinear
     from genlora_lightning.loading import convert_checkpoint as convert_checkpoint
     from genlora_lightning.loading import load_module as load_module
+    from genlora_lightning.lora import LoRAConfig as LoRAConfig
     from genlora_lightning.lora_export import LoRAExport as LoRAExport
     from genlora_lightning.lora_export import export_lora as export_lora
-    from genlora_lightning.lora_import import CompressedLoRA as CompressedLoRA
-    from genlora_lightning.lora_import import compress_lora as compress_lora
+    from genlora_lightning.lora_import import import_lora as import_lora
     from genlora_lightning.merging import MergeReport as MergeReport
     from genlora_lightning.merging import adapters_merged as adapters_merged
     from genlora_lightning.merging import merge_adapters as merge_adapters
@@ -54,16 +54,16 @@ if TYPE_CHECKING:
     from genlora_lightning.resumable import ResumableDataLoader as ResumableDataLoader
 
 _HOME = {
+    "AdaptedLinear": "layers",
     "AtomicCheckpointIO": "checkpoint_io",
     "CausalLMModule": "modules",
-    "CompressedLoRA": "lora_import",
     "CoverageReport": "coverage",
     "DamagedFileError": "digests",
     "GenLoRAConfig": "config",
     "GenLoRAFinetuning": "callback",
-    "GenLoRALinear": "layers",
     "GenLoRAModule": "modules",
     "InstructionDataModule": "data",
+    "LoRAConfig": "lora",
     "LoRAExport": "lora_export",
     "MergeReport": "merging",
     "OptimizerConfig": "optim",
@@ -76,7 +76,6 @@ _HOME = {
     "adapters_disabled": "injection",
     "adapters_merged": "merging",
     "cached_factors": "generation",
-    "compress_lora": "lora_import",
     "convert_checkpoint": "loading",
     "describe_adapter": "inspection",
     "effective_rank": "analysis",
@@ -84,6 +83,7 @@ _HOME = {
     "export_lora": "lora_export",
     "forget_factors": "generation",
     "generated_once": "accumulation",
+    "import_lora": "lora_import",
     "inject_adapters": "injection",
     "load_adapter": "adapter_io",
     "load_module": "loading",

@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from genlora_lightning.basis import pass_gradients_on
 from genlora_lightning.factors import Held, check_current
-from genlora_lightning.generation import Shape, at_once, layers_of, shape_of
+from genlora_lightning.generation import BatchKey, at_once, batch_key, layers_of
 
 
 @contextmanager
@@ -72,9 +71,9 @@ def _note_step(model: nn.Module, optimizer: Optimizer) -> None:
     # Optimizers that are fused into one kernel write past the tensors' versions.
     written = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in layers_of(model):
-        for generator in (layer.generator_A, layer.generator_B):
-            if any(id(part) in written for part in generator.parts()):
-                generator.changed()
+        for factor in layer.pair or ():
+            if any(id(part) in written for part in factor.parts()):
+                factor.changed()
 
 
 def is_generated_once(model: nn.Module) -> bool:
@@ -94,21 +93,19 @@ def pass_gradients(model: nn.Module) -> None:
     Raises:
         RuntimeError: The parameters are others than those of the forwards.
     """
-    found: dict[Shape, list[tuple[Held, Tensor]]] = {}
+    found: dict[BatchKey, list[tuple[Held, Tensor]]] = {}
     for layer in layers_of(model):
         for pair in (layer.store.held or {}).values():
             taken = [(one, gradient) for one in pair if (gradient := one.take()) is not None]
             if taken:
                 check_current(pair)
             for one, gradient in taken:
-                shape = shape_of(one.generator, one.scale, one.leaf.dtype)
-                found.setdefault(shape, []).append((one, gradient))
-    for shape, everything in found.items():
-        for some in at_once(shape, everything):
-            parameters = [one.generator.parts() for one, _ in some]
-            with torch.autocast(shape.device.type, enabled=False):
-                signs = some[0][0].generator.signs()
-                pass_gradients_on(parameters, [g for _, g in some], shape.kernel, scale=shape.scale, signs=signs)
+                found.setdefault(batch_key(one.factor, one.scale, one.leaf.dtype), []).append((one, gradient))
+    for key, everything in found.items():
+        for some in at_once(key, everything):
+            factors, gradients = [one.factor for one, _ in some], [gradient for _, gradient in some]
+            with torch.autocast(key.device.type, enabled=False):
+                key.factor.pass_gradients(factors, gradients, scale=key.scale)
 
 
 def end_generating_once(model: nn.Module) -> None:

@@ -25,9 +25,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from genlora_lightning.adapter_base import Factor
 from genlora_lightning.architectures import repeated_blocks
 from genlora_lightning.generation import generated, sharing_modules
-from genlora_lightning.generator import RBFGenerator
 from genlora_lightning.injection import adapter_layers
 
 _FEW = 2
@@ -234,7 +234,7 @@ def _attributed(model: nn.Module, counter: _Counter) -> Iterator[None]:
             if node is not None:
                 hooks.extend((node.register_prehook(enter_all), node.register_hook(leave_all)))
 
-    generators = [module for module in model.modules() if isinstance(module, RBFGenerator)]
+    generators = [module for module in model.modules() if isinstance(module, Factor)]
     hooks: list[Any] = [g.register_forward_pre_hook(enter) for g in generators]
     hooks += [g.register_forward_hook(leave) for g in generators]
     for module in sharing_modules(model):  # around the hook that generates for all of a module's layers

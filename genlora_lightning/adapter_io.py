@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning import __version__
+from genlora_lightning.adapter_config import AdapterConfig
 from genlora_lightning.atomic import atomic_folder
 from genlora_lightning.base_identity import WrongBaseError, base_identity, compare_bases, describe_base
-from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.coverage import CoverageReport
 from genlora_lightning.digests import dtype_name, seal_json, sha256
 from genlora_lightning.full_training import trained_modules
@@ -60,7 +60,7 @@ class AdapterContent:
     """
 
     state: dict[str, Tensor]
-    config: GenLoRAConfig
+    config: AdapterConfig
     base: dict[str, Any]
     layers: dict[str, list[int]]
     trained_modules: dict[str, list[str]]

@@ -14,10 +14,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import Tensor
 from typing_extensions import override
 
+from genlora_lightning.autograd import refuse_second_derivative
 from genlora_lightning.config import Kernel
 
 # exp(c²/2), which the Gaussian's expansion multiplies and divides by, overflows float32 at c = 13.3. A centre this many
@@ -166,27 +166,6 @@ def generate_matrices(
     """
     flat = [tensor for one in parameters for tensor in one]
     return cast("tuple[Tensor, ...]", _Generate.apply(kernel, scale, signs, dtype, when_differentiated, *flat))  # type: ignore[no-untyped-call]
-
-
-def is_ordinary(tensor: Any) -> bool:
-    """Whether a tensor is torch's own, strided: not a quantized, sharded or otherwise derived one.
-
-    Those without values, with which memory is counted, stand for such tensors, so that what is counted is what runs.
-    """
-    return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
-
-
-def refuse_second_derivative(what: str) -> None:
-    """In a backward: say that it has no derivative, rather than leave it out silently.
-
-    Raises:
-        RuntimeError: The backward runs with ``create_graph=True``.
-    """
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        raise RuntimeError(
-            f"{what} has a backward of its own, which cannot be differentiated again (`create_graph=True`). For second "
-            "derivatives use the plain path: `set_fused(model, False)`."
-        )
 
 
 class _Generate(torch.autograd.Function):

@@ -1,17 +1,18 @@
-"""From a number of parameters to the latents, rank and groups of an adapter."""
+"""Find the adapter that meets a number of parameters: of GenLoRA latents, rank and groups, of LoRA the rank."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from genlora_lightning.adapter_base import MatrixShape
+from genlora_lightning.adapter_config import AdapterConfig
 from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.lora import LoRAConfig
 
 ALLOWANCE = 1.05
 _RANK, _HIGHEST_RANK, _GROUPS = 64, 128, 8
-# The fields that a budget decides.
-SIZES = ("rank", "num_latents_a", "num_latents_b", "num_groups_a", "num_groups_b", "num_centers")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +26,7 @@ class Budget:
         lora_parameters_per_rank: What one more unit of LoRA's rank would train on the same linears.
     """
 
-    config: GenLoRAConfig
+    config: AdapterConfig
     parameters: int
     wanted: int
     lora_parameters_per_rank: int
@@ -36,8 +37,8 @@ class Budget:
         return self.parameters / self.lora_parameters_per_rank
 
 
-def ladder(config: GenLoRAConfig, linears: Sequence[tuple[int, int]], parameters: int) -> Iterator[GenLoRAConfig]:
-    """Configurations of growing size, each one larger than the one before, for a budget.
+def genlora_ladder(config: GenLoRAConfig, shapes: Sequence[MatrixShape], parameters: int) -> Iterator[GenLoRAConfig]:
+    """GenLoRA configurations of growing size, each one larger than the one before, for a budget.
 
     This is the one place that decides what grows first, after what was measured (docs/method.md):
 
@@ -49,18 +50,18 @@ def ladder(config: GenLoRAConfig, linears: Sequence[tuple[int, int]], parameters
 
     Args:
         config: What all of them have in common.
-        linears: ``(in_features, out_features)`` of each adapted linear.
+        shapes: Of each adapted matrix.
         parameters: The budget, which decides the latents.
     """
-    narrowest = min(min(shape) for shape in linears)
-    fewest_outputs = min(outputs for _, outputs in linears)
+    narrowest = min(min(shape) for shape in shapes)
+    fewest_outputs = min(shape.out_features for shape in shapes)
     rank, groups = min(_RANK, narrowest), min(_GROUPS, fewest_outputs)
     latents = (1, 1)
     for a, b in ((number // 2, (number + 1) // 2) for number in itertools.count(2)):
         wider = replace(
             config, rank=rank, num_latents_a=a, num_latents_b=b, num_groups_a=1, num_groups_b=1, num_centers=1
         )
-        if count(wider, linears) > parameters:
+        if count(wider, shapes) > parameters:
             break
         latents = (a, b)
     base = replace(config, num_latents_a=latents[0], num_latents_b=latents[1], num_groups_a=1, num_centers=1)
@@ -76,36 +77,53 @@ def ladder(config: GenLoRAConfig, linears: Sequence[tuple[int, int]], parameters
         yield replace(base, rank=highest, num_groups_b=number)
 
 
-def count(config: GenLoRAConfig, linears: Iterable[tuple[int, int]]) -> int:
-    """Parameters that a configuration trains on some linears."""
-    return sum(config.count_parameters(inputs, outputs) for inputs, outputs in linears)
+def lora_ladder(config: LoRAConfig, shapes: Sequence[MatrixShape], parameters: int) -> Iterator[LoRAConfig]:
+    """LoRA configurations of growing rank, with the scaling of the given one."""
+    for rank in range(1, max(min(shape) for shape in shapes) + 1):
+        alpha = config.alpha * rank / config.rank if config.scaling == "rank" else config.alpha
+        yield replace(config, rank=rank, alpha=alpha)
 
 
-def fit_budget(config: GenLoRAConfig, linears: Sequence[tuple[int, int]], parameters: int) -> Budget:
-    """The configuration on the :func:`ladder` whose parameters are closest to a number, and at most 5 % above it.
+_LADDERS: dict[type[AdapterConfig], Callable[..., Iterator[AdapterConfig]]] = {
+    GenLoRAConfig: genlora_ladder,
+    LoRAConfig: lora_ladder,
+}
+
+
+def count(config: AdapterConfig, shapes: Iterable[MatrixShape]) -> int:
+    """Count the parameters that a configuration trains on some matrices."""
+    return sum(config.count_parameters(shape) for shape in shapes)
+
+
+def fit_budget(config: AdapterConfig, shapes: Sequence[MatrixShape], parameters: int) -> Budget:
+    """Find the configuration whose parameters are closest to a number, and at most 5 % above it.
 
     Args:
-        config: What is not searched: scaling, kernel, initialisation, …
-        linears: ``(in_features, out_features)`` of each adapted linear.
+        config: The kind, and what is not searched: scaling, kernel, initialisation, …
+        shapes: Of each adapted matrix.
         parameters: The budget.
 
     Raises:
-        ValueError: There are no linears, or the smallest configuration is above the budget; the message says by how
-            much.
+        ValueError: There is nothing to adapt, the kind has no sizes to choose from, or the smallest configuration is
+            above the budget; the message says by how much.
     """
-    if not linears:
+    if not shapes:
         raise ValueError("There are no linears to adapt.")
-    per_rank = sum(inputs + outputs for inputs, outputs in linears)
-    best: GenLoRAConfig | None = None
+    ladder = _LADDERS.get(type(config))
+    if ladder is None:
+        known = ", ".join(kind.__name__ for kind in _LADDERS)
+        raise ValueError(f"A budget decides the sizes of {known}, and knows none for {type(config).__name__}.")
+    per_rank = sum(sum(shape) for shape in shapes)
+    best: AdapterConfig | None = None
     best_size = 0
-    for candidate in ladder(config, linears, parameters):
-        size = count(candidate, linears)
+    for candidate in ladder(config, shapes, parameters):
+        size = count(candidate, shapes)
         if size > ALLOWANCE * parameters:
             if best is None:
                 raise ValueError(
-                    f"The smallest adapter on these {len(linears)} linears has {size:,} parameters (a latent entry for "
-                    f"each input and output; LoRA of rank {size / per_rank:.2f} has as many), which is more than "
-                    f"{parameters:,}. Adapt fewer linears (`target_modules`), or give a larger budget."
+                    f"The smallest {config.title} adapter on these {len(shapes)} linears has {size:,} parameters (LoRA "
+                    f"of rank {size / per_rank:.2f} has as many), which is more than {parameters:,}. Adapt fewer "
+                    "linears (`target_modules`), or give a larger budget."
                 )
             break
         if best is None or abs(size - parameters) <= abs(best_size - parameters):

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from genlora_lightning.adapter_config import AdapterConfig
 from genlora_lightning.adapter_io import write_adapter
-from genlora_lightning.checkpoint import adapter_root, check_checkpoint
+from genlora_lightning.checkpoint import adapter_root, check_checkpoint, upgrade
 from genlora_lightning.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.checks import (
     GradientWatch,
@@ -27,10 +28,10 @@ from genlora_lightning.checks import (
     prune_frozen,
     set_train_mode,
 )
-from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.coverage import CoverageReport
 from genlora_lightning.generation import cached_factors
 from genlora_lightning.injection import adapter_layers, inject_adapters
+from genlora_lightning.kinds import read_config
 from genlora_lightning.pieces import local_part, plain_name, whole_like
 from genlora_lightning.ranks import AdapterSharding, Ranks, describe_timeout
 from genlora_lightning.resume import (
@@ -97,7 +98,7 @@ class GenLoRAFinetuning(Callback):
 
     def __init__(
         self,
-        config: GenLoRAConfig | dict[str, Any] | None = None,
+        config: AdapterConfig | dict[str, Any] | None = None,
         *,
         adapter_dir: str | None = None,
         save_adapter: bool = True,
@@ -107,9 +108,7 @@ class GenLoRAFinetuning(Callback):
         check_ranks_every_n_steps: int = 0,
         generate: Generate = "forward",
     ) -> None:
-        if not isinstance(config, (GenLoRAConfig, dict)) and config is not None:
-            raise TypeError(f"`config` must be a GenLoRAConfig or a dictionary of its fields, got {config!r}.")
-        self.config = GenLoRAConfig.from_dict(config) if isinstance(config, dict) else config or GenLoRAConfig()
+        self.config = read_config(config)
         self.adapter_dir = adapter_dir
         self.save_adapter = save_adapter
         self.train_mode = train_mode
@@ -178,6 +177,7 @@ class GenLoRAFinetuning(Callback):
             write_content(trainer, pl_module, checkpoint)
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            upgrade(checkpoint)
             original_load(checkpoint)
             check_checkpoint(pl_module, checkpoint)
             self._untrained = False
@@ -206,7 +206,7 @@ class GenLoRAFinetuning(Callback):
             pl_module._strict_loading = getattr(self, "_strict_loading", None)
 
     def _inject(self, pl_module: LightningModule) -> None:
-        resolve: Callable[[GenLoRAConfig], GenLoRAConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
+        resolve: Callable[[AdapterConfig], AdapterConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
         config = resolve(self.config) if resolve is not None else self.config
         self._untrained = not adapter_layers(pl_module)
         self.report = inject_adapters(adapter_root(pl_module), config)

@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from genlora_lightning import format1
 from genlora_lightning.base_identity import base_model_name
 from genlora_lightning.injection import adapter_config, adapter_layers, require_adapters
+from genlora_lightning.kinds import read_config
 from genlora_lightning.pieces import plain_name, plain_parameters, state_names, trained_tensors, whole_like
 from genlora_lightning.state import check_adapter_state
 
 CHECKPOINT_KEY = "genlora"
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 _HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
@@ -287,6 +289,13 @@ def _some(names: Iterable[str]) -> str:
 # -- reading ----------------------------------------------------------------------------------------------------------
 
 
+def upgrade(checkpoint: dict[str, Any]) -> None:
+    """Turn a checkpoint of an older format into one of today's, in place."""
+    described = checkpoint.get(CHECKPOINT_KEY)
+    if isinstance(described, dict) and described.get("format_version") == format1.VERSION:
+        format1.upgrade_checkpoint(checkpoint, CHECKPOINT_KEY, CHECKPOINT_VERSION)
+
+
 def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says of its adapters: configuration, base model, prefix.
 
@@ -296,7 +305,7 @@ def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     described: dict[str, Any] | None = checkpoint.get(CHECKPOINT_KEY)
     if described is None:
         raise ValueError(
-            "The checkpoint holds no GenLoRA adapters: it was written by a run without GenLoRAFinetuning. To start "
+            "The checkpoint holds no adapters: it was written by a run without GenLoRAFinetuning. To start "
             "from its weights load them into the model yourself, and give no `ckpt_path`."
         )
     if described["format_version"] != CHECKPOINT_VERSION:
@@ -315,11 +324,10 @@ def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     """
     if not adapter_layers(module):
         raise RuntimeError("The adapters were not injected before the checkpoint was loaded.")
-    stored = describe(checkpoint)["config"]
+    stored = read_config(describe(checkpoint)["config"])
     differences = [
-        f"{name}: {stored.get(name)!r} in the checkpoint, {value!r} here"
-        for name, value in adapter_config(module).to_dict().items()
-        if stored.get(name) != value and name != "dropout"
+        f"{name}: {there!r} in the checkpoint, {here!r} here"
+        for name, (here, there) in adapter_config(module).differences(stored).items()
     ]
     if differences:
         raise ValueError(

@@ -21,8 +21,8 @@ from typing_extensions import override
 # A class is known by its short name once its module is imported.
 from genlora_lightning.callback import GenLoRAFinetuning
 from genlora_lightning.checkpoint_files import verify_checkpoint
+from genlora_lightning.cli_adapter import adapter_options, config_of
 from genlora_lightning.cli_errors import find_user_error, leave, one_line
-from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
 from genlora_lightning.last_checkpoint import last_good_checkpoint
 from genlora_lightning.manifest import is_adapter_folder
@@ -77,9 +77,9 @@ class GenLoRACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--adapter",
-            type=GenLoRAConfig | None,
+            type=adapter_options() | None,
             default=None,
-            help="What to adapt, and how, in any model; for this package's modules the defaults if not given.",
+            help="The kind of adapter, what to adapt, and how, in any model; for this package's modules GenLoRA's defaults if not given.",
         )
         parser.add_argument(
             "--adapter_dir",
@@ -173,8 +173,10 @@ class GenLoRACLI(LightningCLI):
         settings = {name: config[name] for name in _CALLBACK_DEFAULTS}
         if config.adapter is None and settings == _CALLBACK_DEFAULTS:
             return []
-        own = self.model.adapter if isinstance(self.model, GenLoRAModule) else None
-        return [GenLoRAFinetuning(config.adapter or own, **settings)]
+        adapter = self.model.adapter if isinstance(self.model, GenLoRAModule) else None
+        if config.adapter is not None:
+            adapter = config_of(config.adapter)
+        return [GenLoRAFinetuning(adapter, **settings)]
 
 
 def main(args: list[str] | None = None) -> GenLoRACLI:

@@ -1,25 +1,28 @@
-"""The adapter's configuration: one flat, validated, YAML-friendly dataclass."""
+"""Configure GenLoRA: one flat, validated, YAML-friendly dataclass."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import re
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
 
-ScalingRule = Literal["sqrt_rank", "rank"]
+import torch
+from typing_extensions import override
+
+from genlora_lightning.adapter_base import FactorPair, MatrixShape
+from genlora_lightning.adapter_config import AdapterConfig, ScalingRule
+from genlora_lightning.fields import check_choice, check_flag, check_integer, check_number
+
 Init = Literal["zero_latent", "zero_weight"]
 Kernel = Literal["gaussian", "inverse_multiquadric", "inverse_quadratic"]
 
-ALL_LINEAR = "all-linear"
 # γ·√R of `entry_signs`: found by search (docs/method.md), at a rate that suits the latents.
 SIGNED_GAIN = 64.0
 
 
-@dataclass(kw_only=True)
-class GenLoRAConfig:
-    """What is adapted, and how the low-rank matrices are generated.
+@dataclass(frozen=True, kw_only=True)
+class GenLoRAConfig(AdapterConfig):
+    """Configure GenLoRA: what is adapted, and how the low-rank matrices are generated.
 
     The update of a weight ``W (out, in)`` is ``ΔW = s · B · A`` with ``A (rank, in)`` and ``B (out, rank)``. Each of
     the two matrices is generated from one latent vector, or a few, by radial basis functions; see
@@ -67,6 +70,9 @@ class GenLoRAConfig:
         TypeError: A value has the wrong type.
     """
 
+    kind: ClassVar[str] = "genlora"
+    title: ClassVar[str] = "GenLoRA"
+
     rank: int = 64
     alpha: float = 2.0
     scaling: ScalingRule = "sqrt_rank"
@@ -82,90 +88,72 @@ class GenLoRAConfig:
     learn_widths: bool = False
     init: Init = "zero_latent"
     kernel: Kernel = "gaussian"
-    dropout: float = 0.0
-    target_modules: str | list[str] = ALL_LINEAR
-    exclude_modules: list[str] = field(default_factory=list)
-    modules_to_train: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        for name in ("rank", "num_latents_a", "num_latents_b", "num_groups_a", "num_groups_b", "num_centers"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}.")
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1, got {value}.")
-        for name in ("alpha", "width", "dropout"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.")
-        if not (math.isfinite(self.alpha) and self.alpha != 0):
-            raise ValueError(f"`alpha` must be finite and not zero, got {self.alpha}: the update would always be zero.")
-        if not (math.isfinite(self.width) and self.width > 0):
-            raise ValueError(f"`width` must be finite and greater than 0, got {self.width}.")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"`dropout` must be at least 0 and less than 1, got {self.dropout}.")
+        super().__post_init__()
+        for name in ("num_latents_a", "num_latents_b", "num_groups_a", "num_groups_b", "num_centers"):
+            check_integer(name, getattr(self, name), least=1)
+        check_number("width", self.width, above=0.0)
         if self.weight_gain is not None:
-            value = self.weight_gain
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(
-                    f"`weight_gain` must be a number or null, got {value!r} of type {type(value).__name__}."
-                )
-            if not (math.isfinite(value) and value > 0):
-                raise ValueError(f"`weight_gain` must be finite and greater than 0, got {value}.")
+            check_number("weight_gain", self.weight_gain, above=0.0)
         for name in ("entry_signs", "learn_centers", "learn_widths"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise TypeError(f"`{name}` must be true or false, got {value!r}.")
-        for name, choices in (("scaling", ScalingRule), ("init", Init), ("kernel", Kernel)):
-            value = getattr(self, name)
-            if value not in get_args(choices):
-                allowed = ", ".join(repr(choice) for choice in get_args(choices))
-                raise ValueError(f"`{name}` must be one of {allowed}, got {value!r}.")
-        self._check_module_names()
-
-    def _check_module_names(self) -> None:
-        if isinstance(self.target_modules, str):
-            if not self.target_modules:
-                raise ValueError(
-                    f"`target_modules` is empty. Give {ALL_LINEAR!r}, a list of module names, or a regular expression."
-                )
-            try:
-                re.compile(self.target_modules)
-            except re.error as error:
-                raise ValueError(
-                    f"`target_modules` is {self.target_modules!r}, which is neither {ALL_LINEAR!r} nor a valid regular "
-                    f"expression ({error}). For several module names give a list."
-                ) from error
-        for name in ("target_modules", "exclude_modules", "modules_to_train"):
-            value = getattr(self, name)
-            if name == "target_modules" and isinstance(value, str):
-                continue
-            if isinstance(value, str) or not isinstance(value, (list, tuple)):
-                raise TypeError(f"`{name}` must be a list of module names, got {value!r}.")
-            for item in value:
-                if not isinstance(item, str) or not item:
-                    raise TypeError(f"`{name}` must hold non-empty module names, got {item!r} in {list(value)!r}.")
-            setattr(self, name, list(value))
-        if self.target_modules == []:
-            raise ValueError(f"`target_modules` is an empty list. Give module names, or {ALL_LINEAR!r}.")
-        both = sorted(set(self.exclude_modules) & set(self.target_modules if self.target_modules != ALL_LINEAR else ()))
-        if isinstance(self.target_modules, list) and both:
-            raise ValueError(f"{both} stand both in `target_modules` and in `exclude_modules`.")
-
-    @property
-    def scaling_factor(self) -> float:
-        """The factor ``s`` of ``ΔW = s · B · A``."""
-        return self.alpha / (math.sqrt(self.rank) if self.scaling == "sqrt_rank" else self.rank)
+            check_flag(name, getattr(self, name))
+        check_choice("init", self.init, get_args(Init))
+        check_choice("kernel", self.kernel, get_args(Kernel))
 
     @property
     def gain(self) -> float:
-        """The factor γ on the RBF weights, decided."""
+        """The factor γ on the RBF weights as decided."""
         if self.weight_gain is not None:
             return self.weight_gain
         return SIGNED_GAIN / math.sqrt(self.rank) if self.entry_signs else 1.0
 
-    def count_parameters(self, in_features: int, out_features: int) -> int:
-        """Trainable parameters of one adapter.
+    @override
+    def make(
+        self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> FactorPair:
+        from genlora_lightning.generator import RBFGenerator  # it imports the names of kernels from here
+
+        def make(num_entries: int, num_latents: int, num_groups: int, table: int, zero_start: bool) -> RBFGenerator:
+            return RBFGenerator(
+                num_entries,
+                rank=self.rank,
+                num_latents=num_latents,
+                num_groups=num_groups,
+                num_centers=self.num_centers,
+                width=self.width,
+                kernel=self.kernel,
+                learn_centers=self.learn_centers,
+                learn_widths=self.learn_widths,
+                sign_table=table if self.entry_signs else None,
+                weight_gain=self.gain,
+                zero_start=self.init if zero_start else None,
+                device=device,
+                generator=generator,
+            )
+
+        return FactorPair(
+            make(shape.in_features, self.num_latents_a, self.num_groups_a, 0, zero_start=False),
+            make(shape.out_features, self.num_latents_b, self.num_groups_b, 1, zero_start=True),
+            self.scaling_factor,
+        )
+
+    @override
+    def check_shape(self, shape: MatrixShape, name: str) -> None:
+        last = name.rsplit(".", 1)[-1]
+        for field, groups, entries, what in (
+            ("num_groups_a", self.num_groups_a, shape.in_features, "inputs"),
+            ("num_groups_b", self.num_groups_b, shape.out_features, "outputs"),
+        ):
+            if groups > entries:
+                raise ValueError(
+                    f"`{field}` is {groups}, but {name} has only {entries} {what} to divide into groups. Lower "
+                    f"`{field}` to {entries} or add {last!r} to `exclude_modules`."
+                )
+
+    @override
+    def count_parameters(self, shape: MatrixShape) -> int:
+        """Count the trainable parameters of one adapted matrix.
 
         ``Q_A·in + Q_B·out + R·K·(Q_A·(G_A + [centres] + [widths]) + Q_B·(G_B + [centres] + [widths]))``, the brackets 1
         for what is learned.
@@ -174,26 +162,18 @@ class GenLoRAConfig:
         functions = self.num_latents_a * (self.num_groups_a + learned) + self.num_latents_b * (
             self.num_groups_b + learned
         )
-        latents = self.num_latents_a * in_features + self.num_latents_b * out_features
+        latents = self.num_latents_a * shape.in_features + self.num_latents_b * shape.out_features
         return latents + self.rank * self.num_centers * functions
 
+    @override
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as plain numbers, strings and lists, fit for JSON, YAML and safe checkpoint loading.
+        """The kind and the fields as plain numbers, strings and lists, fit for JSON, YAML and safe checkpoint loading.
 
         The gain is written down as decided: weights in a file mean nothing without it.
         """
-        return {**dataclasses.asdict(self), "weight_gain": self.gain}
+        return {**super().to_dict(), "weight_gain": self.gain}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> GenLoRAConfig:
-        """Make a configuration from :meth:`to_dict`'s values; fields that are left out take their defaults.
-
-        Raises:
-            ValueError: A key is no field; the message lists the fields.
-        """
-        fields = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            renamed = " `num_groups` is now `num_groups_a` and `num_groups_b`." if "num_groups" in unknown else ""
-            raise ValueError(f"Unknown GenLoRAConfig fields {unknown}.{renamed} The fields are {fields}.")
-        return cls(**values)
+    @override
+    def field_hints(cls) -> dict[str, str]:
+        return {**super().field_hints(), "num_groups": "`num_groups` is now `num_groups_a` and `num_groups_b`."}

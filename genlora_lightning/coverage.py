@@ -25,6 +25,7 @@ class CoverageReport:
     """What :func:`inject_adapters` did; ``print`` it for a table.
 
     Args:
+        title: The name of the kind of adapter.
         adapted: The adapted linears.
         trained: The modules that are trained in full.
         skipped: Linears that were left alone, with the reason.
@@ -33,6 +34,7 @@ class CoverageReport:
         lora_parameters: What LoRA of the same rank would train in place of the adapters.
     """
 
+    title: str
     adapted: tuple[CoverageRow, ...]
     trained: tuple[CoverageRow, ...]
     skipped: dict[str, str]
@@ -48,10 +50,10 @@ class CoverageReport:
     def summary(self) -> str:
         """The report in one or two lines."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
-        text = (
-            f"GenLoRA adapts {len(self.adapted)} linears with {self.adapter_parameters:,} parameters "
-            f"(LoRA of the same rank: {self.lora_parameters:,}). "
-        )
+        text = f"{self.title} adapts {len(self.adapted)} linears with {self.adapter_parameters:,} parameters"
+        if self.adapter_parameters != self.lora_parameters:
+            text += f" (LoRA of the same rank: {self.lora_parameters:,})"
+        text += ". "
         if self.trained:
             names = ", ".join(row.module for row in self.trained)
             text += f"Trained in full: {names} ({sum(r.trainable_parameters for r in self.trained):,}). "

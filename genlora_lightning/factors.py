@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genlora_lightning.generator import RBFGenerator
+from genlora_lightning.adapter_base import Factor
 
 
 class ModelForward:
@@ -50,25 +50,25 @@ class Held:
 
     Args:
         matrix: What was generated.
-        generator: What by.
+        factor: What by.
         scale: The factor on it.
     """
 
-    def __init__(self, matrix: Tensor, generator: RBFGenerator, scale: float) -> None:
-        self.generator = generator
+    def __init__(self, matrix: Tensor, factor: Factor, scale: float) -> None:
+        self.factor = factor
         self.scale = scale
-        self.leaf = matrix.detach().requires_grad_(any(part.requires_grad for part in generator.parts()))
+        self.leaf = matrix.detach().requires_grad_(any(part.requires_grad for part in factor.parts()))
         self._sum: Tensor | None = None
-        self._parts = generator.parts()  # looked at in every forward
+        self._parts = factor.parts()  # looked at in every forward
         self._version = self._current_version()
         self._hook: Any = None
-        if self.leaf.requires_grad and self.leaf.dtype != generator.latent.dtype:
+        if self.leaf.requires_grad and self.leaf.dtype != factor.own_dtype:
             self._hook = self.leaf.register_post_accumulate_grad_hook(self._widen)  # type: ignore[no-untyped-call]
 
     def _widen(self, leaf: Tensor) -> None:
         assert leaf.grad is not None
         if self._sum is None:
-            self._sum = leaf.grad.to(self.generator.latent.dtype)
+            self._sum = leaf.grad.to(self.factor.own_dtype)
         else:
             self._sum += leaf.grad
         leaf.grad = None
@@ -79,7 +79,7 @@ class Held:
         return self._version == self._current_version()
 
     def _current_version(self) -> tuple[int, ...]:
-        return (self.generator.changes, *(part._version for part in self._parts))
+        return (self.factor.changes, *(part._version for part in self._parts))
 
     def take(self) -> Tensor | None:
         """The sum, which begins anew; ``None`` if there was no gradient."""
@@ -142,22 +142,22 @@ class FactorStore:
         """Whether a model's forward that has generated for the layer is running."""
         return self.given is not None and self.given.forward.runs
 
-    def kept(self, a: RBFGenerator, b: RBFGenerator, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    def kept(self, a: Factor, b: Factor, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """What is kept in a dtype, if it is up to date and may be used: not under autograd."""
         if not self.keeps or torch.is_grad_enabled():
             return None
         found = self._kept.get(dtype)
-        if found is None or found[0] != a.changes + b.changes or found[1].device != a.latent.device:
+        if found is None or found[0] != a.changes + b.changes or found[1].device != a.device:
             return None
         return found[1], found[2]
 
-    def has_kept(self, a: RBFGenerator, b: RBFGenerator) -> bool:
+    def has_kept(self, a: Factor, b: Factor) -> bool:
         """Whether something up to date is kept, in whatever dtype, and may be used."""
         if not self._kept or not self.keeps or torch.is_grad_enabled():
             return False
         return any(found[0] == a.changes + b.changes for found in self._kept.values())
 
-    def keep(self, a: RBFGenerator, b: RBFGenerator, A: Tensor, B: Tensor) -> None:
+    def keep(self, a: Factor, b: Factor, A: Tensor, B: Tensor) -> None:
         """Keep matrices, if the layer keeps any."""
         if self.keeps and not torch.is_grad_enabled():
             self._kept[A.dtype] = a.changes + b.changes, A, B
@@ -177,13 +177,13 @@ class FactorStore:
             check_current(found)
         return found
 
-    def hold(self, a: RBFGenerator, b: RBFGenerator, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def hold(self, a: Factor, b: Factor, A: Tensor, B: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Hold what was generated, if it is not held already; the leaves that stand for it."""
         assert self.held is not None
         held = self.held.setdefault(A.dtype, (Held(A, a, 1.0), Held(B, b, scale)))
         return held[0].leaf, held[1].leaf
 
-    def matrices(self, a: RBFGenerator, b: RBFGenerator, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def matrices(self, a: Factor, b: Factor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """A, and B scaled and transposed, in a dtype, from wherever they are to be had."""
         if torch.compiler.is_compiling():
             return a(dtype=dtype), b(scale=scale, dtype=dtype)
@@ -210,9 +210,7 @@ class FactorStore:
         return A, B
 
     @staticmethod
-    def _once_more(
-        given: Given, a: RBFGenerator, b: RBFGenerator, scale: float, dtype: torch.dtype
-    ) -> tuple[Tensor, Tensor]:
+    def _once_more(given: Given, a: Factor, b: Factor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """For a layer that is recomputed without reentrance: the matrices' values, in a graph that is thrown away."""
         if given.A is not None and given.B is not None:
             return given.A.to(dtype), given.B.to(dtype)

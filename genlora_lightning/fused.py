@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from genlora_lightning.basis import is_ordinary, refuse_second_derivative
+from genlora_lightning.autograd import is_ordinary, refuse_second_derivative
 
 
 def adapted_linear(

@@ -9,7 +9,7 @@ layer has the formula in its graph.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,11 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from genlora_lightning.basis import generate_matrices
-from genlora_lightning.config import Kernel
+from genlora_lightning.adapted_layer import AdaptedLayer
+from genlora_lightning.adapter_base import Factor
 from genlora_lightning.factors import Given, ModelForward
-from genlora_lightning.generator import RBFGenerator
-from genlora_lightning.layers import GenLoRALinear
 
 # Entries of matrices that are generated at once: what the arithmetic needs in between is a few times as much. On a CPU
 # it is to stay in a core's cache, which makes generation 2.5 times as fast; elsewhere few kernels count for more.
@@ -31,16 +29,22 @@ _AT_ONCE = 1 << 24
 T = TypeVar("T")
 
 
-class Shape(NamedTuple):
-    """What generators have in common that can be computed at once."""
+class BatchKey(NamedTuple):
+    """What matrices have in common that can be made at once.
 
-    entries: int
-    rank: int
-    latents: int
-    groups: int
-    centers: int
-    kernel: Kernel
-    sign_table: int | None
+    Args:
+        factor: The class of their factors.
+        key: What it says they have in common.
+        cost: Numbers that one of them needs in between.
+        scale: The factor on them.
+        dtype: Of the matrices.
+        own_dtype: Of the parameters.
+        device: Of the parameters.
+    """
+
+    factor: type[Factor]
+    key: Hashable
+    cost: int
     scale: float
     dtype: torch.dtype
     own_dtype: torch.dtype
@@ -129,7 +133,7 @@ class SharedGeneration:
     """Generates for all layers in a module, around each of its forwards."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._forwards: list[tuple[ModelForward, list[GenLoRALinear]]] = []
+        self._forwards: list[tuple[ModelForward, list[AdaptedLayer]]] = []
         module.register_forward_pre_hook(self.begin)
         module.register_forward_hook(self.end, always_call=True)
 
@@ -157,43 +161,44 @@ class SharedGeneration:
                 layer.store.given = None
 
 
-def _generate_for(layers: Iterable[GenLoRALinear]) -> ModelForward:
+def _generate_for(layers: Iterable[AdaptedLayer]) -> ModelForward:
     forward = ModelForward()
-    wanted: dict[tuple[bool, Shape], list[tuple[Given, str, RBFGenerator]]] = {}
-    served: list[tuple[GenLoRALinear, Given]] = []
+    wanted: dict[tuple[bool, BatchKey], list[tuple[Given, str, Factor]]] = {}
+    served: list[tuple[AdaptedLayer, tuple[Factor, Factor], Given]] = []
     for layer in layers:
         store = layer.store
-        a, b = layer.generator_A, layer.generator_B
+        pair = layer.pair
         # First what is soon asked: with one token at a time these questions are a good part of a forward.
-        if not layer.is_active or store.has_kept(a, b):
+        if pair is None or not layer.is_active or store.has_kept(*pair):
             continue
+        a, b = pair
         dtype = layer.wanted_dtype()
         if dtype is None or store.kept(a, b, dtype) is not None or not (a.is_whole and b.is_whole):
             continue
         given = Given(None, None, forward)
-        served.append((layer, given))
+        served.append((layer, pair, given))
         hold = store.held is not None and forward.has_graph
         if hold and (held := store.held_in(dtype)) is not None:
             given.A, given.B = (one.leaf for one in held)
             continue
-        for name, generator, scale in (("A", a, 1.0), ("B", b, layer.scaling)):
-            wanted.setdefault((hold, shape_of(generator, scale, dtype)), []).append((given, name, generator))
-    for (hold, shape), matrices in wanted.items():
+        for name, factor, scale in (("A", a, 1.0), ("B", b, layer.scaling)):
+            wanted.setdefault((hold, batch_key(factor, scale, dtype)), []).append((given, name, factor))
+    for (hold, key), matrices in wanted.items():
         with torch.set_grad_enabled(forward.has_graph and not hold):
-            for some in at_once(shape, matrices):
-                _generate(shape, some)
-    for layer, given in served:
+            for some in at_once(key, matrices):
+                _generate(key, some)
+    for layer, pair, given in served:
         store = layer.store
         store.given = given
         assert given.A is not None
         assert given.B is not None
         if store.held is not None and forward.has_graph:
-            given.A, given.B = store.hold(layer.generator_A, layer.generator_B, given.A, given.B, layer.scaling)
-        store.keep(layer.generator_A, layer.generator_B, given.A, given.B)
+            given.A, given.B = store.hold(*pair, given.A, given.B, layer.scaling)
+        store.keep(*pair, given.A, given.B)
     return forward
 
 
-def _generate(shape: Shape, wanted: list[tuple[Given, str, RBFGenerator]]) -> None:
+def _generate(key: BatchKey, wanted: list[tuple[Given, str, Factor]]) -> None:
     # Weakly: the graph, of which the matrices hold the end, would hold them, and nobody could free either.
     receivers = [(weakref.ref(given), name) for given, name, _ in wanted]
 
@@ -203,15 +208,8 @@ def _generate(shape: Shape, wanted: list[tuple[Given, str, RBFGenerator]]) -> No
             if given is not None:
                 setattr(given, name, None)
 
-    parameters = [generator.parts() for _, _, generator in wanted]
-    matrices = generate_matrices(
-        parameters,
-        shape.kernel,
-        scale=shape.scale,
-        signs=wanted[0][2].signs(),
-        dtype=shape.dtype,
-        when_differentiated=drop,
-    )
+    factors = [factor for _, _, factor in wanted]
+    matrices = key.factor.make_many(factors, scale=key.scale, dtype=key.dtype, when_differentiated=drop)
     for (given, name, _), matrix in zip(wanted, matrices, strict=True):
         setattr(given, name, matrix)
 
@@ -220,40 +218,27 @@ def _is_ours(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), SharedGeneration)
 
 
-def shape_of(generator: RBFGenerator, scale: float, dtype: torch.dtype) -> Shape:
-    """The shape of a matrix that a generator is to make."""
-    latent: Tensor = generator.latent
-    return Shape(
-        generator.num_entries,
-        generator.rank,
-        generator.num_latents,
-        generator.num_groups,
-        generator.num_centers,
-        generator.kernel,
-        generator.sign_table,
-        scale * generator.weight_gain,
-        dtype,
-        latent.dtype,
-        latent.device,
-    )
+def batch_key(factor: Factor, scale: float, dtype: torch.dtype) -> BatchKey:
+    """Find out with which other matrices a factor's can be made at once."""
+    return BatchKey(type(factor), factor.batch_key(), factor.cost, scale, dtype, factor.own_dtype, factor.device)
 
 
-def at_once(shape: Shape, wanted: list[T]) -> Iterator[list[T]]:
-    """Cut a list of what has one shape into pieces whose arithmetic takes no more than a little memory."""
-    most = _AT_ONCE_ON_CPU if shape.device.type == "cpu" else _AT_ONCE
-    number = max(1, most // (shape.entries * shape.rank * shape.latents * shape.centers))
+def at_once(key: BatchKey, wanted: list[T]) -> Iterator[list[T]]:
+    """Cut a list of what has one key into pieces whose arithmetic takes no more than a little memory."""
+    most = _AT_ONCE_ON_CPU if key.device.type == "cpu" else _AT_ONCE
+    number = max(1, most // key.cost)
     for start in range(0, len(wanted), number):
         yield wanted[start : start + number]
 
 
-def layers_of(model: nn.Module) -> list[GenLoRALinear]:
-    """The adapted linears in a module, each once."""
-    # Each forward asks, so that it is always right; the generators in the layers are many and need no visit.
-    found: dict[GenLoRALinear, None] = {}
+def layers_of(model: nn.Module) -> list[AdaptedLayer]:
+    """The adapted layers in a module, each once."""
+    # Each forward asks, so that it is always right; what is inside of the layers is much and needs no visit.
+    found: dict[AdaptedLayer, None] = {}
     waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        if isinstance(module, GenLoRALinear):
+        if isinstance(module, AdaptedLayer):
             found[module] = None
         elif module is not None:
             waiting.extend(module._modules.values())
@@ -266,6 +251,6 @@ def _outer_parts(model: nn.Module) -> list[nn.Module]:
     for child in model.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             found += _outer_parts(child)
-        elif not isinstance(child, GenLoRALinear) and layers_of(child):
+        elif not isinstance(child, AdaptedLayer) and layers_of(child):
             found.append(child)
     return found

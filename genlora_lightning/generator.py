@@ -7,19 +7,23 @@ entries of a basis vector (in_features for A, out_features for B).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import override
+from typing_extensions import Self, override
 
-from genlora_lightning.basis import generate, generate_matrices, is_ordinary, slope_at_zero
+from genlora_lightning.adapter_base import Factor, Role
+from genlora_lightning.autograd import is_ordinary
+from genlora_lightning.basis import generate, generate_matrices, pass_gradients_on, slope_at_zero
 from genlora_lightning.config import Init, Kernel
 from genlora_lightning.signs import entry_signs
 
-PARTS = ("latent", "weight", "centers", "log_widths")
+_Parts = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-class RBFGenerator(nn.Module):
+class RBFGenerator(Factor):
     r"""Generates a matrix of ``rank`` basis vectors of length ``num_entries`` from one latent vector, or a few.
 
     .. math::
@@ -58,11 +62,15 @@ class RBFGenerator(nn.Module):
 
     Raises:
         ValueError: ``num_groups`` is greater than ``num_entries``.
-
-    Note:
-        The parameters are float32 and stay so: a cast of the module to bfloat16 or float16 moves it but leaves the
-        dtype, because an optimizer's small steps are lost in 8 bits of mantissa. A cast to float64 is obeyed.
     """
+
+    # In the order in which the functions of :mod:`~genlora_lightning.basis` take them.
+    ROLES = {
+        "latent": Role("latents"),
+        "weight": Role("rbf_weights"),
+        "centers": Role("rbf_shapes", decayed=False),
+        "log_widths": Role("rbf_shapes", decayed=False),
+    }
 
     def __init__(
         self,
@@ -82,14 +90,12 @@ class RBFGenerator(nn.Module):
         device: torch.device | str | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(rank, num_entries)
         if num_groups > num_entries:
             raise ValueError(
                 f"`num_groups` is {num_groups}, but the latent has only {num_entries} entries to divide into groups. "
                 f"Give at most {num_entries} groups, or leave out such small layers with `exclude_modules`."
             )
-        self.num_entries = num_entries
-        self.rank = rank
         self.num_latents = num_latents
         self.num_groups = num_groups
         self.num_centers = num_centers
@@ -98,8 +104,7 @@ class RBFGenerator(nn.Module):
         self.sign_table = sign_table
         self.weight_gain = weight_gain
         self.zero_start = zero_start
-        # Counted up whenever the parameters change, so that whoever keeps a matrix knows that it is out of date.
-        self.changes = 0
+        self.learned = {"centers": learn_centers, "log_widths": learn_widths}
 
         def empty(*shape: int) -> Tensor:
             # dtype named: Lightning builds models under a default dtype of bfloat16 with precision "bf16-true"
@@ -113,6 +118,7 @@ class RBFGenerator(nn.Module):
         self.log_widths = nn.Parameter(empty(*shape), requires_grad=learn_widths)
         self.reset_parameters(generator)
 
+    @override
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw new initial values; the class docstring says which. On the meta device there are none to draw."""
@@ -137,67 +143,77 @@ class RBFGenerator(nn.Module):
         elif self.zero_start == "zero_weight":
             self.weight.zero_()
 
-    def parts(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The parameters in the order in which the functions of :mod:`~genlora_lightning.basis` take them."""
-        # Hundreds of generators are asked in each forward, and a module's own lookup of a parameter is slow.
-        own = self._parameters
-        latent, weight, centers, log_widths = (own.get(name) for name in PARTS)
-        if latent is None or weight is None or centers is None or log_widths is None:  # FSDP1 has put views there
-            return self.latent, self.weight, self.centers, self.log_widths
-        return latent, weight, centers, log_widths
-
     def signs(self) -> Tensor | None:
         """The fixed signs ``(R, Q, n)``, if there are any."""
         if self.sign_table is None:
             return None
         return entry_signs(self.sign_table, self.rank, self.num_latents, self.num_entries, self.latent.device)
 
-    @property
-    def is_whole(self) -> bool:
-        """Whether the parameters are ordinary tensors here and now, and not pieces of what FSDP1 or FSDP2 have cut."""
-        parts = self.parts()
-        if parts[0].shape != (self.num_entries, self.num_latents):
-            return False
-        return all(is_ordinary(part) and not getattr(part, "_fsdp_flattened", False) for part in parts)
+    @override
+    def is_trained(self, name: str) -> bool:
+        return self.learned.get(name, True)
 
-    def changed(self) -> None:
-        """Say that the parameters have new values: for whoever writes to them past the module's methods."""
-        self.changes += 1
+    @property
+    @override
+    def first_shape(self) -> tuple[int, ...]:
+        return self.num_entries, self.num_latents
+
+    @override
+    def batch_key(self) -> Hashable:
+        return (
+            self.num_entries,
+            self.rank,
+            self.num_latents,
+            self.num_groups,
+            self.num_centers,
+            self.kernel,
+            self.sign_table,
+            self.weight_gain,
+        )
+
+    @property
+    @override
+    def cost(self) -> int:
+        return self.num_entries * self.rank * self.num_latents * self.num_centers
+
+    @classmethod
+    @override
+    def make_many(
+        cls,
+        factors: Sequence[Self],
+        *,
+        scale: float,
+        dtype: torch.dtype | None,
+        when_differentiated: Callable[[], None] | None = None,
+    ) -> Sequence[Tensor]:
+        first = factors[0]
+        return generate_matrices(
+            [_parts(factor) for factor in factors],
+            first.kernel,
+            scale=scale * first.weight_gain,
+            signs=first.signs(),
+            dtype=dtype,
+            when_differentiated=when_differentiated,
+        )
+
+    @classmethod
+    @override
+    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor], *, scale: float) -> None:
+        first = factors[0]
+        parameters = [_parts(factor) for factor in factors]
+        scale *= first.weight_gain
+        pass_gradients_on(parameters, gradients, first.kernel, scale=scale, signs=first.signs())
 
     @override
     def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
-        """The generated matrix ``M (rank, num_entries)``, computed in the parameters' dtype, also under autocast.
-
-        Args:
-            scale: A factor on it.
-            dtype: Of the result; the parameters' if ``None``.
-            plain: Leave the backward to autograd, which can differentiate it again but keeps much for it.
-        """
         # No matrix product in it, and therefore nothing that autocast would turn into bfloat16. A compiler makes a
         # better backward than ours out of the formula.
         scale *= self.weight_gain
         if plain or torch.compiler.is_compiling() or not is_ordinary(self.latent):
-            matrix = generate(*self.parts(), self.kernel, self.signs())
+            matrix = generate(*_parts(self), self.kernel, self.signs())
             matrix = matrix if scale == 1.0 else scale * matrix
             return matrix if dtype is None else matrix.to(dtype)
-        return generate_matrices([self.parts()], self.kernel, scale=scale, signs=self.signs(), dtype=dtype)[0]
-
-    @override
-    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        self.changed()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    @override
-    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
-        # Every cast and move of a module (`.to`, `.half`, Lightning's precision plugins) goes through `_apply`.
-        def keep_precision(tensor: Tensor) -> Tensor:
-            result: Tensor = fn(tensor)
-            if result.dtype in (torch.bfloat16, torch.float16):
-                return tensor.to(device=result.device)
-            return result
-
-        self.changed()
-        return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+        return generate_matrices([_parts(self)], self.kernel, scale=scale, signs=self.signs(), dtype=dtype)[0]
 
     @override
     def extra_repr(self) -> str:
@@ -206,3 +222,7 @@ class RBFGenerator(nn.Module):
             f"num_groups={self.num_groups}, num_centers={self.num_centers}, kernel={self.kernel!r}, "
             f"sign_table={self.sign_table}"
         )
+
+
+def _parts(generator: RBFGenerator) -> _Parts:
+    return cast(_Parts, generator.parts())

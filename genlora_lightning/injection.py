@@ -4,26 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.adapted_layer import AdaptedLayer
+from genlora_lightning.adapter_base import adapter_modules
+from genlora_lightning.adapter_config import AdapterConfig
 from genlora_lightning.coverage import CoverageReport, CoverageRow
 from genlora_lightning.full_training import stop_training_in_full, train_in_full, trained_modules
 from genlora_lightning.generation import share_generation, stop_sharing_generation
-from genlora_lightning.layers import GenLoRALinear, linear_shape
+from genlora_lightning.sites import adapt, matrix_shape
 from genlora_lightning.targets import match_modules, select_targets
 
 _FAST_PATH_MARK = "_genlora_fast_path"
 _SKIPPED_MARK = "_genlora_left_alone"
 
 
-def adapter_layers(model: nn.Module) -> dict[str, GenLoRALinear]:
-    """The adapted linears of a model by name, each once; empty if the model has none."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, GenLoRALinear)}
+def adapter_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers of a model by name, each once; empty if the model has none."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)}
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -35,7 +36,7 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
-def adapter_config(model: nn.Module) -> GenLoRAConfig:
+def adapter_config(model: nn.Module) -> AdapterConfig:
     """The configuration the model's adapters were made with.
 
     Raises:
@@ -44,19 +45,19 @@ def adapter_config(model: nn.Module) -> GenLoRAConfig:
     return next(iter(require_adapters(model).values())).config
 
 
-def require_adapters(model: nn.Module) -> dict[str, GenLoRALinear]:
+def require_adapters(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Like :func:`adapter_layers`, but a model without adapters is an error."""
     layers = adapter_layers(model)
     if not layers:
         raise ValueError(
-            f"This {type(model).__name__} has no GenLoRA adapters. Call `inject_adapters(model, config)` first; with "
+            f"This {type(model).__name__} has no adapters. Call `inject_adapters(model, config)` first; with "
             "Lightning the GenLoRAFinetuning callback does so when `trainer.fit` starts."
         )
     return layers
 
 
 def inject_adapters(
-    model: nn.Module, config: GenLoRAConfig, *, generator: torch.Generator | None = None
+    model: nn.Module, config: AdapterConfig, *, generator: torch.Generator | None = None
 ) -> CoverageReport:
     """Freeze a model and put an adapter on each linear that the configuration names, in place.
 
@@ -84,9 +85,13 @@ def inject_adapters(
     existing = adapter_layers(model)
     if existing:
         present = adapter_config(model)
-        if replace(present, dropout=config.dropout).to_dict() != config.to_dict():
+        differences = present.differences(config)
+        if differences:
+            listed = ", ".join(
+                f"{key}: {ours!r} there, {theirs!r} asked for" for key, (ours, theirs) in differences.items()
+            )
             raise ValueError(
-                f"The model already has adapters made with another configuration ({_differences(present, config)}). "
+                f"The model already has adapters made with another configuration ({listed}). "
                 "Call `remove_adapters(model)` first."
             )
         if present.dropout != config.dropout:  # a matter of this run, not of the adapter
@@ -94,10 +99,10 @@ def inject_adapters(
                 layer.set_dropout(config)
         _set_trainable(model)
         return _report(model, getattr(model, _SKIPPED_MARK, {}))
-    if linear_shape(model) is not None:
+    if matrix_shape(model) is not None:
         raise ValueError("The model is itself a linear layer, which cannot be replaced in place: put it into a module.")
 
-    linears = {name: module for name, module in model.named_modules() if linear_shape(module) is not None}
+    linears = {name: module for name, module in model.named_modules() if matrix_shape(module) is not None}
     if not linears:
         raise ValueError(
             f"This {type(model).__name__} has no nn.Linear or Conv1D to adapt. If its backbone is built later "
@@ -106,21 +111,12 @@ def inject_adapters(
     trained = match_modules(model, config.modules_to_train, "modules_to_train")
     targets, skipped = select_targets(model, linears, config, trained)
     for name, module in targets.items():
-        shape = linear_shape(module)
+        shape = matrix_shape(module)
         assert shape is not None
-        last = name.rsplit(".", 1)[-1]
-        for field, groups, entries, what in (
-            ("num_groups_a", config.num_groups_a, shape[0], "inputs"),
-            ("num_groups_b", config.num_groups_b, shape[1], "outputs"),
-        ):
-            if groups > entries:
-                raise ValueError(
-                    f"`{field}` is {groups}, but {name} has only {entries} {what} to divide into groups. Lower "
-                    f"`{field}` to {entries} or add {last!r} to `exclude_modules`."
-                )
+        config.check_shape(shape, name)
 
     model.requires_grad_(False)
-    replacements = {id(module): GenLoRALinear(module, config, generator) for module in targets.values()}
+    replacements = {id(module): adapt(module, config, generator) for module in targets.values()}
     _replace(model, replacements)
     train_in_full(model, list(trained.values()))
     _disable_fast_paths(model)
@@ -190,10 +186,9 @@ def adapters_disabled(model: nn.Module) -> Iterator[None]:
 def _set_trainable(model: nn.Module) -> None:
     """Freeze all but the adapters and the modules trained in full, whatever was done to the flags meanwhile."""
     model.requires_grad_(False)
-    for layer in adapter_layers(model).values():
-        for name, parameter in layer.adapter_parameters().items():
-            learned = {"centers": layer.config.learn_centers, "log_widths": layer.config.learn_widths}
-            parameter.requires_grad_(learned.get(name.rsplit(".", 1)[-1], True))
+    for owner in adapter_modules(model):
+        for name, parameter in owner.named_parameters(recurse=False):
+            parameter.requires_grad_(owner.is_trained(name))
     for module in trained_modules(model).values():
         module.requires_grad_(True)
 
@@ -224,11 +219,6 @@ def _disable_fast_paths(model: nn.Module) -> None:
                 setattr(module, name, value)
 
 
-def _differences(present: GenLoRAConfig, wanted: GenLoRAConfig) -> str:
-    a, b = present.to_dict(), wanted.to_dict()
-    return ", ".join(f"{key}: {a[key]!r} there, {b[key]!r} asked for" for key in a if a[key] != b[key])
-
-
 def _report(model: nn.Module, skipped: dict[str, str]) -> CoverageReport:
     adapted = tuple(
         CoverageRow(
@@ -251,6 +241,7 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> CoverageReport:
         for name, module in trained_modules(model).items()
     )
     return CoverageReport(
+        title=adapter_config(model).title,
         adapted=adapted,
         trained=trained,
         skipped=skipped,

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genlora_lightning.adapted_layer import AdaptedLayer
 from genlora_lightning.adapter_io import adapter_bytes
 from genlora_lightning.analysis import effective_rank
 from genlora_lightning.base_identity import describe_base
 from genlora_lightning.checkpoint import describe
-from genlora_lightning.config import GenLoRAConfig
-from genlora_lightning.layers import GenLoRALinear
+from genlora_lightning.kinds import read_config
 from genlora_lightning.loading import read_checkpoint
 from genlora_lightning.manifest import read_adapter, stored_layer
 from genlora_lightning.tables import text_table
@@ -82,7 +82,7 @@ class AdapterDescription:
     Args:
         folder: Where the adapter lies.
         base: The base it was trained on, in words.
-        config: The fields of its :class:`~genlora_lightning.GenLoRAConfig`.
+        config: The kind and the fields of its configuration.
         training: Facts of its training.
         versions: Of Python and the libraries that wrote it.
         created: When it was written; ISO 8601, UTC.
@@ -127,7 +127,7 @@ class AdapterDescription:
         return "\n".join(
             [
                 text_table(header, rows, left=2),
-                f"GenLoRA adapter for {self.base}, written {self.created}: {self.parameters:,} values in "
+                f"{read_config(self.config).title} adapter for {self.base}, written {self.created}: {self.parameters:,} values in "
                 f"{self.num_bytes:,} bytes; {len(self.layers)} linears, mean effective rank {mean:.2f} of "
                 f"{self.config['rank']}.",
             ]
@@ -186,7 +186,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
 def _describe_checkpoint(path: Path) -> AdapterDescription:
     content = read_checkpoint(path)
     described = describe(content)
-    config = GenLoRAConfig.from_dict(described["config"])
+    config = read_config(described["config"])
     tensors: dict[str, Tensor] = dict(content["state_dict"])
     ending = ".generator_A.latent"
     layers = []
@@ -212,7 +212,7 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     )
 
 
-def _describe_layer(name: str, layer: GenLoRALinear) -> LayerDescription:
+def _describe_layer(name: str, layer: AdaptedLayer) -> LayerDescription:
     return LayerDescription(
         module=name,
         out_features=layer.out_features,

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from genlora_lightning import checkpoint_files
 from genlora_lightning.adapter_io import load_adapter, save_adapter
-from genlora_lightning.checkpoint import adapter_root, check_checkpoint, checkpoint_state, describe
-from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.checkpoint import adapter_root, check_checkpoint, checkpoint_state, describe, upgrade
 from genlora_lightning.digests import DamagedFileError
 from genlora_lightning.injection import adapter_layers, inject_adapters, remove_adapters
+from genlora_lightning.kinds import read_config
 from genlora_lightning.state import adapter_state_dict, check_adapter_state, load_adapter_state
 
 M = TypeVar("M", bound=nn.Module)
@@ -80,7 +80,7 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
     if had_adapters:
         check_checkpoint(module, checkpoint)
     else:
-        inject_adapters(adapter_root(module), GenLoRAConfig.from_dict(describe(checkpoint)["config"]))
+        inject_adapters(adapter_root(module), read_config(describe(checkpoint)["config"]))
     expected = checkpoint_state(module)
     stored: dict[str, Tensor] = checkpoint["state_dict"]
     # Parameters beside the adapters that the run trained; `requires_grad` of a new module does not tell which.
@@ -125,6 +125,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is no Lightning checkpoint: it has no state dict.")
+    upgrade(checkpoint)
     return checkpoint
 
 
@@ -148,7 +149,7 @@ def convert_checkpoint(
     """
     content = read_checkpoint(checkpoint)
     described = describe(content)
-    inject_adapters(base_model, GenLoRAConfig.from_dict(described["config"]))
+    inject_adapters(base_model, read_config(described["config"]))
     stored: dict[str, Tensor] = content["state_dict"]
     expected = adapter_state_dict(base_model)
     first = next(iter(expected))

@@ -16,13 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from genlora_lightning.adapted_layer import AdaptedLayer
 from genlora_lightning.base_identity import base_model_name
 from genlora_lightning.bases import class_tasks, is_transformers_model, transformers_base
 from genlora_lightning.folders import check_replaceable, write_folder
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_config, adapter_layers, require_adapters
-from genlora_lightning.layers import GenLoRALinear, is_conv1d, linear_shape
+from genlora_lightning.layers import is_conv1d
 from genlora_lightning.manifest import CONFIG_FILE, WEIGHTS_FILE
+from genlora_lightning.sites import matrix_shape
 from genlora_lightning.tables import text_table
 
 _PREFIX = "base_model.model."
@@ -187,31 +189,34 @@ def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, f
     return low_a.to(A.dtype), low_b.to(B.dtype), kept / total if total > 0 else 1.0
 
 
-def _exported_factors(layer: GenLoRALinear, rank: int) -> tuple[Tensor, Tensor, float]:
+def _exported_factors(layer: AdaptedLayer, rank: int) -> tuple[Tensor, Tensor, float]:
     A, B = layer.factors()
-    B = layer.scaling * B
-    if rank == layer.config.rank or not (A.isfinite().all() and B.isfinite().all()):
+    is_whole = rank == layer.config.rank
+    if not (is_whole and layer.config.lora_settings()):
+        B = layer.scaling * B
+    if is_whole or not (A.isfinite().all() and B.isfinite().all()):
         return A, B, 1.0
     return truncate_factors(A, B, rank)
 
 
 def _peft_config(
-    base: nn.Module, layers: dict[str, GenLoRALinear], trained: list[str], task: str | None, rank: int
+    base: nn.Module, layers: dict[str, AdaptedLayer], trained: list[str], task: str | None, rank: int
 ) -> dict[str, Any]:
     # PEFT takes a name also as the end of a longer name; linears that it would adapt beside ours are excluded.
     others = [
         name
         for name, module in base.named_modules()
-        if linear_shape(module) is not None
+        if matrix_shape(module) is not None
         and not name.endswith(".base_layer")
         and any(name.endswith(f".{own}") for own in layers)
     ]
+    settings = adapter_config(base).lora_settings() if rank == adapter_config(base).rank else None
     return {
         "peft_type": "LORA",
         "task_type": task,
         "base_model_name_or_path": base_model_name(base),
         "r": rank,
-        "lora_alpha": rank,
+        **(settings or {"lora_alpha": rank}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
@@ -245,7 +250,7 @@ def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 def _check_places(base: nn.Module) -> None:
     first: dict[int, str] = {}
     for name, module in base.named_modules(remove_duplicate=False):
-        if not isinstance(module, GenLoRALinear):
+        if not isinstance(module, AdaptedLayer):
             continue
         if id(module) in first:
             raise ValueError(

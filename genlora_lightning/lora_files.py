@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format: reading them, with every tensor and every setting accounted for."""
+"""Read LoRA adapters in PEFT's format, with every tensor and every setting accounted for."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from genlora_lightning.manifest import CONFIG_FILE, WEIGHTS_FILE
 from genlora_lightning.tables import natural_key
+
+# PEFT's names; that ours are the same is our choice and not a need.
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
 # Settings that make a LoRA more, or something else, than base + scaling · B · A.
@@ -37,18 +40,38 @@ _UNSUPPORTED = {
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
+class LoRALayer(NamedTuple):
+    """The LoRA of one linear: ``ΔW = scaling · B @ A``.
+
+    Args:
+        A: ``(r, in)``, in float32.
+        B: ``(out, r)``, in float32.
+        alpha: PEFT's ``lora_alpha`` for this layer.
+        scaling: ``alpha / r``, or ``alpha / √r`` where it is rank-stabilised.
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    scaling: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRAFiles:
     """A LoRA adapter as it was read.
 
     Args:
-        layers: A ``(r, in)`` and B ``(out, r)`` of each linear in float32, the scaling multiplied into B.
+        layers: The LoRA of each linear, by the linear's name in the base model.
+        use_rslora: Whether the scalings are rank-stabilised.
+        dropout: PEFT's ``lora_dropout``.
         saved: Tensors of the modules that are saved in full, by their names in the base model.
         modules_to_save: The names of those modules.
         base_model: Name or folder of the base model.
     """
 
-    layers: dict[str, tuple[Tensor, Tensor]]
+    layers: dict[str, LoRALayer]
+    use_rslora: bool
+    dropout: float
     saved: dict[str, Tensor]
     modules_to_save: tuple[str, ...]
     base_model: str | None
@@ -84,14 +107,18 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
         if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
             shapes = {letter: tuple(tensor.shape) for letter, tensor in pair.items()}
             raise ValueError(f"{folder} holds no matching A and B for {name}: {shapes}.")
-        A, B = pair["A"], pair["B"] * _scaling(config, name, pair["A"].shape[0])
+        A, B = pair["A"], pair["B"]
+        alpha = _alpha(config, name)
+        scaling = alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"The LoRA of {name} in {folder} holds NaN or infinite values.")
-        layers[name] = (A, B)
+        layers[name] = LoRALayer(A, B, alpha, scaling)
     if not layers:
         raise ValueError(f"{folder} holds no LoRA of any linear layer.")
     return LoRAFiles(
         layers=layers,
+        use_rslora=bool(config.get("use_rslora")),
+        dropout=float(config.get("lora_dropout") or 0.0),
         saved=saved,
         modules_to_save=_saved_modules(config, saved, folder),
         base_model=config.get("base_model_name_or_path") or None,
@@ -117,7 +144,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         )
     for name, what in _UNSUPPORTED.items():
         if config.get(name):
-            raise ValueError(f"{path} has `{name}`: {what} cannot be compressed into generated matrices.")
+            raise ValueError(f"{path} has `{name}`: {what} are more than a plain LoRA's ΔW = s·B·A.")
     if config.get("bias", "none") != "none":
         raise ValueError(
             f"{path} has `bias` {config['bias']!r}: trained biases cannot be kept. Train with bias 'none'."
@@ -132,13 +159,13 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _scaling(config: dict[str, Any], name: str, rank: int) -> float:
+def _alpha(config: dict[str, Any], name: str) -> float:
     alpha = float(config.get("lora_alpha", 8))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
             alpha = float(value)
             break
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return alpha
 
 
 def _saved_modules(config: dict[str, Any], saved: dict[str, Tensor], folder: Path) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 ==============================  ==========================================================================
 ``adapter_model.safetensors``   the tensors
-``adapter_config.json``         format, version, the name of the base, and the :class:`GenLoRAConfig`
+``adapter_config.json``         format, version, the name of the base, and the adapter's configuration with its kind
 ``README.md``                   a model card, free to be edited
 ``manifest.json``               SHA-256 of each tensor, of the safetensors header and of the configuration, the base's
                                 identity, the adapted linears, versions, facts of the training; and of its own text
@@ -22,18 +22,21 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from genlora_lightning import __version__
+from genlora_lightning import __version__, format1
+from genlora_lightning.adapted_layer import AdaptedLayer
+from genlora_lightning.adapter_base import MatrixShape
+from genlora_lightning.adapter_config import AdapterConfig
 from genlora_lightning.atomic import find_folder
-from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.digests import DamagedFileError, is_sealed, sha256, tensor_digest
-from genlora_lightning.layers import GenLoRALinear
+from genlora_lightning.kinds import read_config
+from genlora_lightning.sites import adapt
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
 CARD_FILE = "README.md"
 FORMAT = "genlora"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _SHOWN = 4
 _READS = 5  # while another process replaces the folder
@@ -45,9 +48,9 @@ class StoredAdapter:
 
     Args:
         folder: Where it lies.
-        config: How its matrices are generated.
+        config: Its kind, and how its matrices are made.
         tensors: Its tensors, by their names in the model's state dict.
-        layers: Shape ``(out_features, in_features)`` of each adapted linear.
+        layers: Shape of each adapted linear.
         trained_modules: Modules trained in full, with the names of their tensors.
         base: Identity of the base; see :func:`~genlora_lightning.base_identity.base_identity`.
         training: Facts of the training, such as steps and metrics.
@@ -56,24 +59,22 @@ class StoredAdapter:
     """
 
     folder: Path
-    config: GenLoRAConfig
+    config: AdapterConfig
     tensors: dict[str, Tensor]
-    layers: dict[str, tuple[int, int]]
+    layers: dict[str, MatrixShape]
     trained_modules: dict[str, list[str]]
     base: dict[str, Any]
     training: dict[str, Any]
     versions: dict[str, str]
     created: str
 
-    def layer(self, name: str) -> GenLoRALinear:
+    def layer(self, name: str) -> AdaptedLayer:
         """The adapter of one linear, on a base layer without memory."""
         return stored_layer(name, self.layers[name], self.config, self.tensors)
 
 
-def stored_layer(
-    name: str, shape: tuple[int, int], config: GenLoRAConfig, tensors: Mapping[str, Tensor]
-) -> GenLoRALinear:
-    """The adapter of a linear of a shape ``(out, in)`` out of stored tensors, on a base layer without memory.
+def stored_layer(name: str, shape: MatrixShape, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> AdaptedLayer:
+    """The adapter of a linear of a shape out of stored tensors, on a base layer without memory.
 
     Raises:
         KeyError: A tensor is missing.
@@ -85,9 +86,9 @@ def stored_layer(
     return layer
 
 
-def empty_layer(shape: tuple[int, int], config: GenLoRAConfig) -> GenLoRALinear:
-    """An adapted linear of a shape ``(out, in)``, all of it without memory."""
-    return GenLoRALinear(nn.Linear(shape[1], shape[0], bias=False, device="meta"), config)
+def empty_layer(shape: MatrixShape, config: AdapterConfig) -> AdaptedLayer:
+    """An adapted linear of a shape, all of it without memory."""
+    return adapt(nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta"), config)
 
 
 def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
@@ -111,7 +112,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
     raise AssertionError
 
 
-def read_adapter_config(folder: str | os.PathLike[str]) -> GenLoRAConfig:
+def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
     """The configuration of the adapter in a folder; nothing else of it is read or verified.
 
     Raises:
@@ -148,7 +149,7 @@ def _read(folder: Path) -> StoredAdapter:
             folder=folder,
             config=config,
             tensors=tensors,
-            layers={name: (shape[0], shape[1]) for name, shape in manifest["layers"].items()},
+            layers={name: MatrixShape(*shape) for name, shape in manifest["layers"].items()},
             trained_modules=manifest["trained_modules"],
             base=manifest["base"],
             training=manifest["training"],
@@ -167,7 +168,7 @@ def _read(folder: Path) -> StoredAdapter:
     return stored
 
 
-def _parse_config(path: Path) -> tuple[GenLoRAConfig, bytes]:
+def _parse_config(path: Path) -> tuple[AdapterConfig, bytes]:
     if not path.parent.is_dir():
         raise FileNotFoundError(f"There is no adapter folder {path.parent}.")
     if not path.is_file():
@@ -178,10 +179,13 @@ def _parse_config(path: Path) -> tuple[GenLoRAConfig, bytes]:
     if description.get("format") != FORMAT:
         peft_type = description.get("peft_type")
         hint = f" It is a PEFT adapter of type {peft_type}." if peft_type else ""
-        raise ValueError(f"{path} does not describe a GenLoRA adapter.{hint}")
+        raise ValueError(f"{path} does not describe an adapter of this library.{hint}")
     _check_version(path, description)
     try:
-        return GenLoRAConfig.from_dict(description["config"]), data
+        config = description["config"]
+        if description["format_version"] == format1.VERSION:
+            config = format1.upgraded_config(config)
+        return read_config(config), data
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path} holds no valid configuration: {error}") from error
 
@@ -213,9 +217,9 @@ def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
 
 def _check_version(path: Path, values: Mapping[str, Any]) -> None:
     version = values.get("format_version")
-    if version != FORMAT_VERSION:
+    if version not in (format1.VERSION, FORMAT_VERSION):
         raise ValueError(
-            f"{path} has format version {version!r}; this release ({__version__}) reads version {FORMAT_VERSION}. "
+            f"{path} has format version {version!r}; this release ({__version__}) reads versions {format1.VERSION} and {FORMAT_VERSION}. "
             "It was probably written by a newer release: update genlora-lightning."
         )
 
@@ -248,12 +252,12 @@ def _read_weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
             f"{path} is damaged: {_some(broken, len(digests), 'tensors')} have another SHA-256 than when they were "
             f"written. {again}"
         )
-    return tensors
+    return format1.upgraded_names(tensors) if manifest["format_version"] == format1.VERSION else tensors
 
 
 def _check_config(stored: StoredAdapter) -> None:
     """Compare the shapes that the configuration asks for with those of the tensors."""
-    shapes: dict[tuple[int, int], dict[str, tuple[int, ...]]] = {}
+    shapes: dict[MatrixShape, dict[str, tuple[int, ...]]] = {}
     needed: dict[str, tuple[int, ...]] = {}
     problem = None
     for layer, shape in stored.layers.items():

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genlora_lightning.adapted_layer import AdaptedLayer
 from genlora_lightning.bases import transformers_base
 from genlora_lightning.folders import check_replaceable, write_folder
 from genlora_lightning.full_training import original_dtype, surround_with, trained_modules
 from genlora_lightning.injection import adapter_layers, require_adapters
-from genlora_lightning.layers import GenLoRALinear
 from genlora_lightning.tables import text_table
 
 _DTYPES_MARK = "_genlora_dtypes_before_merge"
@@ -108,7 +108,7 @@ def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
         UserWarning: A linear lost more than 10 % of its update.
     """
     layers = require_adapters(model)
-    done: list[GenLoRALinear] = []
+    done: list[AdaptedLayer] = []
     rows = []
     before = {}
     try:
@@ -242,7 +242,7 @@ def _merged_state(base: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str,
     state: dict[str, Tensor] = {}
     cast: dict[int, Tensor] = {}
     own = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
-    places = {name: m for name, m in base.named_modules(remove_duplicate=False) if isinstance(m, GenLoRALinear)}
+    places = {name: m for name, m in base.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer)}
     for name, tensor in base.state_dict(keep_vars=True).items():
         if id(tensor) in own:
             continue
@@ -286,7 +286,7 @@ def _head_is_untied(base: Any, state: dict[str, Tensor]) -> bool:
     return state[f"{names[id(head)]}.weight"] is not state[f"{names[id(embedding)]}.weight"]
 
 
-def _drift(name: str, layer: GenLoRALinear, merged: Tensor) -> MergeRow:
+def _drift(name: str, layer: AdaptedLayer, merged: Tensor) -> MergeRow:
     weight, delta = layer.base_weight.to(merged.device), layer.stored_delta()
     lost = total = 0.0
     unchanged = 0

@@ -7,13 +7,13 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from genlora_lightning.adapter_config import AdapterConfig
 from genlora_lightning.base_identity import describe_base
-from genlora_lightning.config import GenLoRAConfig
 
 
 def model_card(
     *,
-    config: GenLoRAConfig,
+    config: AdapterConfig,
     base: Mapping[str, Any],
     training: Mapping[str, Any],
     versions: Mapping[str, str],
@@ -25,7 +25,8 @@ def model_card(
     name = base["name"]
     # A path says nothing on a Hub, and its own field there takes a Hub id only.
     hub_id = name if name and not os.path.isabs(name) and not os.path.isdir(name) and name.count("/") < 2 else None
-    front = ["library_name: genlora-lightning", "tags:", "- genlora", "- lora"]
+    tags = dict.fromkeys(("genlora-lightning", config.kind, "lora"))
+    front = ["library_name: genlora-lightning", "tags:", *(f"- {tag}" for tag in tags)]
     if hub_id:
         front.insert(0, f"base_model: {json.dumps(hub_id)}")
     where = json.dumps(name) if name else "…"
@@ -43,9 +44,9 @@ def model_card(
             *front,
             "---",
             "",
-            "# GenLoRA adapter",
+            f"# {config.title} adapter",
             "",
-            f"A low-rank adapter with generated matrices: {num_values:,} values for {num_layers} linear layers.",
+            f"A low-rank adapter: {num_values:,} values for {num_layers} linear layers.",
             "",
             f"- **Base**: {describe_base(dict(base))}",
             "- **Licence**: not stated by who trained it; that of the base applies, and is unknown to this card.",

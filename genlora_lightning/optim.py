@@ -1,4 +1,4 @@
-"""AdamW and its learning-rate schedule, with rates of their own for latents, basis functions and heads."""
+"""Build AdamW and its learning-rate schedule, with rates of their own for an adapter's parts and for heads."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from genlora_lightning.generator import RBFGenerator
+from genlora_lightning.adapter_base import trained_by_role
+from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number
 
 Schedule = Literal["cosine", "linear", "constant"]
 
-# Which group each parameter of a generator belongs to. A parameter that is not listed here stops the run, so that a new
-# one cannot be trained at a rate that nobody chose.
-_GENERATOR_GROUPS = {"latent": "latents", "weight": "rbf_weights", "centers": "rbf_shapes", "log_widths": "rbf_shapes"}
-_GROUP_ORDER = ("latents", "rbf_weights", "rbf_shapes", "head", "head_no_decay")
 _FUSED_DEVICES = ("cpu", "cuda")
 
 
@@ -34,11 +31,12 @@ class OptimizerConfig:
 
     Args:
         lr: Learning rate.
-        weight_decay: AdamW's decoupled weight decay. Centres, widths, biases and norms are not decayed.
+        weight_decay: AdamW's decoupled weight decay. Biases, norms, and an adapter's centres and widths are not decayed.
         betas: AdamW's decay rates of the two moments, each in [0, 1).
         eps: AdamW's term for numerical stability.
-        latent_lr_factor: Factor on ``lr`` for the latents.
-        rbf_lr_factor: Factor on ``lr`` for the weights, centres and widths of the basis functions.
+        lr_factors: Factors on ``lr`` for groups of the adapter's parameters, by name; 1 for those that are not named.
+            GenLoRA has ``latents``, ``rbf_weights`` and ``rbf_shapes`` (centres and widths), LoRA ``lora_a`` and
+            ``lora_b`` (``{"lora_b": 16}`` is LoRA+).
         head_lr_factor: Factor on ``lr`` for all else that is trained: the modules in ``modules_to_train``.
         schedule: Shape of the decay: ``"cosine"``, ``"linear"``, or ``"constant"`` for none.
         warmup_steps: Length of the warm-up in optimizer steps.
@@ -54,8 +52,7 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    latent_lr_factor: float = 1.0
-    rbf_lr_factor: float = 1.0
+    lr_factors: dict[str, float] = field(default_factory=dict)
     head_lr_factor: float = 1.0
     schedule: Schedule = "cosine"
     warmup_steps: int = 0
@@ -63,23 +60,24 @@ class OptimizerConfig:
     min_lr_ratio: float = 0.0
 
     def __post_init__(self) -> None:
-        _check_number("lr", self.lr, above=0.0)
-        _check_number("eps", self.eps, above=0.0)
-        for name in ("weight_decay", "latent_lr_factor", "rbf_lr_factor", "head_lr_factor"):
-            _check_number(name, getattr(self, name), least=0.0)
+        check_number("lr", self.lr, above=0.0)
+        check_number("eps", self.eps, above=0.0)
+        for name in ("weight_decay", "head_lr_factor"):
+            check_number(name, getattr(self, name), least=0.0)
+        if not isinstance(self.lr_factors, Mapping):
+            raise TypeError(f"`lr_factors` must be a dictionary of factors by group, got {self.lr_factors!r}.")
+        for group, factor in self.lr_factors.items():
+            check_number(f"lr_factors.{group}", factor, least=0.0)
         self.betas = _checked_betas(self.betas)
-        if self.schedule not in get_args(Schedule):
-            allowed = ", ".join(repr(choice) for choice in get_args(Schedule))
-            raise ValueError(f"`schedule` must be one of {allowed}, got {self.schedule!r}.")
-        if isinstance(self.warmup_steps, bool) or not isinstance(self.warmup_steps, int):
+        check_choice("schedule", self.schedule, get_args(Schedule))
+        if isinstance(self.warmup_steps, float):
             raise TypeError(
                 f"`warmup_steps` must be an integer, got {self.warmup_steps!r}. For a share of the run set "
                 "`warmup_ratio`."
             )
-        if self.warmup_steps < 0:
-            raise ValueError(f"`warmup_steps` must be at least 0, got {self.warmup_steps}.")
-        _check_number("warmup_ratio", self.warmup_ratio, least=0.0, below=1.0)
-        _check_number("min_lr_ratio", self.min_lr_ratio, least=0.0, most=1.0)
+        check_integer("warmup_steps", self.warmup_steps, least=0)
+        check_number("warmup_ratio", self.warmup_ratio, least=0.0, below=1.0)
+        check_number("min_lr_ratio", self.min_lr_ratio, least=0.0, most=1.0)
         if self.warmup_steps and self.warmup_ratio:
             raise ValueError(
                 f"Give `warmup_steps` ({self.warmup_steps}) or `warmup_ratio` ({self.warmup_ratio}), not both."
@@ -101,25 +99,17 @@ class OptimizerConfig:
         Raises:
             ValueError: A key is no field; the message lists the fields.
         """
-        fields = [f.name for f in dataclasses.fields(cls)]
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            raise ValueError(f"Unknown OptimizerConfig fields {unknown}. The fields are {fields}.")
+        check_fields(cls, values)
         return cls(**values)
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Sort the trainable parameters into named groups with a learning rate and a weight decay each.
 
-    The groups, in this order, without those that would be empty:
-
-    | name | parameters | rate | decayed |
-    |---|---|---|---|
-    | ``latents`` | latents of the generators | ``lr · latent_lr_factor`` | yes |
-    | ``rbf_weights`` | weights of the basis functions | ``lr · rbf_lr_factor`` | yes |
-    | ``rbf_shapes`` | their centres and log-widths | ``lr · rbf_lr_factor`` | no |
-    | ``head`` | matrices of everything else that is trained | ``lr · head_lr_factor`` | yes |
-    | ``head_no_decay`` | its vectors: biases, norms | ``lr · head_lr_factor`` | no |
+    First the groups of the adapter's parameters (of GenLoRA ``latents``, ``rbf_weights`` and ``rbf_shapes``, of LoRA
+    ``lora_a`` and ``lora_b``), at the rate ``lr · lr_factors[name]``; then ``head``, the matrices of everything else
+    that is trained, and ``head_no_decay``, its vectors (biases, norms), at the rate ``lr · head_lr_factor``. Groups that
+    would be empty are left out.
 
     Args:
         model: A model with adapters, or anything that has trainable parameters.
@@ -129,49 +119,39 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
         Groups for a torch optimizer. Every trainable parameter is in exactly one; the order is that of the modules.
 
     Raises:
-        ValueError: Nothing is trainable.
+        ValueError: Nothing is trainable, or ``lr_factors`` names a group that there is not.
     """
-    members: dict[str, list[nn.Parameter]] = {name: [] for name in _GROUP_ORDER}
-    placed: set[int] = set()
-    for module in model.modules():
-        if isinstance(module, RBFGenerator):
-            for name, parameter in module.named_parameters():
-                if name not in _GENERATOR_GROUPS:
-                    raise AssertionError(f"No optimizer group is known for the generator's parameter {name!r}.")
-                if parameter.requires_grad and id(parameter) not in placed:
-                    members[_GENERATOR_GROUPS[name]].append(parameter)
-                    placed.add(id(parameter))
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trainable:
-        if id(parameter) not in placed:
-            members["head" if parameter.ndim > 1 else "head_no_decay"].append(parameter)
     if not trainable:
         raise ValueError(
             f"This {type(model).__name__} has no trainable parameter, so there is nothing to optimize. Adapters must "
             "be injected before the optimizer is made: call `inject_adapters(model, config)`, or give the Trainer the "
             "GenLoRAFinetuning callback."
         )
-    if sorted(id(p) for group in members.values() for p in group) != sorted(id(p) for p in trainable):
-        raise AssertionError("The optimizer's groups do not hold each trainable parameter exactly once.")
-
-    rates = {
-        "latents": config.lr * config.latent_lr_factor,
-        "rbf_weights": config.lr * config.rbf_lr_factor,
-        "rbf_shapes": config.lr * config.rbf_lr_factor,
-        "head": config.lr * config.head_lr_factor,
-        "head_no_decay": config.lr * config.head_lr_factor,
-    }
-    undecayed = ("rbf_shapes", "head_no_decay")
-    return [
+    by_role = trained_by_role(model)
+    unknown = sorted(set(config.lr_factors) - set(by_role))
+    if unknown:
+        raise ValueError(
+            f"`lr_factors` names {unknown}, but the groups of the adapter's parameters that are trained here are "
+            f"{sorted(by_role)}."
+        )
+    groups = [
         {
             "name": name,
-            "params": members[name],
-            "lr": rates[name],
-            "weight_decay": 0.0 if name in undecayed else config.weight_decay,
+            "params": members,
+            "lr": config.lr * config.lr_factors.get(name, 1.0),
+            "weight_decay": config.weight_decay if role.decayed else 0.0,
         }
-        for name in _GROUP_ORDER
-        if members[name]
+        for name, (role, members) in by_role.items()
     ]
+    placed = {id(parameter) for _, members in by_role.values() for parameter in members}
+    others = [parameter for parameter in trainable if id(parameter) not in placed]
+    for name, decay, members in (
+        ("head", config.weight_decay, [p for p in others if p.ndim > 1]),
+        ("head_no_decay", 0.0, [p for p in others if p.ndim <= 1]),
+    ):
+        groups.append({"name": name, "params": members, "lr": config.lr * config.head_lr_factor, "weight_decay": decay})
+    return [group for group in groups if group["params"]]
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | None = None) -> torch.optim.AdamW:
@@ -267,39 +247,9 @@ def _fused_applies(parameters: Iterable[Tensor]) -> bool:
     )
 
 
-def _check_number(
-    name: str,
-    value: Any,
-    *,
-    above: float | None = None,
-    least: float | None = None,
-    below: float | None = None,
-    most: float | None = None,
-) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        hint = " YAML reads 1e-3 as a text; write 1.0e-3." if isinstance(value, str) else ""
-        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.{hint}")
-    bounds = []
-    inside = math.isfinite(value)
-    if above is not None:
-        bounds.append(f"greater than {above:g}")
-        inside = inside and value > above
-    if least is not None:
-        bounds.append(f"at least {least:g}")
-        inside = inside and value >= least
-    if below is not None:
-        bounds.append(f"less than {below:g}")
-        inside = inside and value < below
-    if most is not None:
-        bounds.append(f"at most {most:g}")
-        inside = inside and value <= most
-    if not inside:
-        raise ValueError(f"`{name}` must be finite and {' and '.join(bounds)}, got {value}.")
-
-
 def _checked_betas(betas: Any) -> tuple[float, float]:
     if isinstance(betas, str) or not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"`betas` must be two numbers, got {betas!r}.")
     for index, beta in enumerate(betas):
-        _check_number(f"betas[{index}]", beta, least=0.0, below=1.0)
+        check_number(f"betas[{index}]", beta, least=0.0, below=1.0)
     return float(betas[0]), float(betas[1])

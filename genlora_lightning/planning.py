@@ -48,8 +48,8 @@ from typing import Any
 import torch
 
 from genlora_lightning.activations import count_step
+from genlora_lightning.adapter_config import AdapterConfig
 from genlora_lightning.architectures import build_on_meta, enable_gradient_checkpointing
-from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.injection import inject_adapters
 from genlora_lightning.tables import text_table
 from genlora_lightning.traffic import FLOAT32, Setup, Sharding, Sizes, Traffic, count_values, model_sizes, plan_traffic
@@ -97,7 +97,7 @@ class Plan:
     """
 
     model: str
-    config: GenLoRAConfig
+    config: AdapterConfig
     setup: Setup
     linears: int
     total_parameters: int
@@ -134,7 +134,7 @@ def make_plan(
     model_config: Any,
     name: str,
     task: str,
-    config: GenLoRAConfig,
+    config: AdapterConfig,
     setup: Setup,
     *,
     dtype: torch.dtype | None = None,
@@ -225,7 +225,7 @@ def _text(plan: Plan) -> str:
     ]
     kind = setup.strategy + (f", adapters {setup.adapter_sharding}d".replace("shardd", "sharded") if sharded else "")
     lines = [
-        f"{plan.model}: {plan.total_parameters:,} parameters. GenLoRA of rank {plan.config.rank} trains "
+        f"{plan.model}: {plan.total_parameters:,} parameters. {plan.config.title} of rank {plan.config.rank} trains "
         f"{plan.trainable_parameters:,} on {plan.linears} linears; LoRA of that rank {plan.lora_parameters:,}.",
         f"{setup.gpus} GPU{'s' * (setup.gpus > 1)}, {kind}; "
         f"{'bfloat16 autocast' if setup.autocast else 'no autocast'}; "

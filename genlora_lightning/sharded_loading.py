@@ -29,8 +29,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
+from genlora_lightning.adapter_base import adapter_modules
 from genlora_lightning.full_training import trained_modules
-from genlora_lightning.generator import RBFGenerator
 
 _MAPPED_BYTES = 32 * 2**20
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -142,8 +142,8 @@ class WeightSource:
         Adapters, and what a module trained in full has and the checkpoint lacks, are drawn from torch's random numbers:
         ranks must agree on the seed, or broadcast afterwards.
         """
-        for module in self.model.modules():
-            if isinstance(module, RBFGenerator) and module.latent.is_meta:
+        for module in adapter_modules(self.model):
+            if module.is_meta:
                 module.to_empty(device=device)
                 module.reset_parameters()
         for trained in trained_modules(self.model).values():

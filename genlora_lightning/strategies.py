@@ -26,8 +26,8 @@ from torch import nn
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from genlora_lightning.adapter_base import adapter_modules
 from genlora_lightning.full_training import trained_modules
-from genlora_lightning.generator import RBFGenerator
 from genlora_lightning.parallel import clip_gradient_norm, trained_parameters, transformer_blocks
 from genlora_lightning.pieces import (
     load_whole,
@@ -262,7 +262,7 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
         units = {id(module) for module in chosen}
         own: set[int] = set()
         if self.adapters_inside:
-            own = {id(module) for module in model.modules() if isinstance(module, RBFGenerator)}
+            own = {id(module) for module in adapter_modules(model)}
             own |= {id(module) for module in trained_modules(model).values()}
 
         def choose(module: nn.Module) -> bool | dict[str, Any]:

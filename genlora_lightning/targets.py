@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from genlora_lightning.config import ALL_LINEAR, GenLoRAConfig
-from genlora_lightning.layers import linear_shape
+from genlora_lightning.adapter_config import ALL_LINEAR, AdapterConfig
+from genlora_lightning.sites import matrix_shape
 
 # Reasons for leaving a module alone that its user should know of.
 NEW_HEAD = "output head; if it is new, name it in `modules_to_train`"
@@ -53,7 +53,7 @@ def match_modules(model: nn.Module, patterns: list[str], field: str) -> dict[str
 
 
 def select_targets(
-    model: nn.Module, linears: dict[str, nn.Module], config: GenLoRAConfig, trained: dict[str, nn.Module]
+    model: nn.Module, linears: dict[str, nn.Module], config: AdapterConfig, trained: dict[str, nn.Module]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """Choose the linears to adapt; what "all-linear" leaves out comes back with the reason."""
     excluded = match_modules(model, config.exclude_modules, "exclude_modules")
@@ -152,13 +152,13 @@ def _output_heads(model: nn.Module) -> dict[int, str]:
     heads: dict[int, str] = {}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for module in model.modules():
-        if linear_shape(module) is not None and id(module.weight) in embeddings:
+        if matrix_shape(module) is not None and id(module.weight) in embeddings:
             heads[id(module)] = "output head, tied to an embedding"
         # A transformers model says by itself what its body is; asked by attribute, so that we need not import it.
         body = getattr(module, "base_model", None) if hasattr(module, "base_model_prefix") else None
         if isinstance(body, nn.Module) and body is not module:
             inside = {id(m) for m in body.modules()}
             for child in module.modules():
-                if linear_shape(child) is not None and id(child) not in inside:
+                if matrix_shape(child) is not None and id(child) not in inside:
                     heads.setdefault(id(child), NEW_HEAD)
     return heads

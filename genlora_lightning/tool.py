@@ -1,4 +1,4 @@
-"""The ``genlora`` command: plan, and inspect, verify, convert, export, compress and merge adapters.
+"""The ``genlora`` command: plan, and inspect, verify, convert, export, import and merge adapters.
 
 Exit codes: 0 done, 1 the input is bad or the work failed, 2 the command line is wrong.
 """
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="genlora",
-        description="Plan runs, and inspect, verify, convert, export, compress and merge GenLoRA adapters.",
+        description="Plan runs, and inspect, verify, convert, export, import and merge adapters.",
         epilog="`genlora COMMAND --help` shows a command's options and an example.",
     )
     parser.add_argument("--version", action="version", version=f"genlora-lightning {__version__}")
@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "budget",
         run_budget,
-        "turn a number of parameters into rank, groups and centres",
+        "turn a number of parameters into latents, rank and groups, or into LoRA's rank",
         "--model HuggingFaceTB/SmolLM2-135M-Instruct --like-lora-rank 2",
     )
     add_budget(budget)
@@ -109,20 +109,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_adapter_base_out(export, "LoRA adapter folder to write")
     export.add_argument("--rank", type=int, help="lower the rank to this (default: exact, the adapter's rank)")
 
-    compress = _command(
+    imported = _command(
         commands,
-        "compress-lora",
-        _compress_lora,
-        "fit generators to a LoRA adapter and save them as an adapter",
-        "lora HuggingFaceTB/SmolLM2-135M-Instruct adapter --rank 16 --num-groups 16",
+        "import-lora",
+        _import_lora,
+        "make an adapter folder of kind LoRA from a LoRA adapter that PEFT wrote, without loss",
+        "lora HuggingFaceTB/SmolLM2-135M-Instruct adapter",
     )
-    compress.add_argument("lora", metavar="LORA", help="LoRA adapter folder in PEFT's format")
-    _add_base_out(compress, "adapter folder to write")
-    compress.add_argument("--rank", type=int, default=16, help="rank of the generators (default: %(default)s)")
-    compress.add_argument("--num-groups", type=int, default=8, help="groups of a latent (default: %(default)s)")
-    compress.add_argument("--num-centers", type=int, default=1, help="centres of a function (default: %(default)s)")
-    compress.add_argument("--steps", type=int, help="steps of the fit")
-    compress.add_argument("--seed", type=int, default=0, help="seed of the fit (default: %(default)s)")
+    imported.add_argument("lora", metavar="LORA", help="LoRA adapter folder in PEFT's format")
+    _add_base_out(imported, "adapter folder to write")
 
     merge = _command(
         commands,
@@ -197,26 +192,13 @@ def _merge(options: argparse.Namespace) -> None:
     print(save_merged(_load_adapted(options), options.out, dtype=dtype))
 
 
-def _compress_lora(options: argparse.Namespace) -> None:
+def _import_lora(options: argparse.Namespace) -> None:
     from genlora_lightning.adapter_io import save_adapter
-    from genlora_lightning.config import GenLoRAConfig
     from genlora_lightning.lora_files import read_lora
-    from genlora_lightning.lora_import import compress_lora
+    from genlora_lightning.lora_import import import_lora
 
-    config = GenLoRAConfig(
-        rank=options.rank,
-        num_groups_a=options.num_groups,
-        num_groups_b=options.num_groups,
-        num_centers=options.num_centers,
-        entry_signs=False,
-        learn_centers=True,
-        learn_widths=True,
-    )
-    model = _load_base(options, set(read_lora(options.lora).saved))  # a wrong base is found before the work is done
-    steps = {} if options.steps is None else {"steps": options.steps}
-    compressed = compress_lora(options.lora, config, seed=options.seed, **steps)
-    compressed.apply(model)
-    print(compressed)
+    model = _load_base(options, set(read_lora(options.lora).saved))
+    print(import_lora(model, options.lora).summary())
     print(f"The adapter is in {save_adapter(model, options.out)}.")
 
 

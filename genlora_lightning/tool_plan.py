@@ -4,31 +4,33 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from genlora_lightning.budget import SIZES
-from genlora_lightning.config import ALL_LINEAR, GenLoRAConfig
 from genlora_lightning.shapes import SHAPES, TASKS
 
 if TYPE_CHECKING:
     import torch
 
-_DEFAULTS = GenLoRAConfig()
+    from genlora_lightning.adapter_config import AdapterConfig
+
+# The kinds and their sizes, here in plain words: importing the configurations would take a second of torch.
+_KINDS = ("genlora", "lora")
+_SIZES = {
+    "rank": "rank",
+    "num_latents_a": "GenLoRA: latents of A",
+    "num_latents_b": "GenLoRA: latents of B",
+    "num_groups_a": "GenLoRA: groups of A",
+    "num_groups_b": "GenLoRA: groups of B",
+    "num_centers": "GenLoRA: centres",
+}
 
 
 def add_plan(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of ``genlora plan``."""
     _add_model(parser)
-    parser.add_argument("--rank", type=int, default=_DEFAULTS.rank, help="rank (default: %(default)s)")
-    for side in "ab":
-        default = getattr(_DEFAULTS, f"num_latents_{side}")
-        text = f"latents of {side.upper()} (default: %(default)s)"
-        parser.add_argument(f"--num-latents-{side}", type=int, default=default, help=text)
-    for side in "ab":
-        default = getattr(_DEFAULTS, f"num_groups_{side}")
-        text = f"groups of {side.upper()} (default: %(default)s)"
-        parser.add_argument(f"--num-groups-{side}", type=int, default=default, help=text)
-    parser.add_argument("--num-centers", type=int, default=_DEFAULTS.num_centers, help="centres (default: %(default)s)")
+    for name, what in _SIZES.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{what} (default: the kind's)")
     parser.add_argument("--strategy", choices=["single", "ddp", "fsdp1", "fsdp2"], help="default: single, or fsdp2")
     parser.add_argument(
         "--adapter-sharding", choices=["replicate", "shard"], default="replicate", help="default: %(default)s"
@@ -64,24 +66,31 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="ID|FOLDER",
         help=f"folder with a config.json, name on the Hugging Face Hub, or one of {', '.join(SHAPES)}",
     )
+    parser.add_argument("--kind", choices=_KINDS, default=_KINDS[0], help="kind of adapter (default: %(default)s)")
     parser.add_argument("--task", choices=list(TASKS), help="what the model is for (default: as it says)")
     parser.add_argument(
-        "--target-modules", nargs="+", metavar="NAME", default=[ALL_LINEAR], help="linears to adapt (default: all)"
+        "--target-modules", nargs="+", metavar="NAME", default=[], help="linears to adapt (default: all)"
     )
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", default=[], help="linears to leave alone")
     parser.add_argument("--modules-to-train", nargs="+", metavar="NAME", default=[], help="modules trained in full")
 
 
-def _config(options: argparse.Namespace, **sizes: Any) -> GenLoRAConfig:
+def _config(options: argparse.Namespace, sizes: dict[str, Any]) -> AdapterConfig:
     """The adapter of these sizes; one target name alone may be a regular expression, as in a configuration file."""
-    targets: Any = options.target_modules
+    from genlora_lightning.adapter_config import ALL_LINEAR
+    from genlora_lightning.kinds import read_config
+
+    targets: Any = options.target_modules or [ALL_LINEAR]
     if len(targets) == 1 and (targets[0] == ALL_LINEAR or not targets[0].replace(".", "").isidentifier()):
         targets = targets[0]
-    return GenLoRAConfig(
-        target_modules=targets,
-        exclude_modules=options.exclude_modules,
-        modules_to_train=options.modules_to_train,
-        **sizes,
+    return read_config(
+        {
+            "kind": options.kind,
+            "target_modules": targets,
+            "exclude_modules": options.exclude_modules,
+            "modules_to_train": options.modules_to_train,
+            **sizes,
+        }
     )
 
 
@@ -113,7 +122,8 @@ def run_plan(options: argparse.Namespace) -> None:
         autocast=options.precision == "bf16-mixed",
         gradient_checkpointing=options.gradient_checkpointing,
     )
-    adapter = _config(options, **{name: getattr(options, name) for name in SIZES})
+    given = {name: getattr(options, name) for name in _SIZES}
+    adapter = _config(options, {name: value for name, value in given.items() if value is not None})
     config, task = _model(options)
     dtype: torch.dtype | None = None if options.dtype == "auto" else getattr(torch, options.dtype)
     plan = make_plan(config, options.model, task, adapter, setup, dtype=dtype)
@@ -126,24 +136,26 @@ def run_budget(options: argparse.Namespace) -> None:
     from genlora_lightning.budget import fit_budget
     from genlora_lightning.injection import adapter_layers, inject_adapters
 
-    # The smallest adapter: what is asked here is which linears there are.
-    smallest = _config(options, **dict.fromkeys(SIZES, 1))
+    # The smallest adapter fits wherever one does: what is asked here is which linears there are.
+    kind = _config(options, {})
+    smallest = replace(kind, **{name: 1 for name in _SIZES if hasattr(kind, name)})
     model = build_on_meta(*_model(options))
     inject_adapters(model, smallest)
-    linears = [(layer.in_features, layer.out_features) for layer in adapter_layers(model).values()]
-    per_rank = sum(inputs + outputs for inputs, outputs in linears)
-    wanted = options.parameters or round(options.like_lora_rank * per_rank)
-    found = fit_budget(smallest, linears, wanted)
-    config = found.config
-    sizes = {name: getattr(config, name) for name in SIZES}
+    shapes = [layer.shape for layer in adapter_layers(model).values()]
+    wanted = options.parameters or round(options.like_lora_rank * sum(map(sum, shapes)))
+    found = fit_budget(kind, shapes, wanted)
+    sizes = {"kind": kind.kind} if options.kind != _KINDS[0] else {}
+    sizes |= {name: getattr(found.config, name) for name in _SIZES if hasattr(kind, name)}
+    if found.config.alpha != kind.alpha:
+        sizes["alpha"] = found.config.alpha
     if options.json:
-        facts = {"linears": len(linears), "parameters": found.parameters, "wanted": wanted}
+        facts = {"linears": len(shapes), "parameters": found.parameters, "wanted": wanted}
         print(json.dumps({**sizes, **facts, "like_lora_rank": found.lora_rank}, indent=2))
         return
     print("adapter:")
     for name, value in sizes.items():
         print(f"  {name}: {value}")
     print(
-        f"# {found.parameters:,} parameters on {len(linears)} linears, {found.parameters / wanted:.3f} of the "
+        f"# {found.parameters:,} parameters on {len(shapes)} linears, {found.parameters / wanted:.3f} of the "
         f"{wanted:,} asked for; as many as LoRA of rank {found.lora_rank:.2f} has"
     )

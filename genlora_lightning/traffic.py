@@ -9,10 +9,10 @@ from typing import Literal
 
 from torch import nn
 
+from genlora_lightning.adapted_layer import AdaptedLayer
 from genlora_lightning.architectures import repeated_blocks
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
-from genlora_lightning.layers import GenLoRALinear
 
 Strategy = Literal["single", "ddp", "fsdp1", "fsdp2"]
 Sharding = Literal["replicate", "shard"]
@@ -127,7 +127,7 @@ def model_sizes(model: nn.Module) -> Sizes:
     itemsize = 0
     for module in model.modules():
         unit = unit_of.get(id(module), 0)
-        if isinstance(module, GenLoRALinear):
+        if isinstance(module, AdaptedLayer):
             rank = module.config.rank
             lora[unit] += [(rank, module.in_features), (module.out_features, rank)]
         for parameter in module.parameters(recurse=False):

@@ -50,7 +50,7 @@ def test_twenty_steps_of_four_micro_batches_equal_those_of_the_plain_path(make):
             nn.utils.clip_grad_norm_(m.parameters(), 0.5)
             optimizer.step()
             optimizer.zero_grad()
-    moved = [p for name, p in adapter_parameters(model).items() if name.endswith("generator_B.latent")]
+    moved = [p for name, p in adapter_parameters(model).items() if name.endswith("update.B.latent")]
     assert max(float(p.detach().abs().max()) for p in moved) > 1e-3
     for one, other in zip(adapter_parameters(model).values(), adapter_parameters(plain).values(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
@@ -60,7 +60,7 @@ def test_work_of_the_generators_does_not_grow_with_the_micro_batches(monkeypatch
     model = adapted()
     passed = []
     monkeypatch.setattr(
-        "genlora_lightning.accumulation.pass_gradients_on", lambda parameters, *_, **__: passed.append(len(parameters))
+        "genlora_lightning.generator.pass_gradients_on", lambda parameters, *_, **__: passed.append(len(parameters))
     )
     for seeds in (SEEDS[:1], SEEDS):
         passed.clear()
@@ -206,7 +206,7 @@ def test_parts_that_are_called_by_themselves_and_layers_that_occur_twice():
     expected = gradients(model)
     with generated_once(model):
         run()
-        assert model.three.generator_A.latent.grad is None
+        assert model.three.update.A.latent.grad is None
     assert_same_gradients(gradients(model), expected)
 
 

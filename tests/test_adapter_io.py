@@ -145,7 +145,7 @@ def test_adapter_with_nan_is_not_saved_over_a_good_one(tmp_path):
     folder = save_adapter(model, tmp_path / "adapter")
     good = (folder / "adapter_model.safetensors").read_bytes()
     with torch.no_grad():
-        next(iter(adapter_layers(model).values())).generator_A.latent[0] = float("nan")
+        next(iter(adapter_layers(model).values())).update.A.latent[0] = float("nan")
     with pytest.raises(ValueError, match=r"1 of 112 tensors hold NaN or infinite values \(model.layers.0"):
         save_adapter(model, folder)
     assert (folder / "adapter_model.safetensors").read_bytes() == good
@@ -209,13 +209,13 @@ DAMAGED = [
         r"config.json disagrees with the tensors: .*has no place",
     ),
     (
-        lambda f: edit_manifest(f, format_version=2),
+        lambda f: edit_manifest(f, format_version=3),
         ValueError,
-        r"manifest.json has format version 2; .* update genlora",
+        r"manifest.json has format version 3; .* update genlora",
     ),
     (lambda f: path_of(f, "config").unlink(), FileNotFoundError, r"it has no adapter_config.json \(it holds README"),
     (lambda f: path_of(f, "config").write_text("{"), DamagedFileError, r"adapter_config.json \(1 bytes\) is damaged"),
-    (lambda f: edit(f, format_version=2), ValueError, r"config.json has format version 2; .* update genlora-lightning"),
+    (lambda f: edit(f, format_version=3), ValueError, r"config.json has format version 3; .* update genlora-lightning"),
     (lambda f: edit(f, format=None, peft_type="LORA"), ValueError, r"It is a PEFT adapter of type LORA"),
     (lambda f: edit(f, config={"rank": 0}), DamagedFileError, r"holds no valid configuration: `rank` must be at leas"),
     (lambda f: edit(f, config={"r": 8}), DamagedFileError, r"holds no valid configuration: Unknown GenLoRAConfig"),
@@ -370,9 +370,9 @@ def test_module_trained_in_full_does_not_count_as_base(tmp_path):
 def test_adapter_of_a_cast_would_lose_digits_is_an_error(tmp_path):
     model = trained()
     for layer in adapter_layers(model).values():
-        layer.generator_A.double()
+        layer.update.A.double()
     folder = save_adapter(model, tmp_path / "adapter")
-    message = r"56 tensors would lose digits in its dtype \(.*generator_A.latent: stored float64, needed float32"
+    message = r"56 tensors would lose digits in its dtype \(.*update.A.latent: stored float64, needed float32"
     assert_refused_and_untouched(folder, ValueError, message)
 
 

@@ -46,5 +46,5 @@ def test_effective_ranks_of_a_model_are_those_of_its_updates():
     values = torch.linalg.svdvals(model[0].delta_weight().detach().double())[:4]
     p = values / values.sum()
     assert ranks["0"] == pytest.approx(float(torch.exp(-(p * p.log()).sum())), rel=1e-4)
-    with pytest.raises(ValueError, match="no GenLoRA adapters"):
+    with pytest.raises(ValueError, match="no adapters"):
         effective_ranks(nn.Linear(2, 2))

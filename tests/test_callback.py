@@ -127,7 +127,7 @@ def test_optimizer_that_misses_adapters_is_an_error_that_says_what_to_do(tmp_pat
         def configure_optimizers(self):
             return torch.optim.SGD(self.early, lr=0.1)
 
-    with pytest.raises(ValueError, match=r"16 trainable parameters, net.0.generator_A.latent .* are in no optimizer"):
+    with pytest.raises(ValueError, match=r"16 trainable parameters, net.0.update.A.latent .* are in no optimizer"):
         trainer(tmp_path, finetuning()).fit(Early(), mlp_loader())
 
 
@@ -162,7 +162,7 @@ def test_gradients_may_be_zero_at_first_but_not_for_ever(tmp_path):
     module = ZeroHead()
     config = small_config(target_modules=["0", "2"], modules_to_train=["4"])
     trainer(tmp_path, finetuning(config=config)).fit(module, mlp_loader())
-    assert (module.net[0].generator_B.latent != 0).any()
+    assert (module.net[0].update.B.latent != 0).any()
 
     class ZeroLoss(PlainMLP):
         def step(self, batch):
@@ -194,7 +194,7 @@ def test_each_of_several_optimizers_is_checked_for_its_own_adapters(tmp_path):
     module = TwoOptimizers()
     config = small_config(target_modules=["0", "2"], modules_to_train=["4"])
     trainer(tmp_path, finetuning(config=config)).fit(module, mlp_loader())
-    assert (module.net[0].generator_B.latent != 0).any()
+    assert (module.net[0].update.B.latent != 0).any()
 
 
 @pytest.mark.parametrize("kind", ["folder", "file"])
@@ -213,7 +213,7 @@ def test_place_that_is_something_else_is_an_error_before_training(tmp_path, kind
 
 def test_configuration_may_be_a_dictionary_and_nothing_else():
     assert GenLoRAFinetuning({"rank": 4}).config.rank == 4
-    with pytest.raises(TypeError, match="`config` must be a GenLoRAConfig or a dictionary of its fields, got 4"):
+    with pytest.raises(TypeError, match="must be a GenLoRAConfig, .* or a dictionary of its fields, got 4"):
         GenLoRAFinetuning(4)
 
 
@@ -338,22 +338,22 @@ def test_full_checkpoint_with_the_base_in_it_loads_too(tmp_path):
     checkpoint["state_dict"] = module.state_dict()
     torch.save(checkpoint, tmp_path / "full.ckpt")
     trainer(tmp_path, finetuning()).validate(fresh, mlp_loader(), ckpt_path=tmp_path / "full.ckpt", verbose=False)
-    assert torch.equal(fresh.net[0].generator_B.latent, module.net[0].generator_B.latent)
+    assert torch.equal(fresh.net[0].update.B.latent, module.net[0].update.B.latent)
 
 
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
         (
-            lambda c: c["state_dict"].pop("net.0.generator_A.latent"),
-            r"1 tensors are missing \(net.0.generator_A.latent",
+            lambda c: c["state_dict"].pop("net.0.update.A.latent"),
+            r"1 tensors are missing \(net.0.update.A.latent",
         ),
         (lambda c: c["state_dict"].update(stranger=torch.zeros(1)), r"no place in the model \(stranger\)"),
         (
-            lambda c: c["state_dict"].update({"net.0.generator_A.latent": torch.zeros(3)}),
+            lambda c: c["state_dict"].update({"net.0.update.A.latent": torch.zeros(3)}),
             r"stored \(3,\), needed \(8, 1\)",
         ),
-        (lambda c: c.pop("genlora"), r"holds no GenLoRA adapters"),
+        (lambda c: c.pop("genlora"), r"holds no adapters"),
         (
             lambda c: c["genlora"]["config"].update(rank=8),
             r"another configuration \(rank: 8 in the checkpoint, 4 here\)",
@@ -409,7 +409,7 @@ def assert_saved(folder, before):
     load_adapter(fresh, folder)
     for name, tensor in adapter_state_dict(fresh).items():
         assert torch.equal(tensor, before[name]), name
-    assert any((tensor != 0).any() for name, tensor in before.items() if name.endswith("generator_B.latent"))
+    assert any((tensor != 0).any() for name, tensor in before.items() if name.endswith("update.B.latent"))
 
 
 def test_nan_stops_the_run_before_the_step_and_keeps_the_last_good_adapter(tmp_path):
@@ -433,7 +433,7 @@ def test_check_for_nan_can_be_switched_off(tmp_path):
     module = PlainMLP()
     run = trainer(tmp_path, finetuning(check_finite_every_n_steps=0, save_adapter=False), BreakAt(2, "nan"))
     run.fit(module, mlp_loader())
-    assert module.net[0].generator_A.latent.isnan().all()
+    assert module.net[0].update.A.latent.isnan().all()
 
 
 def test_interrupted_run_keeps_its_adapter_and_the_finished_one_beside_it(tmp_path):
@@ -489,11 +489,11 @@ def test_model_that_has_these_adapters_already_goes_on_training_them(tmp_path):
     config = small_config(exclude_modules=["4"])
     inject_adapters(module, config)
     with torch.no_grad():
-        module.net[0].generator_B.latent.fill_(0.1)
-    before = module.net[0].generator_B.latent.clone()
+        module.net[0].update.B.latent.fill_(0.1)
+    before = module.net[0].update.B.latent.clone()
     trainer(tmp_path, finetuning(config=config)).fit(module, mlp_loader(n=8))
-    assert not torch.equal(module.net[0].generator_B.latent, before)
-    torch.testing.assert_close(module.net[0].generator_B.latent, before, atol=0.2, rtol=0)
+    assert not torch.equal(module.net[0].update.B.latent, before)
+    torch.testing.assert_close(module.net[0].update.B.latent, before, atol=0.2, rtol=0)
 
 
 def test_strategy_that_is_not_supported_is_an_error_before_any_work(tmp_path):

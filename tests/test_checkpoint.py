@@ -70,7 +70,7 @@ def test_size_is_that_of_the_adapters_and_their_optimizer_state(tmp_path, weight
 
 
 def test_description_of_many_small_tensors_is_compressed_and_torch_reads_it(tmp_path):
-    state = {f"model.layers.{i}.self_attn.q_proj.generator_A.latent": torch.randn(16) for i in range(1000)}
+    state = {f"model.layers.{i}.self_attn.q_proj.update.A.latent": torch.randn(16) for i in range(1000)}
     content = {"state_dict": pack(state), "step": 3, "names": list(state)}
     torch.save(content, tmp_path / "plain.ckpt")
     (tmp_path / "x.ckpt").write_bytes(serialize(content))
@@ -160,8 +160,8 @@ class Grouped(PlainMLP):
         if self.groups == 1:
             return torch.optim.AdamW([p for _, p in trained], lr=0.01)
         groups = [
-            {"params": [p for n, p in trained if "generator_A" in n], "lr": 0.01},
-            {"params": [p for n, p in trained if "generator_B" in n], "lr": 0.03, "weight_decay": 0.0},
+            {"params": [p for n, p in trained if "update.A" in n], "lr": 0.01},
+            {"params": [p for n, p in trained if "update.B" in n], "lr": 0.03, "weight_decay": 0.0},
         ]
         return torch.optim.AdamW(groups[::-1] if self.reverse else groups)
 

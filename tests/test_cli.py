@@ -19,7 +19,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 import tests.plain
 from genlora_lightning.callback import GenLoRAFinetuning
 from genlora_lightning.cli import GenLoRACLI, main
-from genlora_lightning.layers import GenLoRALinear
+from genlora_lightning.layers import AdaptedLinear
 from genlora_lightning.predictions import PredictionWriter
 from genlora_lightning.progress import LineProgressBar
 from genlora_lightning.throughput import TokensPerSecond
@@ -288,8 +288,8 @@ def test_later_configs_and_flags_win(config: Path, tmp_path: Path) -> None:
     flags = ["--adapter.num_groups_a", "3", "--model.optimizer.lr", "0.02", "--seed_everything", "7"]
     files = ["--config", str(config), "--config", str(overlay)]
     cli = main(["fit", *files, *flags, "--adapter_dir", str(adapter_dir)])
-    adapter = next(m for m in cli.model.modules() if isinstance(m, GenLoRALinear))
-    assert adapter.generator_A.weight.shape[:2] == (3, 6)
+    adapter = next(m for m in cli.model.modules() if isinstance(m, AdaptedLinear))
+    assert adapter.update.A.weight.shape[:2] == (3, 6)
     assert cli.trainer.global_step == 1
     assert cli.model.optimizer_config.lr == 0.02
     assert adapter_dir.is_dir()
@@ -308,9 +308,9 @@ def test_adapter_section_adapts_a_module_that_knows_nothing_of_adapters(tmp_path
     trainer = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "1", "--trainer.default_root_dir", str(tmp_path)]
     plain = ["fit", "--model", "tests.plain.PlainMLP", "--data", f"{__name__}.MLPData", *trainer]
     cli = main([*plain, "--adapter.rank", "2", "--adapter.num_groups_b", "2"])
-    assert sum(isinstance(m, GenLoRALinear) for m in cli.model.modules()) == 3
+    assert sum(isinstance(m, AdaptedLinear) for m in cli.model.modules()) == 3
     unadapted = main(plain)
-    assert not any(isinstance(m, GenLoRALinear) for m in unadapted.model.modules())
+    assert not any(isinstance(m, AdaptedLinear) for m in unadapted.model.modules())
 
 
 def test_adapter_dir_alone_keeps_the_adapter_of_the_module(config: Path, tmp_path: Path) -> None:

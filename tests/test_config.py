@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from genlora_lightning import GenLoRAConfig
-from genlora_lightning.layers import GenLoRALinear
+from genlora_lightning.adapter_base import MatrixShape
+from genlora_lightning.layers import AdaptedLinear
 
 
 @pytest.mark.parametrize(
@@ -94,15 +95,15 @@ def test_counted_parameters_are_those_that_train(learn, rank, latents, groups, c
         learn_centers=learn[0],
         learn_widths=learn[1],
     )
-    layer = GenLoRALinear(torch.nn.Linear(40, 24), config)
+    layer = AdaptedLinear(torch.nn.Linear(40, 24), config)
     trained = sum(p.numel() for p in layer.adapter_parameters().values() if p.requires_grad)
-    assert config.count_parameters(40, 24) == trained
+    assert config.count_parameters(MatrixShape(24, 40)) == trained
 
 
 def test_published_count_of_the_method_notes():
     # n + G·R·K + 2·R·K for n = 4096, R = 64, G = 8, K = 1, of one matrix
     config = GenLoRAConfig(rank=64, num_groups_a=8, num_groups_b=8, learn_centers=True, learn_widths=True)
-    assert config.count_parameters(4096, 4096) == 2 * 4736
+    assert config.count_parameters(MatrixShape(4096, 4096)) == 2 * 4736
 
 
 def test_gain_falls_with_the_root_of_the_rank_where_signs_are_and_may_be_given():

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genlora_lightning import GenLoRALinear
+from genlora_lightning import AdaptedLinear
 from genlora_lightning.fused import adapted_linear, can_fuse
 from tests.conftest import perturb, small_config
 from tests.test_layers import KINDS, base
@@ -36,13 +36,13 @@ def plain(x, weight, bias, A, B, transposed=False):
     return F.linear(x, weight.T if transposed else weight, bias) + F.linear(F.linear(x, A), B.T)
 
 
-def layer_of(kind: str = "linear", dtype: torch.dtype = torch.float32, **changes) -> GenLoRALinear:
-    layer = GenLoRALinear(base(kind, dtype), small_config(**changes))
+def layer_of(kind: str = "linear", dtype: torch.dtype = torch.float32, **changes) -> AdaptedLinear:
+    layer = AdaptedLinear(base(kind, dtype), small_config(**changes))
     perturb(layer)
     return layer
 
 
-def gradients(layer: GenLoRALinear, x: Tensor, output: Tensor) -> dict[str, Tensor]:
+def gradients(layer: AdaptedLinear, x: Tensor, output: Tensor) -> dict[str, Tensor]:
     """Of a fixed function of the output, by the input and the adapter's parameters."""
     weights = torch.linspace(-1, 1, output.numel()).view(output.shape).to(output.dtype)
     wanted = {"x": x, **{n: p for n, p in layer.adapter_parameters().items() if p.requires_grad}}
@@ -153,7 +153,7 @@ def test_autocast_adds_two_operators_to_those_of_the_base(kind, input_dtype):
     layer = layer_of(kind)
     x = torch.randn(9, 12).to(input_dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        A, B = layer.store.matrices(layer.generator_A, layer.generator_B, layer.scaling, torch.bfloat16)
+        A, B = layer.store.matrices(layer.update.A, layer.update.B, layer.scaling, torch.bfloat16)
         with Operators() as of_base:
             layer.base_layer(x)
         with Operators() as of_both:
@@ -223,7 +223,7 @@ def test_second_derivative_is_an_error_that_names_the_way_out():
 def test_plain_layer_can_be_differentiated_twice():
     layer = layer_of().double()
     layer.fused = False
-    latent = layer.generator_A.latent
+    latent = layer.update.A.latent
     x = torch.randn(3, layer.in_features, dtype=torch.float64, requires_grad=True)
 
     def squared_slope():
@@ -266,7 +266,7 @@ def test_linear_that_computes_something_else_is_called(make):
     linear = make()
     x = torch.randn(5, 12, requires_grad=True)
     expected = linear(x)
-    layer = GenLoRALinear(linear, small_config())
+    layer = AdaptedLinear(linear, small_config())
     assert torch.equal(layer(x), expected)
     perturb(layer)
     output = layer(x)

@@ -70,7 +70,6 @@ def generations(monkeypatch):
         return generate_matrices(parameters, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("genlora_lightning.generation.generate_matrices", counting)
         patch.setattr("genlora_lightning.generator.generate_matrices", counting)
         yield calls
 
@@ -132,7 +131,7 @@ def test_twenty_steps_with_checkpointed_activations_or_compiled_equal_those_of_t
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-    moved = adapter_parameters(model)["model.layers.0.mlp.up_proj.generator_B.latent"]
+    moved = adapter_parameters(model)["model.layers.0.mlp.up_proj.update.B.latent"]
     assert moved.detach().abs().max() > 1e-3
 
 
@@ -452,12 +451,12 @@ def by_load(model):
 
 
 def by_generator_load(model):
-    generator = next(iter(adapter_layers(model).values())).generator_B
+    generator = next(iter(adapter_layers(model).values())).update.B
     generator.load_state_dict({name: t + 0.1 for name, t in generator.state_dict().items()})
 
 
 def by_reset(model):
-    next(iter(adapter_layers(model).values())).generator_A.reset_parameters()
+    next(iter(adapter_layers(model).values())).update.A.reset_parameters()
 
 
 def by_hand(model):

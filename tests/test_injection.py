@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from genlora_lightning import (
+    AdaptedLinear,
     GenLoRAConfig,
-    GenLoRALinear,
     adapter_parameters,
     adapters_disabled,
     inject_adapters,
@@ -43,7 +43,7 @@ def trainable(model: nn.Module) -> set[str]:
 def test_trainable_names_are_exactly_the_adapters_and_modules_to_train():
     model = Net()
     inject_adapters(model, small_config(modules_to_train=["head"]))
-    parts = [f"{g}.{p}" for g in ("generator_A", "generator_B") for p in ("latent", "weight", "centers", "log_widths")]
+    parts = [f"{g}.{p}" for g in ("update.A", "update.B") for p in ("latent", "weight", "centers", "log_widths")]
     adapters = {f"blocks.{i}.{j}.{part}" for i in range(2) for j in (0, 2) for part in parts}
     assert trainable(model) == adapters | {"head.weight", "head.bias"}
     assert set(adapter_parameters(model)) == adapters
@@ -145,7 +145,7 @@ def test_linear_that_stands_in_two_places_gets_one_adapter():
     model.blocks[1] = model.blocks[0]
     inject_adapters(model, small_config())
     assert model.blocks[0][0] is model.blocks[1][0]
-    assert isinstance(model.blocks[1][0], GenLoRALinear)
+    assert isinstance(model.blocks[1][0], AdaptedLinear)
     shared = nn.Linear(8, 8)
     other = nn.Sequential(shared, nn.ReLU(), shared)
     inject_adapters(other, small_config())
@@ -233,9 +233,9 @@ def test_merge_that_fails_half_way_merges_nothing():
 
 @pytest.mark.parametrize("function", [merge_adapters, unmerge_adapters, remove_adapters])
 def test_model_without_adapters_is_an_error(function):
-    with pytest.raises(ValueError, match=r"This Net has no GenLoRA adapters. Call `inject_adapters"):
+    with pytest.raises(ValueError, match=r"This Net has no adapters. Call `inject_adapters"):
         function(Net())
-    with pytest.raises(ValueError, match="no GenLoRA adapters"), adapters_disabled(Net()):
+    with pytest.raises(ValueError, match="no adapters"), adapters_disabled(Net()):
         pass
 
 

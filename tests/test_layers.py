@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from genlora_lightning import GenLoRALinear
+from genlora_lightning import AdaptedLinear
 from tests.conftest import perturb, small_config
 
 
@@ -28,7 +28,7 @@ def base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     return layers[kind]().to(dtype)
 
 
-def weight_of(layer: GenLoRALinear) -> torch.Tensor:
+def weight_of(layer: AdaptedLinear) -> torch.Tensor:
     """The base weight as (out, in)."""
     return layer.weight if isinstance(layer.base_layer, nn.Linear) else layer.weight.T
 
@@ -44,14 +44,14 @@ def test_new_adapter_changes_no_bit_of_the_output(kind, dtype, init):
     layer = base(kind, dtype)
     x = torch.randn(3, 5, 12, dtype=dtype)
     expected = layer(x)
-    assert torch.equal(GenLoRALinear(layer, small_config(init=init))(x), expected)
+    assert torch.equal(AdaptedLinear(layer, small_config(init=init))(x), expected)
 
 
 def test_new_adapter_changes_no_bit_of_the_output_under_autocast():
     layer, x = base("linear"), torch.randn(3, 12)
     with torch.autocast("cpu", torch.bfloat16):
         expected = layer(x)
-        output = GenLoRALinear(layer, small_config())(x)
+        output = AdaptedLinear(layer, small_config())(x)
     assert output.dtype == torch.bfloat16
     assert torch.equal(output, expected)
 
@@ -60,7 +60,7 @@ def test_new_adapter_changes_no_bit_of_the_output_under_autocast():
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("scaling", ["sqrt_rank", "rank"])
 def test_forward_equals_a_linear_with_the_updated_weight(kind, dtype, scaling):
-    layer = GenLoRALinear(base(kind, dtype), small_config(scaling=scaling, alpha=1.5, num_centers=2))
+    layer = AdaptedLinear(base(kind, dtype), small_config(scaling=scaling, alpha=1.5, num_centers=2))
     if dtype == torch.float64:
         layer.double()
     perturb(layer)
@@ -75,7 +75,7 @@ def test_forward_equals_a_linear_with_the_updated_weight(kind, dtype, scaling):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_merged_layer_computes_the_same_and_unmerging_restores_every_bit(kind, dtype):
-    layer = GenLoRALinear(base(kind, dtype), small_config())
+    layer = AdaptedLinear(base(kind, dtype), small_config())
     perturb(layer)
     x, before = torch.randn(7, 12, dtype=dtype), layer.weight.clone()
     expected = layer(x)
@@ -96,7 +96,7 @@ def test_merged_layer_computes_the_same_and_unmerging_restores_every_bit(kind, d
 
 
 def test_merging_rounds_once_from_float32():
-    layer = GenLoRALinear(base("linear", torch.bfloat16), small_config())
+    layer = AdaptedLinear(base("linear", torch.bfloat16), small_config())
     perturb(layer)
     expected = (layer.weight.float() + layer.delta_weight()).bfloat16()
     layer.merge()
@@ -106,7 +106,7 @@ def test_merging_rounds_once_from_float32():
 def test_merging_leaves_a_module_that_shares_the_weight_alone():
     embedding, linear = nn.Embedding(20, 12), nn.Linear(12, 20, bias=False)
     linear.weight = embedding.weight
-    layer = GenLoRALinear(linear, small_config())
+    layer = AdaptedLinear(linear, small_config())
     perturb(layer)
     before = embedding.weight.clone()
     layer.merge()
@@ -116,7 +116,7 @@ def test_merging_leaves_a_module_that_shares_the_weight_alone():
 
 
 def test_unmerge_after_a_cast_restores_the_cast_weight():
-    layer = GenLoRALinear(base("linear"), small_config())
+    layer = AdaptedLinear(base("linear"), small_config())
     perturb(layer)
     before = layer.weight.clone()
     layer.merge()
@@ -126,7 +126,7 @@ def test_unmerge_after_a_cast_restores_the_cast_weight():
 
 
 def test_merging_into_a_quantized_weight_is_an_error_that_says_so():
-    layer = GenLoRALinear(base("linear"), small_config())
+    layer = AdaptedLinear(base("linear"), small_config())
     layer.base_layer.weight = nn.Parameter(torch.zeros(120, 1, dtype=torch.uint8), requires_grad=False)
     with pytest.raises(ValueError, match=r"weight is stored as \(120, 1\) torch.uint8.*quantized or sharded"):
         layer.merge()
@@ -134,7 +134,7 @@ def test_merging_into_a_quantized_weight_is_an_error_that_says_so():
 
 
 def test_factors_give_the_same_update_as_a_lora_layer_bit_for_bit():
-    layer = GenLoRALinear(base("linear"), small_config())
+    layer = AdaptedLinear(base("linear"), small_config())
     perturb(layer)
     A, B = layer.factors()
     assert A.shape == (4, 12)
@@ -144,7 +144,7 @@ def test_factors_give_the_same_update_as_a_lora_layer_bit_for_bit():
 
 def test_every_parameter_has_a_gradient_after_two_steps():
     for init in ("zero_latent", "zero_weight"):
-        layer = GenLoRALinear(base("linear"), small_config(init=init, num_centers=2))
+        layer = AdaptedLinear(base("linear"), small_config(init=init, num_centers=2))
         optimizer = torch.optim.SGD([p for p in layer.parameters() if p.requires_grad], lr=0.1)
         x, target = torch.randn(16, 12), torch.randn(16, 20)
         for _ in range(2):
@@ -158,14 +158,14 @@ def test_every_parameter_has_a_gradient_after_two_steps():
 
 
 def test_fixed_centers_and_widths_are_not_trained_but_are_the_adapters():
-    layer = GenLoRALinear(base("linear"), small_config(learn_centers=False, learn_widths=False))
+    layer = AdaptedLinear(base("linear"), small_config(learn_centers=False, learn_widths=False))
     trained = {name for name, p in layer.adapter_parameters().items() if p.requires_grad}
-    assert trained == {"generator_A.latent", "generator_A.weight", "generator_B.latent", "generator_B.weight"}
-    assert "generator_A.centers" in layer.adapter_parameters()
+    assert trained == {"update.A.latent", "update.A.weight", "update.B.latent", "update.B.weight"}
+    assert "update.A.centers" in layer.adapter_parameters()
 
 
 def test_backward_does_not_keep_a_float32_copy_of_a_bfloat16_input():
-    layer = GenLoRALinear(base("linear", torch.bfloat16), small_config())
+    layer = AdaptedLinear(base("linear", torch.bfloat16), small_config())
     x = torch.randn(64, 12, dtype=torch.bfloat16)
     large = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: large.append((t.dtype, t.shape)) or t, lambda t: t):
@@ -174,7 +174,7 @@ def test_backward_does_not_keep_a_float32_copy_of_a_bfloat16_input():
 
 
 def test_dropout_acts_in_training_only_and_on_the_adapter_only():
-    layer = GenLoRALinear(base("linear"), small_config(dropout=0.5))
+    layer = AdaptedLinear(base("linear"), small_config(dropout=0.5))
     x = torch.randn(4, 12)
     torch.testing.assert_close(layer(x), layer.base_layer(x))
     perturb(layer)
@@ -184,12 +184,12 @@ def test_dropout_acts_in_training_only_and_on_the_adapter_only():
 
 
 def test_adapter_is_in_the_mode_of_the_layer_it_is_put_on():
-    assert not GenLoRALinear(base("linear").eval(), small_config(dropout=0.5)).dropout.training
-    assert GenLoRALinear(base("linear").train(), small_config(dropout=0.5)).dropout.training
+    assert not AdaptedLinear(base("linear").eval(), small_config(dropout=0.5)).dropout.training
+    assert AdaptedLinear(base("linear").train(), small_config(dropout=0.5)).dropout.training
 
 
 def test_disabled_layer_is_its_base():
-    layer = GenLoRALinear(base("linear"), small_config())
+    layer = AdaptedLinear(base("linear"), small_config())
     perturb(layer)
     layer.enabled = False
     x = torch.randn(4, 12)
@@ -199,7 +199,7 @@ def test_disabled_layer_is_its_base():
 @pytest.mark.parametrize("enabled", [True, False])
 @pytest.mark.parametrize("merged", [True, False])
 def test_layer_is_active_exactly_where_it_adds_to_what_its_base_gives(enabled, merged):
-    layer = GenLoRALinear(base("linear"), small_config())
+    layer = AdaptedLinear(base("linear"), small_config())
     perturb(layer)
     layer.merge()
     if not merged:
@@ -212,23 +212,23 @@ def test_layer_is_active_exactly_where_it_adds_to_what_its_base_gives(enabled, m
 
 
 def test_cast_of_the_model_leaves_the_adapter_in_float32():
-    layer = GenLoRALinear(base("linear"), small_config()).to(torch.bfloat16)
+    layer = AdaptedLinear(base("linear"), small_config()).to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16
     assert {p.dtype for p in layer.adapter_parameters().values()} == {torch.float32}
     assert layer(torch.randn(2, 12, dtype=torch.bfloat16)).dtype == torch.bfloat16
 
 
 def test_layer_can_be_copied_and_put_on_the_meta_device():
-    layer = GenLoRALinear(base("linear"), small_config())
+    layer = AdaptedLinear(base("linear"), small_config())
     perturb(layer)
     x = torch.randn(4, 12)
     assert torch.equal(copy.deepcopy(layer)(x), layer(x))
     with torch.device("meta"):
-        on_meta = GenLoRALinear(nn.Linear(12, 20), small_config())
+        on_meta = AdaptedLinear(nn.Linear(12, 20), small_config())
     assert all(p.is_meta for p in on_meta.parameters())
     assert on_meta(torch.empty(4, 12, device="meta")).shape == (4, 20)
 
 
 def test_other_modules_are_refused():
     with pytest.raises(TypeError, match=r"adapts nn.Linear and transformers' Conv1D, got a Embedding"):
-        GenLoRALinear(nn.Embedding(3, 4), small_config())
+        AdaptedLinear(nn.Embedding(3, 4), small_config())

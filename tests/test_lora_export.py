@@ -178,7 +178,7 @@ def test_report_says_what_a_server_does_not_take(tmp_path):
 
 
 def test_model_without_adapters_and_impossible_ranks_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="has no GenLoRA adapters"):
+    with pytest.raises(ValueError, match="has no adapters"):
         export_lora(tiny_llama(), tmp_path / "lora")
     model = adapted("llama")
     for rank in (0, -1, 5, True, 2.0):
@@ -203,7 +203,7 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path):
 def test_adapter_with_nan_and_linear_in_two_places_are_not_exported(tmp_path):
     model = adapted("llama")
     with torch.no_grad():
-        adapter_layers(model)["model.layers.1.mlp.up_proj"].generator_B.latent[3] = float("nan")
+        adapter_layers(model)["model.layers.1.mlp.up_proj"].update.B.latent[3] = float("nan")
     for rank in (None, 2):
         with pytest.raises(ValueError, match=r"update of model.layers.1.mlp.up_proj holds NaN"):
             export_lora(model, tmp_path / "lora", rank=rank)

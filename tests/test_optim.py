@@ -48,7 +48,7 @@ def adapted(**changes: object) -> Classifier:
         ({"betas": (0.9, 1.0)}, r"`betas\[1\]` must be finite and at least 0 and less than 1, got 1.0"),
         ({"betas": 0.9}, "`betas` must be two numbers, got 0.9"),
         ({"eps": 0.0}, "`eps` must be"),
-        ({"latent_lr_factor": -1}, "`latent_lr_factor` must be finite and at least 0"),
+        ({"lr_factors": {"latents": -1}}, "`lr_factors.latents` must be finite and at least 0"),
         ({"schedule": "cosin"}, "`schedule` must be one of 'cosine', 'linear', 'constant', got 'cosin'"),
         ({"warmup_steps": -1}, "`warmup_steps` must be at least 0"),
         ({"warmup_steps": 0.1}, "`warmup_steps` must be an integer, got 0.1. For a share of the run"),
@@ -72,7 +72,9 @@ def test_config_survives_the_way_through_plain_values() -> None:
 
 def test_groups_hold_each_trainable_parameter_once_by_its_role() -> None:
     model = adapted()
-    config = OptimizerConfig(lr=0.1, weight_decay=0.5, latent_lr_factor=2.0, rbf_lr_factor=3.0, head_lr_factor=4.0)
+    config = OptimizerConfig(
+        lr=0.1, weight_decay=0.5, lr_factors={"latents": 2.0, "rbf_weights": 3.0, "rbf_shapes": 3.0}, head_lr_factor=4.0
+    )
     groups = {group["name"]: group for group in parameter_groups(model, config)}
     generators = [module for module in model.modules() if isinstance(module, RBFGenerator)]
     assert len(generators) == 4  # two linears; the one named `latent` is no latent
@@ -158,7 +160,7 @@ def test_schedule_rises_falls_and_ends_at_its_floor() -> None:
 
 
 def test_scheduler_keeps_the_ratio_between_groups() -> None:
-    config = OptimizerConfig(lr=0.1, latent_lr_factor=3.0, schedule="linear")
+    config = OptimizerConfig(lr=0.1, lr_factors={"latents": 3.0}, schedule="linear")
     optimizer = build_optimizer(adapted(), config)
     scheduler = build_scheduler(optimizer, config, total_steps=4)
     rates = []

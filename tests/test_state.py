@@ -23,9 +23,7 @@ def adapted() -> nn.Module:
 
 def test_state_holds_adapters_fixed_parts_and_trained_modules_with_buffers_and_no_base():
     names = set(adapter_state_dict(adapted()))
-    parts = {
-        f"body.{g}.{p}" for g in ("generator_A", "generator_B") for p in ("latent", "weight", "centers", "log_widths")
-    }
+    parts = {f"body.{g}.{p}" for g in ("update.A", "update.B") for p in ("latent", "weight", "centers", "log_widths")}
     head = {"head.0.weight", "head.0.bias", "head.0.running_mean", "head.0.running_var", "head.0.num_batches_tracked"}
     assert names == parts | head | {"head.1.weight", "head.1.bias"}
     assert names <= set(adapted().state_dict())
@@ -47,11 +45,11 @@ def test_missing_left_over_and_misshapen_tensors_are_one_error_that_lists_them_a
     state = dict(adapter_state_dict(source))
     del state["head.1.bias"]
     state["stranger"] = torch.zeros(1)
-    state["body.generator_A.latent"] = torch.zeros(9)
+    state["body.update.A.latent"] = torch.zeros(9)
     with pytest.raises(
         ValueError,
         match=r"in FILE does not fit.*1 tensors are missing \(head.1.bias\); 1 tensors have no place in the model "
-        r"\(stranger\).*generator_A.latent: stored \(9,\), needed \(8, 1\).*another base model",
+        r"\(stranger\).*update.A.latent: stored \(9,\), needed \(8, 1\).*another base model",
     ):
         load_adapter_state(target, state, "FILE")
     for name, tensor in adapter_state_dict(target).items():
@@ -65,7 +63,7 @@ def test_equal_states_pass():
 
 
 def test_model_without_adapters_is_an_error():
-    with pytest.raises(ValueError, match="no GenLoRA adapters"):
+    with pytest.raises(ValueError, match="no adapters"):
         adapter_state_dict(make())
 
 

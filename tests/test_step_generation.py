@@ -114,7 +114,7 @@ def test_a_window_generates_once(tmp_path, monkeypatch, micro_batches):
         passed.append(len(parameters))
         pass_gradients_on(parameters, *args, **kwargs)
 
-    monkeypatch.setattr("genlora_lightning.accumulation.pass_gradients_on", passing)
+    monkeypatch.setattr("genlora_lightning.generator.pass_gradients_on", passing)
     with generations(monkeypatch) as calls:
         fit(tmp_path, "step", accumulate_grad_batches=micro_batches, max_steps=1, max_epochs=-1)
     assert sum(calls) == sum(passed) == 2 * 2

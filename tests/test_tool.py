@@ -176,7 +176,7 @@ def test_bad_input_is_one_line_and_exit_code_1(files, capsys):
     torch.save({"state_dict": {}}, folder / "plain.ckpt")
     assert "There is no adapter folder" in failure(capsys, "inspect", folder / "nothing")
     assert "(UnpicklingError): it is damaged" in failure(capsys, "inspect", folder / "text.ckpt")
-    assert "holds no GenLoRA adapters" in failure(capsys, "inspect", folder / "plain.ckpt")
+    assert "holds no adapters" in failure(capsys, "inspect", folder / "plain.ckpt")
     export = ("export-lora", folder / "adapter", folder / "base")
     assert "`rank` must be an integer from 1" in failure(capsys, *export, folder / "lora", "--rank", 99)
     assert "is not a LoRA adapter that this library wrote" in failure(capsys, *export, folder / "base")

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning import GenLoRAConfig, OptimizerConfig, inject_adapters
-from genlora_lightning.layers import GenLoRALinear
+from genlora_lightning.layers import AdaptedLinear
 from genlora_lightning.optim import parameter_groups
 
 from .adapters import PolarLinear, SineLinear, replace_linears
@@ -285,7 +285,7 @@ def deltas(base: nn.Module, before: dict[str, Tensor] | None = None) -> Iterator
                 yield name, module.weight.float() - before[name]
         elif isinstance(module, VariantLinear):
             yield name, module.delta()
-        elif isinstance(module, (GenLoRALinear, PolarLinear, SineLinear)):
+        elif isinstance(module, (AdaptedLinear, PolarLinear, SineLinear)):
             yield name, module.delta_weight()
         elif hasattr(module, "get_delta_weight"):
             delta = module.get_delta_weight("default").float()

@@ -140,7 +140,7 @@ def count_generator(cell: Cell, model: nn.Module) -> dict[str, int]:
         generators = [
             (generator, scale, layer.wanted_dtype() or torch.float32)
             for layer in layers_of(model)
-            for generator, scale in ((layer.generator_A, 1.0), (layer.generator_B, layer.scaling))
+            for generator, scale in ((layer.update.A, 1.0), (layer.update.B, layer.scaling))
         ]
     gradients = [torch.ones_like(matrix) for matrix in matrices]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

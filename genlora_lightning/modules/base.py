@@ -10,9 +10,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from genlora_lightning.adapter_config import AdapterConfig
 from genlora_lightning.architectures import enable_gradient_checkpointing
 from genlora_lightning.callback import GenLoRAFinetuning
-from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.kinds import read_config
 from genlora_lightning.loading import load_module
 from genlora_lightning.modules.pretrained import load_pretrained, load_tokenizer
 from genlora_lightning.optim import OptimizerConfig, build_optimizer, build_scheduler
@@ -41,7 +42,8 @@ class GenLoRAModule(LightningModule):
 
     Args:
         model: Local folder or name on the Hugging Face Hub.
-        adapter: What to adapt, and how; the defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
+        adapter: What to adapt, and how; as a dictionary with ``kind`` for another kind than GenLoRA; GenLoRA's
+            defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
             callback.
         optimizer: AdamW and its schedule; the defaults if ``None``.
         dtype: Dtype of the frozen base's weights; ``"auto"``: the one they are stored in. Adapters are always float32.
@@ -67,7 +69,7 @@ class GenLoRAModule(LightningModule):
         self,
         model: str,
         *,
-        adapter: GenLoRAConfig | dict[str, Any] | None = None,
+        adapter: dict[str, Any] | AdapterConfig | None = None,
         optimizer: OptimizerConfig | dict[str, Any] | None = None,
         dtype: Dtype = "auto",
         revision: str | None = None,
@@ -84,7 +86,7 @@ class GenLoRAModule(LightningModule):
             raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
         check_plain("model_kwargs", model_kwargs)
         self.source = model
-        self.adapter = GenLoRAConfig.from_dict(adapter) if isinstance(adapter, dict) else adapter
+        self.adapter = read_config(adapter) if isinstance(adapter, dict) else adapter
         if isinstance(optimizer, dict):
             optimizer = OptimizerConfig.from_dict(optimizer)
         self.optimizer_config = optimizer if optimizer is not None else OptimizerConfig()
@@ -110,7 +112,7 @@ class GenLoRAModule(LightningModule):
             {
                 name: value.to_dict()
                 for name, value in self.hparams.items()
-                if isinstance(value, (GenLoRAConfig, OptimizerConfig))
+                if isinstance(value, (AdapterConfig, OptimizerConfig))
             }
         )
 
@@ -149,7 +151,7 @@ class GenLoRAModule(LightningModule):
         model: nn.Module = self.model
         return model
 
-    def resolve_adapter_config(self, config: GenLoRAConfig) -> GenLoRAConfig:
+    def resolve_adapter_config(self, config: AdapterConfig) -> AdapterConfig:
         """Complete an adapter configuration with what is known once the model is loaded."""
         return config
 
@@ -171,10 +173,12 @@ class GenLoRAModule(LightningModule):
         for callback in given:
             if callback is self._own_callback or self.adapter is None:
                 continue
-            if callback.config.to_dict() != self.adapter.to_dict():
+            differences = callback.config.differences(self.adapter, run_only=True)
+            if differences:
+                listed = ", ".join(f"{name}: {a!r} and {b!r}" for name, (a, b) in differences.items())
                 raise ValueError(
                     "The trainer's GenLoRAFinetuning callback and the module's `adapter` differ "
-                    f"({_differences(callback.config, self.adapter)}). Give the configuration once, to one of them."
+                    f"({listed}). Give the configuration once, to one of them."
                 )
         if given:
             return []
@@ -302,8 +306,3 @@ def check_plain(name: str, value: Any) -> None:
 def _is_divided(trainer: Trainer) -> bool:
     """Whether one optimizer step sums gradients of several losses."""
     return trainer.accumulate_grad_batches > 1 or trainer.world_size > 1
-
-
-def _differences(first: GenLoRAConfig, second: GenLoRAConfig) -> str:
-    pairs = zip(first.to_dict().items(), second.to_dict().values(), strict=True)
-    return ", ".join(f"{name}: {a!r} and {b!r}" for (name, a), b in pairs if a != b)

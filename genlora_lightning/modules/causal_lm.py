@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.adapter_config import AdapterConfig
 from genlora_lightning.generation import cached_factors
 from genlora_lightning.modules.base import Dtype, GenLoRAModule, check_plain
 from genlora_lightning.modules.metrics import Perplexity, WeightedMean
@@ -33,7 +33,8 @@ class CausalLMModule(GenLoRAModule):
 
     Args:
         model: Local folder or name on the Hugging Face Hub.
-        adapter: What to adapt, and how; the defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
+        adapter: What to adapt, and how; as a dictionary with ``kind`` for another kind than GenLoRA; GenLoRA's
+            defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
             callback.
         optimizer: AdamW and its schedule; the defaults if ``None``.
         dtype: Dtype of the frozen base's weights; ``"auto"``: the one they are stored in. Adapters are always float32.
@@ -55,7 +56,7 @@ class CausalLMModule(GenLoRAModule):
         self,
         model: str,
         *,
-        adapter: GenLoRAConfig | dict[str, Any] | None = None,
+        adapter: dict[str, Any] | AdapterConfig | None = None,
         optimizer: OptimizerConfig | dict[str, Any] | None = None,
         dtype: Dtype = "auto",
         revision: str | None = None,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from genlora_lightning.config import GenLoRAConfig
+from genlora_lightning.adapter_config import AdapterConfig
 from genlora_lightning.modules.base import Dtype, GenLoRAModule
 from genlora_lightning.modules.metrics import WeightedMean
 from genlora_lightning.optim import OptimizerConfig
@@ -35,7 +35,8 @@ class SequenceClassificationModule(GenLoRAModule):
         model: Local folder or name on the Hugging Face Hub.
         num_labels: Number of classes; may be left out if ``label_names`` are given.
         label_names: Names of the classes, in the order of the labels.
-        adapter: What to adapt, and how; the defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
+        adapter: What to adapt, and how; as a dictionary with ``kind`` for another kind than GenLoRA; GenLoRA's
+            defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
             callback. The head is added to its ``modules_to_train``.
         optimizer: AdamW and its schedule; the defaults if ``None``.
         dtype: Dtype of the frozen base's weights; ``"auto"``: the one they are stored in. Adapters are always float32.
@@ -57,7 +58,7 @@ class SequenceClassificationModule(GenLoRAModule):
         *,
         num_labels: int | None = None,
         label_names: list[str] | None = None,
-        adapter: GenLoRAConfig | dict[str, Any] | None = None,
+        adapter: dict[str, Any] | AdapterConfig | None = None,
         optimizer: OptimizerConfig | dict[str, Any] | None = None,
         dtype: Dtype = "auto",
         revision: str | None = None,
@@ -143,7 +144,7 @@ class SequenceClassificationModule(GenLoRAModule):
         config.pad_token_id = model.config.pad_token_id = end
 
     @override
-    def resolve_adapter_config(self, config: GenLoRAConfig) -> GenLoRAConfig:
+    def resolve_adapter_config(self, config: AdapterConfig) -> AdapterConfig:
         """Add the head, and modules that the checkpoint lacks, to ``modules_to_train``."""
         self.adapter_root()  # an error if the model is not loaded
         given = config.modules_to_train

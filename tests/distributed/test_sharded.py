@@ -85,7 +85,7 @@ def test_two_ranks_equal_one_process(tmp_path, kind):
         )
         assert_close(state, one.state)
         assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
-    moved = expected[0].state["net.model.layers.0.mlp.up_proj.generator_B.latent"]
+    moved = expected[0].state["net.model.layers.0.mlp.up_proj.update.B.latent"]
     assert moved.abs().max() > 1e-3
     # The same folder, tensors and base, that one process writes; and it loads.
     for policy in policies:
@@ -179,7 +179,7 @@ def test_generation_once_per_step_equals_plain_autograd_in_one_process(tmp_path,
         return fit(kind, policy, tmp_path, Leaving(), *callbacks, adapter=adapter, max_epochs=epochs, **settings)
 
     expected = run("single", "replicate", "forward", Plain())
-    assert expected.state["net.model.layers.0.mlp.up_proj.generator_B.latent"].abs().max() > 1e-3
+    assert expected.state["net.model.layers.0.mlp.up_proj.update.B.latent"].abs().max() > 1e-3
 
     def all_policies() -> list[Any]:
         found = []

@@ -46,4 +46,4 @@ def test_command_line_trains_on_two_processes_of_torchrun(config, tmp_path, name
     assert all("generator_" in key for key in content["state_dict"])
     model = tiny_llama()
     load_adapter(model, tmp_path / "adapter")
-    assert any(p.abs().max() > 0 for key, p in model.named_parameters() if key.endswith("generator_B.latent"))
+    assert any(p.abs().max() > 0 for key, p in model.named_parameters() if key.endswith("update.B.latent"))

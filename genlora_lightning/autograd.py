@@ -1,0 +1,30 @@
+"""Tell ordinary tensors from others, and refuse second derivatives where a backward of our own has none."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def is_ordinary(tensor: Any) -> bool:
+    """Whether a tensor is torch's own, strided: not a quantized, sharded or otherwise derived one.
+
+    Those without values, with which memory is counted, stand for such tensors, so that what is counted is what runs.
+    """
+    return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
+
+
+def refuse_second_derivative(what: str) -> None:
+    """Raise an error in a backward that has no derivative, rather than leave it out silently.
+
+    Raises:
+        RuntimeError: The backward runs with ``create_graph=True``.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{what} has a backward of its own, which cannot be differentiated again (`create_graph=True`). For second "
+            "derivatives use the plain path: `set_fused(model, False)`."
+        )

@@ -1,0 +1,95 @@
+"""Check the fields of configurations, and read configurations from dictionaries, with messages that say what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any
+
+
+def check_integer(name: str, value: Any, *, least: int) -> None:
+    """Check that a field is an integer in its range.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is less than ``least``.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def check_number(
+    name: str,
+    value: Any,
+    *,
+    above: float | None = None,
+    least: float | None = None,
+    below: float | None = None,
+    most: float | None = None,
+) -> None:
+    """Check that a field is a finite number in its range.
+
+    Raises:
+        TypeError: It is no number.
+        ValueError: It is not finite or out of its range; the message gives the range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        hint = " YAML reads 1e-3 as a text; write 1.0e-3." if isinstance(value, str) else ""
+        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.{hint}")
+    bounds = []
+    inside = math.isfinite(value)
+    for bound, words, holds in (
+        (above, "greater than", lambda limit: value > limit),
+        (least, "at least", lambda limit: value >= limit),
+        (below, "less than", lambda limit: value < limit),
+        (most, "at most", lambda limit: value <= limit),
+    ):
+        if bound is not None:
+            bounds.append(f"{words} {bound:g}")
+            inside = inside and holds(bound)
+    if not inside:
+        raise ValueError(f"`{name}` must be finite and {' and '.join(bounds)}, got {value}.")
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Check that a field is true or false.
+
+    Raises:
+        TypeError: It is neither.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be true or false, got {value!r}.")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Check that a field is one of some names.
+
+    Raises:
+        ValueError: It is another one; the message lists them.
+    """
+    if value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+
+
+def check_fields(cls: type, values: Mapping[str, Any], hints: Mapping[str, str] | None = None) -> None:
+    """Check that a dictionary's keys are fields of a dataclass.
+
+    Args:
+        cls: The dataclass.
+        values: The dictionary.
+        hints: What to say of names that are known and not fields.
+
+    Raises:
+        ValueError: A key is no field; the message lists the fields.
+    """
+    fields = [field.name for field in dataclasses.fields(cls)]
+    unknown = sorted(set(values) - set(fields))
+    if not unknown:
+        return
+    words = [f" {(hints or {})[name]}" for name in unknown if name in (hints or {})]
+    near = [f" Did you mean `{match}`?" for name in unknown for match in get_close_matches(name, fields, 1)]
+    raise ValueError(f"Unknown {cls.__name__} fields {unknown}.{''.join(words or near)} The fields are {fields}.")
