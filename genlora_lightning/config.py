@@ -1,4 +1,4 @@
-"""The adapter's configuration: one flat, validated, YAML-friendly dataclass."""
+"""The adapter's configuration: one flat, validated, frozen, YAML-friendly dataclass."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ALL_LINEAR = "all-linear"
 SIGNED_GAIN = 64.0
 
 
-@dataclass(kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class GenLoRAConfig:
     """What is adapted, and how the low-rank matrices are generated.
 
@@ -27,6 +27,9 @@ class GenLoRAConfig:
     latents (Q_A, Q_B: the numbers of latents) and ``rank · num_centers · (Q_A · G_A + Q_B · G_B)`` RBF weights (G_A,
     G_B: the numbers of groups), against LoRA's ``rank · (in + out)``. Learned centres or widths are ``rank ·
     num_centers · (Q_A + Q_B)`` more each.
+
+    A configuration is frozen: what was validated stays so. ``dataclasses.replace(config, rank=32)`` gives another one.
+    Lists are copied, here and by ``replace``, so that no two configurations share one.
 
     Args:
         rank: Number R of generated basis vectors of each matrix, the highest rank ΔW can have. It may be generous:
@@ -145,7 +148,9 @@ class GenLoRAConfig:
             for item in value:
                 if not isinstance(item, str) or not item:
                     raise TypeError(f"`{name}` must hold non-empty module names, got {item!r} in {list(value)!r}.")
-            setattr(self, name, list(value))
+            # A list and not a tuple, which YAML and JSON give back as a list; a copy, because the caller may go on to
+            # change theirs.
+            object.__setattr__(self, name, list(value))
         if self.target_modules == []:
             raise ValueError(f"`target_modules` is an empty list. Give module names, or {ALL_LINEAR!r}.")
         both = sorted(set(self.exclude_modules) & set(self.target_modules if self.target_modules != ALL_LINEAR else ()))

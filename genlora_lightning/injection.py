@@ -90,8 +90,9 @@ def inject_adapters(
                 "Call `remove_adapters(model)` first."
             )
         if present.dropout != config.dropout:  # a matter of this run, not of the adapter
+            changed = replace(present, dropout=config.dropout)
             for layer in existing.values():
-                layer.set_dropout(config)
+                layer.set_dropout(changed)
         _set_trainable(model)
         return _report(model, getattr(model, _SKIPPED_MARK, {}))
     if linear_shape(model) is not None:
@@ -119,6 +120,7 @@ def inject_adapters(
                     f"`{field}` to {entries} or add {last!r} to `exclude_modules`."
                 )
 
+    config = replace(config)  # the caller may go on to change the lists of theirs
     model.requires_grad_(False)
     replacements = {id(module): GenLoRALinear(module, config, generator) for module in targets.values()}
     _replace(model, replacements)
