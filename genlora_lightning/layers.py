@@ -5,6 +5,8 @@ Shapes: R rank, I in_features, O out_features; ``...`` any leading dimensions (b
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -148,36 +150,39 @@ class GenLoRALinear(nn.Module):
             return self.scaling * (B @ A)
 
     @override
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the adapted layer.
 
         Args:
             x: ``(..., in_features)``.
+            args: Further arguments for a base layer whose class takes them. They are the base layer's alone: the update
+                is ``s B A x`` whatever they are.
+            kwargs: The same by name.
 
         Returns:
             ``(..., out_features)``, in the dtype the base layer gives.
         """
         base = self.base_layer
         if not self.is_active:
-            output: Tensor = base(x)
+            output: Tensor = base(x, *args, **kwargs)
             return output
         if not self.fused:
-            return self._plain_forward(x)
+            return self._plain_forward(x, *args, **kwargs)
         transposed = is_conv1d(base)
         # A class that was derived from these may compute something else.
         is_known = type(base).__name__ == "Conv1D" if transposed else type(base) is nn.Linear
-        if is_known and can_fuse(base, x):
+        if is_known and not args and not kwargs and can_fuse(base, x):
             weight = self.weight
             A, B = self.store.matrices(self.generator_A, self.generator_B, self.scaling, compute_dtype(weight))
             rate = self.config.dropout if self.dropout.training else 0.0
             return adapted_linear(x, weight, self.bias, A, B, dropout=rate, transposed=transposed)
-        output = base(x)
+        output = base(x, *args, **kwargs)
         A, B = self.store.matrices(self.generator_A, self.generator_B, self.scaling, compute_dtype(x))
         return output + F.linear(F.linear(self.dropout(x), A), B.T)
 
-    def _plain_forward(self, x: Tensor) -> Tensor:
+    def _plain_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The formula, left to autograd: what the other ways are compared with."""
-        output: Tensor = self.base_layer(x)
+        output: Tensor = self.base_layer(x, *args, **kwargs)
         A, B = self.generator_A(plain=True), self.generator_B(plain=True).T
         # The small A and B take x's dtype, never x theirs: a copy of x in float32 would be kept for the backward.
         A, B = A.to(x.dtype), (self.scaling * B).to(x.dtype)
