@@ -16,6 +16,7 @@ from genlora_lightning.full_training import stop_training_in_full, train_in_full
 from genlora_lightning.generation import share_generation, stop_sharing_generation
 from genlora_lightning.layers import GenLoRALinear, linear_shape
 from genlora_lightning.targets import match_modules, select_targets
+from genlora_lightning.widening import forget_dtypes, restore_dtypes
 
 _FAST_PATH_MARK = "_genlora_fast_path"
 _SKIPPED_MARK = "_genlora_left_alone"
@@ -134,7 +135,8 @@ def inject_adapters(
 def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
     """Take the adapters off a model, in place: its linears are the ones it had. All parameters stay frozen.
 
-    Modules trained in full keep what they learned, rounded to the dtype they had.
+    Modules trained in full keep what they learned, rounded to the dtype they had. If :func:`merge_adapters` has cast the
+    model to another dtype, that is taken back with the merge, or kept with it.
 
     Args:
         model: A model with adapters.
@@ -151,9 +153,12 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
             f"`keep_merged` needs merged adapters, but {len(unmerged)} are not merged, {unmerged[0]} among them. "
             "Call `merge_adapters(model)` first."
         )
-    for layer in layers.values():
-        if not keep_merged:
+    if keep_merged:
+        forget_dtypes(model)
+    else:
+        for layer in layers.values():
             layer.unmerge()
+        restore_dtypes(model)
     stop_sharing_generation(model)
     _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
     vars(model).pop(_SKIPPED_MARK, None)

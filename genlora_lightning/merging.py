@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from genlora_lightning.bases import transformers_base
 from genlora_lightning.folders import check_replaceable, write_folder
-from genlora_lightning.full_training import original_dtype, surround_with, trained_modules
+from genlora_lightning.full_training import original_dtype, trained_modules
 from genlora_lightning.injection import adapter_layers, require_adapters
 from genlora_lightning.layers import GenLoRALinear
 from genlora_lightning.tables import text_table
+from genlora_lightning.widening import restore_dtypes, widen
 
-_DTYPES_MARK = "_genlora_dtypes_before_merge"
 _LOST = 0.1
 _CHUNK = 1 << 20
 # Files that transformers' tokenizers and processors are loaded from.
@@ -110,10 +110,9 @@ def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
     layers = require_adapters(model)
     done: list[GenLoRALinear] = []
     rows = []
-    before = {}
+    if dtype is not None:
+        widen(model, dtype)
     try:
-        if dtype is not None:
-            before = _widen(model, dtype)
         for name, layer in layers.items():
             if dtype is not None:
                 layer.unmerge()  # a sum that was rounded to fewer bits is computed anew
@@ -123,12 +122,11 @@ def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
                 done.append(layer)
             rows.append(_drift(name, layer, layer.weight))
     except BaseException:
-        for layer in done:
+        for layer in done if dtype is None else layers.values():
             layer.unmerge()
-        _restore_dtypes(model, before)
+        if dtype is not None:
+            restore_dtypes(model)
         raise
-    if before:
-        model.__dict__.setdefault(_DTYPES_MARK, before)  # of the first merge, if there are several
     report = MergeReport(rows=tuple(rows))
     _warn_of_losses(report)
     return report
@@ -138,7 +136,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     """Put the original weights back, bit for bit, and every dtype, after :func:`merge_adapters`."""
     for layer in require_adapters(model).values():
         layer.unmerge()
-    _restore_dtypes(model, model.__dict__.pop(_DTYPES_MARK, {}))
+    restore_dtypes(model)
 
 
 @contextmanager
@@ -319,33 +317,3 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def _widen(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
-    """Cast a model to a wider dtype; returns what it had, by the names of parameters, buffers and trained modules."""
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"`dtype` must be torch.float32 or torch.float64, got {dtype}. For a narrower copy on disk use "
-            "`save_merged`."
-        )
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    for name, tensor in floating.items():
-        if torch.promote_types(tensor.dtype, dtype) != dtype:
-            raise ValueError(f"`dtype` is {dtype}, which cannot hold the values of {name} ({tensor.dtype}) exactly.")
-    before: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in floating.items()}
-    for name, module in trained_modules(model).items():
-        before[f"{name}\0trained"] = surround_with(module, None)
-    model.to(dtype)
-    return before
-
-
-def _restore_dtypes(model: nn.Module, before: dict[str, torch.dtype | None]) -> None:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    trained = trained_modules(model)
-    for name, dtype in before.items():
-        module, _, is_trained = name.partition("\0")
-        if is_trained:
-            surround_with(trained[module], dtype)
-        elif dtype is not None:
-            tensors[name].data = tensors[name].data.to(dtype)

@@ -22,7 +22,7 @@ ROWS = [
     ["layers"],
     ["generation"],
     ["accumulation"],
-    ["coverage", "targets", "full_training"],
+    ["coverage", "targets", "full_training", "widening"],
     ["sharded_loading"],
     ["injection"],
     ["pieces", "state", "analysis", "optim", "base_identity"],

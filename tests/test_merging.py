@@ -101,6 +101,54 @@ def test_float32_merge_takes_modules_trained_in_full_along_and_back():
     assert logits(model).dtype == torch.float32
 
 
+def test_merged_weights_that_are_kept_leave_nothing_for_a_later_unmerge_to_undo():
+    model = tiny_llama().eval().to(torch.bfloat16)
+    for target in ("q_proj", "v_proj"):
+        inject_adapters(model, small_config(target_modules=[target], modules_to_train=["norm"]))
+        perturb(model)
+        merge_adapters(model, dtype=torch.float32)
+        remove_adapters(model, keep_merged=True)
+    inject_adapters(model, small_config(target_modules=["q_proj"]))
+    perturb(model)
+    bits = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merge_adapters(model)
+    unmerge_adapters(model)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, bits[name])
+
+
+@pytest.mark.parametrize("part", ["whole", "inner"])
+def test_removal_takes_a_merge_in_another_dtype_back(part):
+    model = tiny_llama().eval().to(torch.bfloat16)
+    bits = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inject_adapters(model, small_config(modules_to_train=["norm"]))
+    perturb(model)
+    merge_adapters(model if part == "whole" else model.model, dtype=torch.float32)
+    remove_adapters(model)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, bits[name])
+
+
+def test_wider_merge_on_top_of_another_that_fails_leaves_nothing_merged():
+    model = adapted("llama").to(torch.bfloat16)
+    bits = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merge_adapters(model, dtype=torch.float32)
+    latent = adapter_layers(model)["model.layers.1.mlp.up_proj"].generator_A.latent
+    before = latent.detach()[2].clone()
+    with torch.no_grad():
+        latent[2] = float("nan")
+    with pytest.raises(ValueError, match="nothing was merged"):
+        merge_adapters(model, dtype=torch.float64)
+    with torch.no_grad():
+        latent[2] = before
+    assert not any(layer.merged for layer in adapter_layers(model).values())
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == bits[name].dtype
+        assert torch.equal(tensor, bits[name])
+
+
 @pytest.mark.parametrize("dtype", [None, torch.float32])
 def test_nan_in_an_update_names_the_layer_and_merges_nothing(dtype, tmp_path):
     model = adapted("llama").to(torch.bfloat16)
