@@ -56,6 +56,22 @@ def require_adapters(model: nn.Module) -> dict[str, GenLoRALinear]:
     return layers
 
 
+def check_configuration(model: nn.Module, config: GenLoRAConfig) -> None:
+    """Check that a model's adapters, if it has any, were made with a configuration; their dropout may differ.
+
+    Raises:
+        ValueError: With another one; the message says how they differ.
+    """
+    if not adapter_layers(model):
+        return
+    present = adapter_config(model)
+    if replace(present, dropout=config.dropout).to_dict() != config.to_dict():
+        raise ValueError(
+            f"The model already has adapters made with another configuration ({_differences(present, config)}). "
+            "Call `remove_adapters(model)` first."
+        )
+
+
 def inject_adapters(
     model: nn.Module, config: GenLoRAConfig, *, generator: torch.Generator | None = None
 ) -> CoverageReport:
@@ -84,12 +100,8 @@ def inject_adapters(
     """
     existing = adapter_layers(model)
     if existing:
+        check_configuration(model, config)
         present = adapter_config(model)
-        if replace(present, dropout=config.dropout).to_dict() != config.to_dict():
-            raise ValueError(
-                f"The model already has adapters made with another configuration ({_differences(present, config)}). "
-                "Call `remove_adapters(model)` first."
-            )
         if present.dropout != config.dropout:  # a matter of this run, not of the adapter
             changed = replace(present, dropout=config.dropout)
             for layer in existing.values():
@@ -135,8 +147,8 @@ def inject_adapters(
 def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
     """Take the adapters off a model, in place: its linears are the ones it had. All parameters stay frozen.
 
-    Modules trained in full keep what they learned, rounded to the dtype they had. If :func:`merge_adapters` has cast the
-    model to another dtype, that is taken back with the merge, or kept with it.
+    Modules trained in full keep what they learned, rounded to the dtype they had. If :func:`merge_adapters` has cast
+    the model to another dtype, that is taken back with the merge, or kept with it.
 
     Args:
         model: A model with adapters.
@@ -161,7 +173,6 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
         restore_dtypes(model)
     stop_sharing_generation(model)
     _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
-    vars(model).pop(_SKIPPED_MARK, None)
     for module in trained_modules(model).values():
         stop_training_in_full(module)
     for module in model.modules():
@@ -169,6 +180,7 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
             setattr(module, name, value)
         if hasattr(module, _FAST_PATH_MARK):
             delattr(module, _FAST_PATH_MARK)
+        vars(module).pop(_SKIPPED_MARK, None)  # also of a part that the adapters were put into
 
 
 @contextmanager

@@ -25,7 +25,7 @@ ROWS = [
     ["coverage", "targets", "full_training", "widening"],
     ["sharded_loading"],
     ["injection"],
-    ["pieces", "state", "analysis", "optim", "base_identity"],
+    ["pieces", "state", "analysis", "optim", "base_identity", "restoring"],
     [
         "parallel",
         "adapter_io",
