@@ -48,7 +48,7 @@ class AdaptedLayer(nn.Module, ABC):
         # The weight as it was before `merge`, kept out of the module's parameters so that no state dict holds it.
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()
 
-    # -- what a site says -------------------------------------------------------------------------------------------------
+    # -- what a site says ---------------------------------------------------------------------------------------------
 
     @classmethod
     @abstractmethod
@@ -63,7 +63,7 @@ class AdaptedLayer(nn.Module, ABC):
     def wanted_dtype(self) -> torch.dtype | None:
         """The dtype in which a forward would use A and B here and now; ``None`` if it would not."""
 
-    # -- the update -------------------------------------------------------------------------------------------------------
+    # -- the update ---------------------------------------------------------------------------------------------------
 
     @property
     def pair(self) -> tuple[Factor, Factor] | None:
@@ -129,7 +129,7 @@ class AdaptedLayer(nn.Module, ABC):
         """Compute the update in the layout of the base layer's weight."""
         return self.to_stored(self.delta_weight())
 
-    # -- merging ----------------------------------------------------------------------------------------------------------
+    # -- merging ------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:

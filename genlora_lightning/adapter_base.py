@@ -1,4 +1,4 @@
-"""Define what an update of a weight is: the modules whose parameters are an adapter's, and what they must be able to do.
+"""Define what an update of a weight is: the modules whose parameters are an adapter's, and what they can do.
 
 ::
 
@@ -111,7 +111,7 @@ class Factor(AdapterModule, ABC):
         self.rank = rank
         self.num_entries = num_entries
 
-    # -- what a kind says -----------------------------------------------------------------------------------------------
+    # -- what a kind says ---------------------------------------------------------------------------------------------
 
     @property
     @abstractmethod
@@ -167,7 +167,7 @@ class Factor(AdapterModule, ABC):
         """Numbers that making the matrix needs in between, which decides how many are made at once."""
         return self.rank * self.num_entries
 
-    # -- what follows -----------------------------------------------------------------------------------------------------
+    # -- what follows -------------------------------------------------------------------------------------------------
 
     def parts(self) -> tuple[Tensor, ...]:
         """The parameters, in the order of their roles."""

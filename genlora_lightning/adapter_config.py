@@ -32,6 +32,9 @@ class AdapterConfig(ABC):
     matter of a kind: a subclass with a ``kind`` of its own, its fields, and the methods below. Importing the subclass
     makes its name known to :func:`~genlora_lightning.kinds.read_config`.
 
+    A configuration is frozen: what was validated stays so. ``dataclasses.replace(config, rank=32)`` gives another one.
+    Lists are copied, here and by ``replace``, so that no two configurations share one.
+
     Args:
         rank: The highest rank ΔW can have.
         alpha: Numerator of the scaling ``s`` of ΔW.
@@ -105,7 +108,7 @@ class AdapterConfig(ABC):
         if both:
             raise ValueError(f"{both} stand both in `target_modules` and in `exclude_modules`.")
 
-    # -- what a kind says -----------------------------------------------------------------------------------------------
+    # -- what a kind says ---------------------------------------------------------------------------------------------
 
     @abstractmethod
     def make(
@@ -142,7 +145,7 @@ class AdapterConfig(ABC):
         """
         return None
 
-    # -- what follows from the fields -------------------------------------------------------------------------------------
+    # -- what follows from the fields ---------------------------------------------------------------------------------
 
     @property
     def scaling_factor(self) -> float:
@@ -150,7 +153,7 @@ class AdapterConfig(ABC):
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "sqrt_rank" else self.rank)
 
     def to_dict(self) -> dict[str, Any]:
-        """The kind and the fields as plain numbers, strings and lists, fit for JSON, YAML and safe checkpoint loading."""
+        """The kind and the fields as plain numbers, strings and lists, fit for JSON, YAML and safe loading."""
         return {"kind": self.kind, **dataclasses.asdict(self)}
 
     @classmethod

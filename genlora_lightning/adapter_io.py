@@ -9,8 +9,7 @@ import platform
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -26,7 +25,7 @@ from genlora_lightning.base_identity import WrongBaseError, base_identity, compa
 from genlora_lightning.coverage import CoverageReport
 from genlora_lightning.digests import dtype_name, seal_json, sha256
 from genlora_lightning.full_training import trained_modules
-from genlora_lightning.injection import adapter_layers, inject_adapters, remove_adapters
+from genlora_lightning.injection import adapter_layers, check_configuration, inject_adapters
 from genlora_lightning.manifest import (
     CARD_FILE,
     CONFIG_FILE,
@@ -39,6 +38,7 @@ from genlora_lightning.manifest import (
     read_adapter,
 )
 from genlora_lightning.model_card import model_card
+from genlora_lightning.restoring import restored_after_error
 from genlora_lightning.state import adapter_state_dict, load_adapter_state
 from genlora_lightning.tensor_file import write_tensors
 
@@ -155,7 +155,8 @@ def load_adapter(
 
     All of it is proved before a weight is touched: digests of the files, that the model is the base the adapter was
     trained on (its configuration, all names and shapes, and sampled values of the weights), and names, shapes and
-    dtypes of the adapter's tensors, in both directions. If anything is wrong, the model is as it was.
+    dtypes of the adapter's tensors, in both directions. The base is proved first, before anything is injected. If
+    anything is wrong, the model is as it was.
 
     Args:
         model: The base model the adapter was trained on, with or without adapters of the same configuration.
@@ -180,7 +181,10 @@ def load_adapter(
             "go on to act beside the loaded ones. Call `unmerge_adapters(model)` first, or load into a fresh base."
         )
     stored = read_adapter(folder)
-    with _as_it_was_after_an_error(model):
+    check_configuration(model, stored.config)
+    if base_check != "off":
+        _check_base(model, stored, Path(folder), base_check)
+    with restored_after_error(model):
         try:
             report = inject_adapters(model, stored.config)
         except ValueError as error:
@@ -188,8 +192,6 @@ def load_adapter(
                 f"The adapter in {folder} does not fit this {type(model).__name__}: {error} It was trained on "
                 f"{describe_base(stored.base)}."
             ) from error
-        if base_check != "off":
-            _check_base(model, stored, Path(folder), base_check)
         _check_dtypes(adapter_state_dict(model), stored.tensors, Path(folder))
         load_adapter_state(model, stored.tensors, str(folder))
     return report
@@ -264,27 +266,8 @@ def _keep_other_files(folder: Path, staging: Path) -> None:
                 shutil.copy2(path, staging / path.name, follow_symlinks=False)
 
 
-@contextmanager
-def _as_it_was_after_an_error(model: nn.Module) -> Iterator[None]:
-    had_adapters = bool(adapter_layers(model))
-    # Places and not only parameters: training a tied module in full unties it.
-    places = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        yield
-    except BaseException:
-        if not had_adapters:
-            if adapter_layers(model):
-                remove_adapters(model)
-            for module, name, parameter in places:
-                module._parameters[name] = parameter
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-        raise
-
-
 def _check_base(model: nn.Module, stored: StoredAdapter, folder: Path, base_check: BaseCheck) -> None:
-    present = base_identity(model)
+    present = base_identity(model, without=stored.trained_modules)
     problems = compare_bases(stored.base, present)
     if not problems:
         return

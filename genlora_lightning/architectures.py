@@ -78,7 +78,8 @@ def build_on_meta(config: Any, task: str, dtype: torch.dtype | None = None, **op
 def repeated_blocks(model: nn.Module) -> nn.ModuleList | None:
     """The list of a model's layers: of its lists of modules of one class, the one with the most parameters.
 
-    These are what FSDP makes its units of, and what gradient checkpointing computes again one by one.
+    For counting, since each adds the same. FSDP's units are :func:`genlora_lightning.parallel.transformer_blocks`,
+    which are of all such lists: an encoder and a decoder have one each.
     """
     lists = [
         module

@@ -14,7 +14,7 @@ that is quantized here and was not there is another base, since its adapted laye
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -51,30 +51,45 @@ class WrongBaseError(ValueError):
     """An adapter was trained on another base than the model it is to be loaded into."""
 
 
-def base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def base_parameters(model: nn.Module, without: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """The base's parameters by the names they have without adapters, merged weights as they were, tied ones once.
 
-    Modules trained in full belong to the adapter and are left out.
+    Modules trained in full belong to the adapter and are left out. A weight that one of them is tied to, elsewhere in
+    the model, is the base's: training in full unties it.
+
+    Args:
+        model: The model, with adapters or without.
+        without: Names of modules that are going to be trained in full; what the model has not is passed over.
     """
     adapters = adapter_layers(model)
-    own = {id(p) for layer in adapters.values() for p in layer.adapter_parameters().values()}
-    own |= {id(p) for module in trained_modules(model).values() for p in module.parameters()}
     names: dict[str, str] = {}
     originals: dict[int, Tensor] = {}
+    own = {id(p) for layer in adapters.values() for p in layer.adapter_parameters().values()}
     for layer_name, layer in adapters.items():
         names |= {f"{layer_name}.base_layer.{n}": f"{layer_name}.{n}" for n, _ in layer.base_layer.named_parameters()}
         originals[id(layer.weight)] = layer.base_weight
+    wanted = set(without)
+    trained = [*trained_modules(model).values(), *(part for name, part in model.named_modules() if name in wanted)]
+    trained_in_full = {id(inner) for module in trained for inner in module.modules()}
     seen = set()
-    for name, parameter in model.named_parameters():
-        tensor = originals.get(id(parameter), parameter)
-        if id(parameter) not in own and id(tensor) not in seen:
-            seen.add(id(tensor))
-            yield names.get(name, name), tensor.detach()
+    for place, module in model.named_modules():
+        if id(module) in trained_in_full:
+            continue
+        for name, parameter in module.named_parameters(prefix=place, recurse=False):
+            tensor = originals.get(id(parameter), parameter)
+            if id(parameter) not in own and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield names.get(name, name), tensor.detach()
 
 
-def base_identity(model: nn.Module) -> dict[str, Any]:
-    """What tells one base from another, as JSON values; what is not known is left out or ``None``."""
-    parameters = sorted(base_parameters(model), key=lambda item: item[0])
+def base_identity(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
+    """What tells one base from another, as JSON values; what is not known is left out or ``None``.
+
+    Args:
+        model: The model, with adapters or without.
+        without: Names of modules that are going to be trained in full, and belong to the adapter then.
+    """
+    parameters = sorted(base_parameters(model, without), key=lambda item: item[0])
     structure = "".join(f"{name} {tuple(tensor.shape)}\n" for name, tensor in parameters)
     stride = max(1, -(-len(parameters) // _MOST_TENSORS))
     config = next((c for m in model.modules() if hasattr(c := getattr(m, "config", None), "model_type")), None)

@@ -167,7 +167,7 @@ class GenLoRAConfig(AdapterConfig):
 
     @override
     def to_dict(self) -> dict[str, Any]:
-        """The kind and the fields as plain numbers, strings and lists, fit for JSON, YAML and safe checkpoint loading.
+        """The kind and the fields as plain numbers, strings and lists, fit for JSON, YAML and safe loading.
 
         The gain is written down as decided: weights in a file mean nothing without it.
         """

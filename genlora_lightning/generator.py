@@ -7,8 +7,8 @@ entries of a basis vector (in_features for A, out_features for B).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import cast
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ class RBFGenerator(Factor):
     """
 
     # In the order in which the functions of :mod:`~genlora_lightning.basis` take them.
-    ROLES = {
+    ROLES: ClassVar[Mapping[str, Role]] = {
         "latent": Role("latents"),
         "weight": Role("rbf_weights"),
         "centers": Role("rbf_shapes", decayed=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from genlora_lightning.full_training import stop_training_in_full, train_in_full
 from genlora_lightning.generation import share_generation, stop_sharing_generation
 from genlora_lightning.sites import adapt, matrix_shape
 from genlora_lightning.targets import match_modules, select_targets
+from genlora_lightning.widening import forget_dtypes, restore_dtypes
 
 _FAST_PATH_MARK = "_genlora_fast_path"
 _SKIPPED_MARK = "_genlora_left_alone"
@@ -56,6 +58,23 @@ def require_adapters(model: nn.Module) -> dict[str, AdaptedLayer]:
     return layers
 
 
+def check_configuration(model: nn.Module, config: AdapterConfig) -> None:
+    """Check that a model's adapters, if it has any, were made with a configuration; their dropout may differ.
+
+    Raises:
+        ValueError: With another one; the message says how they differ.
+    """
+    if not adapter_layers(model):
+        return
+    differences = adapter_config(model).differences(config)
+    if differences:
+        listed = ", ".join(f"{key}: {here!r} there, {asked!r} asked for" for key, (here, asked) in differences.items())
+        raise ValueError(
+            f"The model already has adapters made with another configuration ({listed}). "
+            "Call `remove_adapters(model)` first."
+        )
+
+
 def inject_adapters(
     model: nn.Module, config: AdapterConfig, *, generator: torch.Generator | None = None
 ) -> CoverageReport:
@@ -84,19 +103,12 @@ def inject_adapters(
     """
     existing = adapter_layers(model)
     if existing:
+        check_configuration(model, config)
         present = adapter_config(model)
-        differences = present.differences(config)
-        if differences:
-            listed = ", ".join(
-                f"{key}: {ours!r} there, {theirs!r} asked for" for key, (ours, theirs) in differences.items()
-            )
-            raise ValueError(
-                f"The model already has adapters made with another configuration ({listed}). "
-                "Call `remove_adapters(model)` first."
-            )
         if present.dropout != config.dropout:  # a matter of this run, not of the adapter
+            changed = replace(present, dropout=config.dropout)
             for layer in existing.values():
-                layer.set_dropout(config)
+                layer.set_dropout(changed)
         _set_trainable(model)
         return _report(model, getattr(model, _SKIPPED_MARK, {}))
     if matrix_shape(model) is not None:
@@ -115,6 +127,7 @@ def inject_adapters(
         assert shape is not None
         config.check_shape(shape, name)
 
+    config = replace(config)  # the caller may go on to change the lists of theirs
     model.requires_grad_(False)
     replacements = {id(module): adapt(module, config, generator) for module in targets.values()}
     _replace(model, replacements)
@@ -128,7 +141,8 @@ def inject_adapters(
 def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
     """Take the adapters off a model, in place: its linears are the ones it had. All parameters stay frozen.
 
-    Modules trained in full keep what they learned, rounded to the dtype they had.
+    Modules trained in full keep what they learned, rounded to the dtype they had. If :func:`merge_adapters` has cast
+    the model to another dtype, that is taken back with the merge, or kept with it.
 
     Args:
         model: A model with adapters.
@@ -145,12 +159,14 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
             f"`keep_merged` needs merged adapters, but {len(unmerged)} are not merged, {unmerged[0]} among them. "
             "Call `merge_adapters(model)` first."
         )
-    for layer in layers.values():
-        if not keep_merged:
+    if keep_merged:
+        forget_dtypes(model)
+    else:
+        for layer in layers.values():
             layer.unmerge()
+        restore_dtypes(model)
     stop_sharing_generation(model)
     _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
-    vars(model).pop(_SKIPPED_MARK, None)
     for module in trained_modules(model).values():
         stop_training_in_full(module)
     for module in model.modules():
@@ -158,6 +174,7 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
             setattr(module, name, value)
         if hasattr(module, _FAST_PATH_MARK):
             delattr(module, _FAST_PATH_MARK)
+        vars(module).pop(_SKIPPED_MARK, None)  # also of a part that the adapters were put into
 
 
 @contextmanager

@@ -63,7 +63,8 @@ class AdaptedLinear(AdaptedLayer):
 
         Args:
             x: ``(..., in_features)``.
-            args: What else the base layer's forward takes; it is the base layer's alone.
+            args: Further arguments for a base layer whose class takes them. They are the base layer's alone: the update
+                is ``ΔW x`` whatever they are.
             kwargs: The same by name.
 
         Returns:
@@ -85,7 +86,7 @@ class AdaptedLinear(AdaptedLayer):
         transposed = is_conv1d(base)
         # A class that was derived from these may compute something else.
         is_known = type(base).__name__ == "Conv1D" if transposed else type(base) is nn.Linear
-        if is_known and can_fuse(base, x):
+        if is_known and not args and not kwargs and can_fuse(base, x):
             weight = self.weight
             A, B = self.store.matrices(*pair, self.scaling, compute_dtype(weight))
             rate = self.config.dropout if self.dropout.training else 0.0

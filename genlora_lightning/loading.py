@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 from collections.abc import Callable
@@ -12,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning import checkpoint_files
-from genlora_lightning.adapter_io import load_adapter, save_adapter
+from genlora_lightning.adapter_io import adapter_content, load_adapter, write_adapter
 from genlora_lightning.checkpoint import adapter_root, check_checkpoint, checkpoint_state, describe, upgrade
 from genlora_lightning.digests import DamagedFileError
-from genlora_lightning.injection import adapter_layers, inject_adapters, remove_adapters
+from genlora_lightning.generation import forget_factors
+from genlora_lightning.injection import adapter_layers, inject_adapters
 from genlora_lightning.kinds import read_config
-from genlora_lightning.state import adapter_state_dict, check_adapter_state, load_adapter_state
+from genlora_lightning.restoring import restored_after_error
+from genlora_lightning.state import check_adapter_state, load_adapter_state
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -45,7 +48,8 @@ def load_module(
     Raises:
         FileNotFoundError: There is nothing at ``path``.
         TypeError: An argument of the class is missing.
-        ValueError: What is there is damaged or holds no adapters, or they do not fit the module.
+        ValueError: What is there is damaged or holds no adapters, or they do not fit the module. A module that was
+            given has the model that its ``configure_model`` builds then, and is as it was otherwise.
     """
     path = Path(path)
     checkpoint = None if path.is_dir() else read_checkpoint(path)
@@ -76,24 +80,20 @@ def load_module(
 
 @torch.no_grad()
 def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
-    had_adapters = bool(adapter_layers(module))
-    if had_adapters:
-        check_checkpoint(module, checkpoint)
-    else:
-        inject_adapters(adapter_root(module), read_config(describe(checkpoint)["config"]))
-    expected = checkpoint_state(module)
-    stored: dict[str, Tensor] = checkpoint["state_dict"]
-    # Parameters beside the adapters that the run trained; `requires_grad` of a new module does not tell which.
-    own = module.state_dict(keep_vars=True)
-    extra = {name: own[name] for name in stored if name in own and name not in expected}
-    try:
+    with restored_after_error(module):
+        if adapter_layers(module):
+            check_checkpoint(module, checkpoint)
+        else:
+            inject_adapters(adapter_root(module), read_config(describe(checkpoint)["config"]))
+        expected = checkpoint_state(module)
+        stored: dict[str, Tensor] = checkpoint["state_dict"]
+        # Parameters beside the adapters that the run trained; `requires_grad` of a new module does not tell which.
+        own = module.state_dict(keep_vars=True)
+        extra = {name: own[name] for name in stored if name in own and name not in expected}
         check_adapter_state(expected | extra, stored, source)
-    except ValueError:
-        if not had_adapters:
-            remove_adapters(adapter_root(module))
-        raise
     for name, tensor in (expected | extra).items():
         tensor.copy_(stored[name])
+    forget_factors(module)
 
 
 def _accepted(cls: type, hyperparameters: dict[str, Any]) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 def convert_checkpoint(
     checkpoint: str | os.PathLike[str], base_model: nn.Module, folder: str | os.PathLike[str]
 ) -> Path:
-    """Make an adapter folder from a Lightning checkpoint.
+    """Make an adapter folder from a Lightning checkpoint. After an error the model is as it was.
 
     Args:
         checkpoint: A checkpoint that a run with GenLoRAFinetuning wrote.
@@ -146,18 +146,27 @@ def convert_checkpoint(
     Raises:
         FileNotFoundError: There is no such checkpoint.
         ValueError: It is damaged, holds no adapters, or does not fit the model.
+        OSError: The folder cannot be written, or is no adapter folder (``FileExistsError``).
     """
     content = read_checkpoint(checkpoint)
     described = describe(content)
-    inject_adapters(base_model, read_config(described["config"]))
     stored: dict[str, Tensor] = content["state_dict"]
-    expected = adapter_state_dict(base_model)
-    first = next(iter(expected))
-    prefixes = [name[: -len(first)] for name in stored if name.endswith(first)]
-    prefix = next((p for p in prefixes if all(p + name in stored for name in expected)), described.get("prefix", ""))
-    state = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
-    # What else was trained, or a base in a full checkpoint, has no place in an adapter folder.
-    others = [name for name in state if name not in expected and name not in base_model.state_dict()]
-    load_adapter_state(base_model, {n: t for n, t in state.items() if n in expected or n in others}, str(checkpoint))
-    training: dict[str, Any] = {name: content[name] for name in ("global_step", "epoch") if name in content}
-    return save_adapter(base_model, folder, training=training)
+    with restored_after_error(base_model):
+        inject_adapters(base_model, read_config(described["config"]))
+        adapter = adapter_content(base_model)
+        expected = adapter.state
+        first = next(iter(expected))
+        prefixes = [name[: -len(first)] for name in stored if name.endswith(first)]
+        default = described.get("prefix", "")
+        prefix = next((p for p in prefixes if all(p + name in stored for name in expected)), default)
+        state = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
+        # What else was trained, or a base in a full checkpoint, has no place in an adapter folder.
+        base = set(base_model.state_dict()) - set(expected)
+        state = {name: tensor for name, tensor in state.items() if name not in base}
+        check_adapter_state(expected, state, str(checkpoint))
+        # Written before the model is changed for good: a full disk is an error, too.
+        values = {name: state[name].to(tensor.dtype) for name, tensor in expected.items()}
+        training: dict[str, Any] = {name: content[name] for name in ("global_step", "epoch") if name in content}
+        written = write_adapter(dataclasses.replace(adapter, state=values), folder, training=training)
+    load_adapter_state(base_model, state, str(checkpoint))
+    return written

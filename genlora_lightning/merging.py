@@ -6,6 +6,7 @@ Shapes: I in_features, O out_features.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import warnings
@@ -21,12 +22,14 @@ from torch import Tensor, nn
 from genlora_lightning.adapted_layer import AdaptedLayer
 from genlora_lightning.bases import transformers_base
 from genlora_lightning.folders import check_replaceable, write_folder
-from genlora_lightning.full_training import original_dtype, surround_with, trained_modules
+from genlora_lightning.full_training import original_dtype, trained_modules
 from genlora_lightning.injection import adapter_layers, require_adapters
 from genlora_lightning.tables import text_table
+from genlora_lightning.widening import restore_dtypes, widen
 
-_DTYPES_MARK = "_genlora_dtypes_before_merge"
 _LOST = 0.1
+# In a merged folder: which files were written, with their sizes and times, so that only what is unchanged is replaced.
+_RECORD_FILE = "genlora_merge.json"
 _CHUNK = 1 << 20
 # Files that transformers' tokenizers and processors are loaded from.
 _TOKENIZER_FILES = (
@@ -34,6 +37,10 @@ _TOKENIZER_FILES = (
     "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tekken.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
+
+
+class MergeRoundingWarning(UserWarning):
+    """Rounding took a good part of a merged update away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +112,14 @@ def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
             a sum is not finite (the message names the layer), or ``dtype`` is too narrow. Then nothing is merged.
 
     Warns:
-        UserWarning: A linear lost more than 10 % of its update.
+        MergeRoundingWarning: A linear lost more than 10 % of its update.
     """
     layers = require_adapters(model)
     done: list[AdaptedLayer] = []
     rows = []
-    before = {}
+    if dtype is not None:
+        widen(model, dtype)
     try:
-        if dtype is not None:
-            before = _widen(model, dtype)
         for name, layer in layers.items():
             if dtype is not None:
                 layer.unmerge()  # a sum that was rounded to fewer bits is computed anew
@@ -123,12 +129,11 @@ def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
                 done.append(layer)
             rows.append(_drift(name, layer, layer.weight))
     except BaseException:
-        for layer in done:
+        for layer in done if dtype is None else layers.values():
             layer.unmerge()
-        _restore_dtypes(model, before)
+        if dtype is not None:
+            restore_dtypes(model)
         raise
-    if before:
-        model.__dict__.setdefault(_DTYPES_MARK, before)  # of the first merge, if there are several
     report = MergeReport(rows=tuple(rows))
     _warn_of_losses(report)
     return report
@@ -138,7 +143,7 @@ def unmerge_adapters(model: nn.Module) -> None:
     """Put the original weights back, bit for bit, and every dtype, after :func:`merge_adapters`."""
     for layer in require_adapters(model).values():
         layer.unmerge()
-    _restore_dtypes(model, model.__dict__.pop(_DTYPES_MARK, {}))
+    restore_dtypes(model)
 
 
 @contextmanager
@@ -178,7 +183,8 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
 
     Args:
         model: A transformers model with adapters, or a module (such as a LightningModule) that holds one.
-        folder: Where to write; it must not exist, or be empty.
+        folder: Where to write. An empty folder is replaced, and one that this function wrote if no file of it was
+            changed or added since.
         dtype: Of all floating point weights; each weight's own if ``None``. The sums are computed in float32 and
             rounded once.
 
@@ -188,11 +194,11 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
     Raises:
         ValueError: There are no adapters, no transformers model, a quantized or sharded base, a value that is not
             finite, or weights whose tie the training has undone where the architecture cannot say so.
-        FileExistsError: The folder holds something.
+        FileExistsError: The folder holds something else.
         OSError: It cannot be written; then nothing is left behind.
 
     Warns:
-        UserWarning: A linear lost more than 10 % of its update.
+        MergeRoundingWarning: A linear lost more than 10 % of its update.
     """
     require_adapters(model)
     base: Any = transformers_base(model)
@@ -207,7 +213,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
             "The base is quantized, and merging into it would round the update away. Load the original, unquantized "
             "base model, load the adapter into it and save that, or call the base's `dequantize()` before."
         )
-    check_replaceable(Path(folder), lambda _: False, "merged model")
+    check_replaceable(Path(folder), _is_unchanged_merge, "merged model")
     state, rows = _merged_state(base, dtype)
     clean = _without_adapters(base, state)
     copied: list[str] = []
@@ -219,11 +225,31 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
             if (source / name).is_file():
                 shutil.copyfile(source / name, staging / name)
                 copied.append(name)
+        record = {"format": "genlora-merged", "format_version": 1, "files": _files(staging)}
+        (staging / _RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    path = write_folder(folder, write, lambda _: False, "merged model")
+    path = write_folder(folder, write, _is_unchanged_merge, "merged model")
     report = MergeReport(rows=tuple(rows), folder=path, copied=tuple(copied))
     _warn_of_losses(report)
     return report
+
+
+def _is_unchanged_merge(folder: Path) -> bool:
+    """Whether :func:`save_merged` wrote a folder, and nobody has changed or added a file since.
+
+    A model that was trained on and saved to the same folder has the same names and sizes, and is not ours to replace.
+    """
+    try:
+        record = json.loads((folder / _RECORD_FILE).read_text(encoding="utf-8"))
+        return bool(record["files"] == _files(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Size and time of writing (ns) of the files in a folder, but for the record of them."""
+    found = {str(file.relative_to(folder)): file.stat() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items() if name != _RECORD_FILE}
 
 
 def _merged_state(base: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], list[MergeRow]]:
@@ -309,6 +335,7 @@ def _warn_of_losses(report: MergeReport) -> None:
             f"Rounding to {str(worst.dtype).removeprefix('torch.')} changed the update of {len(lossy)} of "
             f"{len(report.rows)} linears by more than {_LOST:.0%} ({worst.module}: {worst.relative_error:.0%}). Merge "
             "with `dtype=torch.float32`, or keep the adapter separate.",
+            MergeRoundingWarning,
             stacklevel=4,
         )
 
@@ -319,33 +346,3 @@ def _naming(name: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-
-
-def _widen(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype | None]:
-    """Cast a model to a wider dtype; returns what it had, by the names of parameters, buffers and trained modules."""
-    if dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"`dtype` must be torch.float32 or torch.float64, got {dtype}. For a narrower copy on disk use "
-            "`save_merged`."
-        )
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    floating = {name: t for name, t in tensors.items() if t.is_floating_point()}
-    for name, tensor in floating.items():
-        if torch.promote_types(tensor.dtype, dtype) != dtype:
-            raise ValueError(f"`dtype` is {dtype}, which cannot hold the values of {name} ({tensor.dtype}) exactly.")
-    before: dict[str, torch.dtype | None] = {name: tensor.dtype for name, tensor in floating.items()}
-    for name, module in trained_modules(model).items():
-        before[f"{name}\0trained"] = surround_with(module, None)
-    model.to(dtype)
-    return before
-
-
-def _restore_dtypes(model: nn.Module, before: dict[str, torch.dtype | None]) -> None:
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    trained = trained_modules(model)
-    for name, dtype in before.items():
-        module, _, is_trained = name.partition("\0")
-        if is_trained:
-            surround_with(trained[module], dtype)
-        elif dtype is not None:
-            tensors[name].data = tensors[name].data.to(dtype)

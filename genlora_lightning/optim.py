@@ -31,7 +31,7 @@ class OptimizerConfig:
 
     Args:
         lr: Learning rate.
-        weight_decay: AdamW's decoupled weight decay. Biases, norms, and an adapter's centres and widths are not decayed.
+        weight_decay: AdamW's decoupled weight decay. Not of biases, norms, and an adapter's centres and widths.
         betas: AdamW's decay rates of the two moments, each in [0, 1).
         eps: AdamW's term for numerical stability.
         lr_factors: Factors on ``lr`` for groups of the adapter's parameters, by name; 1 for those that are not named.
@@ -108,8 +108,8 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     First the groups of the adapter's parameters (of GenLoRA ``latents``, ``rbf_weights`` and ``rbf_shapes``, of LoRA
     ``lora_a`` and ``lora_b``), at the rate ``lr · lr_factors[name]``; then ``head``, the matrices of everything else
-    that is trained, and ``head_no_decay``, its vectors (biases, norms), at the rate ``lr · head_lr_factor``. Groups that
-    would be empty are left out.
+    that is trained, and ``head_no_decay``, its vectors (biases, norms), at the rate ``lr · head_lr_factor``. Groups
+    that would be empty are left out.
 
     Args:
         model: A model with adapters, or anything that has trainable parameters.

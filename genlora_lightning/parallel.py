@@ -141,7 +141,10 @@ def _by_dtype(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
 
 
 def transformer_blocks(module: nn.Module) -> list[nn.Module]:
-    """The members of the outermost module lists that hold adapters: the blocks of which one after another is needed."""
+    """The members of the outermost module lists that hold adapters: the blocks of which one after another is needed.
+
+    They decide FSDP's units, and what is planned of them.
+    """
     found: list[nn.Module] = []
     taken: set[int] = set()
     for part in module.modules():

@@ -10,9 +10,9 @@ from typing import Literal
 from torch import nn
 
 from genlora_lightning.adapted_layer import AdaptedLayer
-from genlora_lightning.architectures import repeated_blocks
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
+from genlora_lightning.parallel import transformer_blocks
 
 Strategy = Literal["single", "ddp", "fsdp1", "fsdp2"]
 Sharding = Literal["replicate", "shard"]
@@ -112,8 +112,8 @@ class Traffic:
 
 
 def model_sizes(model: nn.Module) -> Sizes:
-    """Collect a model's parameter shapes by FSDP unit."""
-    blocks = list(repeated_blocks(model) or [])
+    """Collect the parameter shapes of a model with adapters by FSDP unit."""
+    blocks = transformer_blocks(model)  # as `shard_with_fsdp2` and FSDP1's strategy ask for them
     unit_of = {id(m): index for index, block in enumerate(blocks, 1) for m in block.modules()}
     layers = list(adapter_layers(model).values())
     full = {id(p): p for module in trained_modules(model).values() for p in module.parameters()}

@@ -43,3 +43,21 @@ def tiny_bert(num_labels: int = 3):
         num_labels=num_labels,
     )
     return BertForSequenceClassification(config)
+
+
+def tiny_t5():
+    from transformers import T5Config, T5ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64,
+        d_model=16,
+        d_kv=8,
+        d_ff=24,
+        num_layers=3,
+        num_decoder_layers=2,
+        num_heads=2,
+        num_labels=3,
+        decoder_start_token_id=0,
+    )
+    return T5ForSequenceClassification(config)

@@ -343,10 +343,25 @@ def test_adapter_of_a_base_of_another_shape_is_an_error_that_says_so(tmp_path):
     assert_refused_and_untouched(folder, WrongBaseError, message, bigger)
     message = r"does not fit this model: .* It was probably trained on another base model"
     assert_refused_and_untouched(folder, ValueError, message, bigger, base_check="off")
-    with pytest.raises(ValueError, match=r"does not fit this Sequential: .* It was trained on .*LlamaForCausalLM"):
+    with pytest.raises(WrongBaseError, match=r"on another base: on .*LlamaForCausalLM.*; this one is .*Sequential"):
         load_adapter(nn.Sequential(nn.ReLU()), folder)
+    with pytest.raises(ValueError, match=r"does not fit this Sequential: .* It was trained on .*LlamaForCausalLM"):
+        load_adapter(nn.Sequential(nn.ReLU()), folder, base_check="off")
     with pytest.raises(WrongBaseError, match=r"`model_type` was 'llama' and is 'gpt2'"):
         load_adapter(tiny_gpt2(), folder)
+
+
+def test_nothing_is_injected_into_a_wrong_base(tmp_path, monkeypatch):
+    folder = save_adapter(trained(modules_to_train=["lm_head"]), tmp_path / "adapter")
+
+    def inject(*_: object) -> None:
+        raise AssertionError("adapters were injected into a base that was not proved")
+
+    monkeypatch.setattr("genlora_lightning.adapter_io.inject_adapters", inject)
+    with pytest.raises(WrongBaseError, match="trained on another base"):
+        load_adapter(tiny_llama(hidden_act="relu"), folder)
+    with pytest.raises(AssertionError, match="not proved"):  # the right one is
+        load_adapter(tiny_llama(), folder)
 
 
 def test_refused_adapter_leaves_tied_weights_tied(tmp_path):

@@ -22,10 +22,10 @@ ROWS = [
     ["layers"],
     ["generation"],
     ["accumulation"],
-    ["coverage", "targets", "full_training"],
+    ["coverage", "targets", "full_training", "widening"],
     ["sharded_loading"],
     ["injection"],
-    ["pieces", "state", "analysis", "optim", "base_identity"],
+    ["pieces", "state", "analysis", "optim", "base_identity", "restoring"],
     [
         "parallel",
         "adapter_io",

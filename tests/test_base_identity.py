@@ -42,6 +42,40 @@ def test_tied_head_is_the_embedding_also_while_an_adapter_on_it_is_merged():
     assert base_identity(model) == before
 
 
+class HeadFirst(nn.Module):
+    """A head that stands before the embedding it is tied to, and an inner part of a module that is trained too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 10)
+        self.embed = nn.Embedding(10, 8)
+        self.head.weight = self.embed.weight
+        self.body = nn.Linear(8, 8)
+        self.pool = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8))
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (tiny_llama, ["lm_head"]),
+        (tiny_llama, ["norm", "lm_head"]),
+        (HeadFirst, ["head", "pool"]),
+        (HeadFirst, ["pool.1"]),
+    ],
+)
+def test_modules_that_will_be_trained_in_full_do_not_count_before_the_injection_either(make, names):
+    model = make()
+    found = [name for name, _ in model.named_modules() if any(name == n or name.endswith(f".{n}") for n in names)]
+    before = base_identity(model, without=[*found, "not there"])
+    inject_adapters(
+        model, small_config(target_modules=["q_proj" if make is tiny_llama else "body"], modules_to_train=names)
+    )
+    assert base_identity(model) == before
+    assert before["fingerprint"]["num_values"] < base_identity(make())["fingerprint"]["num_values"] or names == [
+        "lm_head"
+    ]
+
+
 @pytest.mark.parametrize("make", MODELS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("on_disk", [torch.float32, torch.bfloat16])

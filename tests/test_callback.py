@@ -213,7 +213,7 @@ def test_place_that_is_something_else_is_an_error_before_training(tmp_path, kind
 
 def test_configuration_may_be_a_dictionary_and_nothing_else():
     assert GenLoRAFinetuning({"rank": 4}).config.rank == 4
-    with pytest.raises(TypeError, match="must be a GenLoRAConfig, .* or a dictionary of its fields, got 4"):
+    with pytest.raises(TypeError, match=r"must be a GenLoRAConfig, .* or a dictionary of its fields, got 4"):
         GenLoRAFinetuning(4)
 
 
@@ -247,6 +247,19 @@ def test_checkpoint_saved_by_hand_after_the_run_holds_no_base_and_can_be_used(tm
     trainer(tmp_path, finetuning()).validate(fresh, mlp_loader(), ckpt_path=tmp_path / "x.ckpt", verbose=False)
     x = torch.randn(3, 8)
     assert torch.equal(fresh(x), module(x))
+
+
+def test_strategy_that_was_another_trainers_writes_for_its_present_one(tmp_path):
+    strategy = SingleDeviceStrategy(torch.device("cpu"))
+    # The first trainer gives the strategy its accelerator, and Lightning refuses to be given one twice.
+    for target, accelerator in (("0", "cpu"), ("2", "auto")):
+        finetune = GenLoRAFinetuning(small_config(target_modules=[target]))
+        run = trainer(tmp_path, finetune, strategy=strategy, accelerator=accelerator)
+        run.fit(PlainMLP(), mlp_loader())
+        run.save_checkpoint(tmp_path / f"{target}.ckpt")
+        names = list(torch.load(tmp_path / f"{target}.ckpt", weights_only=True)["state_dict"])
+        assert len(names) == 8
+        assert all(name.startswith(f"net.{target}.") for name in names)
 
 
 def test_two_callbacks_are_an_error(tmp_path):

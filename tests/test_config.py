@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import pickle
 
 import pytest
 import torch
@@ -66,6 +68,33 @@ def test_dict_round_trip_goes_through_json_unchanged():
     again = GenLoRAConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert again.to_dict() == config.to_dict()
     assert again == dataclasses.replace(config, weight_gain=config.gain)  # decided: a file's weights are divided by it
+
+
+def test_a_configuration_cannot_be_changed_once_it_is_validated():
+    config = GenLoRAConfig(rank=4)
+    with pytest.raises(dataclasses.FrozenInstanceError, match="cannot assign to field 'rank'"):
+        config.rank = -3  # type: ignore[misc]
+    with pytest.raises(ValueError, match="`rank` must be at least 1, got -3"):
+        dataclasses.replace(config, rank=-3)
+    assert dataclasses.replace(config, rank=8) == GenLoRAConfig(rank=8)
+
+
+def test_no_two_configurations_share_a_list():
+    names = ["q", "v"]
+    config = GenLoRAConfig(target_modules=names, modules_to_train=names)
+    other = dataclasses.replace(config, rank=3)
+    names.append("k")
+    config.target_modules.append("o")  # type: ignore[union-attr]
+    assert config.modules_to_train == other.target_modules == other.modules_to_train == ["q", "v"]
+    described = other.to_dict()
+    described["modules_to_train"].append("k")
+    assert other.modules_to_train == ["q", "v"]
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies_are_equal(copied):
+    config = GenLoRAConfig(rank=3, target_modules=["q"], weight_gain=2.0)
+    assert copied(config) == config
 
 
 def test_unknown_field_is_an_error_that_lists_the_fields():

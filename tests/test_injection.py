@@ -14,7 +14,7 @@ from genlora_lightning import (
     remove_adapters,
     unmerge_adapters,
 )
-from genlora_lightning.injection import adapter_layers
+from genlora_lightning.injection import adapter_config, adapter_layers
 from tests.conftest import perturb, small_config
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 
@@ -110,6 +110,14 @@ def test_configuration_that_does_not_fit_is_an_error_and_changes_nothing(changes
         inject_adapters(model, small_config(**changes))
     assert list(model.state_dict()) == names
     assert trainable(model) == before
+
+
+def test_lists_that_are_changed_after_the_injection_do_not_change_the_adapters_configuration():
+    config = small_config(exclude_modules=["head"])
+    model = Net()
+    inject_adapters(model, config)
+    config.exclude_modules.append("embed")
+    assert adapter_config(model).exclude_modules == ["head"]
 
 
 def test_configuration_out_of_a_file_is_the_one_it_was_made_from():

@@ -211,6 +211,39 @@ def test_layer_is_active_exactly_where_it_adds_to_what_its_base_gives(enabled, m
     assert (layer.wanted_dtype() is not None) == layer.is_active
 
 
+class ScaledLinear(nn.Linear):
+    """A linear that takes more than its input, as those of some models do."""
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0, *, shift: float = 0.0) -> torch.Tensor:
+        return super().forward(x) * scale + shift
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("state", ["active", "disabled", "merged"])
+def test_further_arguments_are_the_base_layers_alone(fused, state):
+    layer = AdaptedLinear(ScaledLinear(12, 20), small_config())
+    perturb(layer)
+    layer.fused = fused
+    x = torch.randn(3, 12)
+    delta = layer.delta_weight().detach()
+    weight = layer.weight.clone()
+    if state == "disabled":
+        layer.enabled = False
+    if state == "merged":
+        layer.merge()
+    update = F.linear(x, delta)
+    expected = F.linear(x, weight, layer.bias) * 3 + 5
+    # A merged update is in the weight, which the base layer does with what it does.
+    expected += {"active": 1, "disabled": 0, "merged": 3}[state] * update
+    torch.testing.assert_close(layer(x, 3.0, shift=5.0), expected)
+
+
+def test_argument_that_the_base_layer_does_not_take_is_an_error_as_without_an_adapter():
+    layer = AdaptedLinear(nn.Linear(12, 20), small_config())
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scale'"):
+        layer(torch.randn(3, 12), scale=2.0)
+
+
 def test_cast_of_the_model_leaves_the_adapter_in_float32():
     layer = AdaptedLinear(base("linear"), small_config()).to(torch.bfloat16)
     assert layer.weight.dtype == torch.bfloat16

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import errno
 from typing import Any
 
 import pytest
@@ -9,9 +11,17 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from genlora_lightning import CausalLMModule, GenLoRAFinetuning, convert_checkpoint, load_adapter, load_module
+from genlora_lightning import (
+    CausalLMModule,
+    GenLoRAFinetuning,
+    cached_factors,
+    convert_checkpoint,
+    inject_adapters,
+    load_adapter,
+    load_module,
+)
 from genlora_lightning.injection import adapter_layers
-from tests.conftest import small_config
+from tests.conftest import perturb, small_config
 from tests.models import tiny_llama
 from tests.plain import PlainMLP, mlp_loader, trainer
 
@@ -110,6 +120,74 @@ def test_checkpoint_becomes_an_adapter_folder(tmp_path, trained, whole):
     fresh: Any = PlainMLP() if whole else PlainMLP().net
     load_adapter(fresh, tmp_path / "folder")
     assert torch.equal(fresh(X), module(X))
+
+
+@pytest.mark.parametrize("source", ["x.ckpt", "adapter"])
+def test_matrices_that_were_cached_before_the_load_are_not_used_after_it(tmp_path, trained, source):
+    expected = trained(PlainMLP())(X)
+    module = PlainMLP()
+    inject_adapters(module, small_config(exclude_modules=["4"]))
+    perturb(module)
+    with torch.no_grad(), cached_factors(module.eval()):
+        assert not torch.allclose(module(X), expected, atol=1e-3)
+        load_module(module, tmp_path / source)
+        assert torch.equal(module(X), expected)
+
+
+def snapshot(model: nn.Module) -> dict[str, tuple[nn.Module, bool, torch.Tensor]]:
+    """What stands where, whether it is trained, and its values."""
+    kinds = {name: type(module) for name, module in model.named_modules()}
+    parameters = {name: (id(p), p.requires_grad, p.detach().clone()) for name, p in model.named_parameters()}
+    return {"kinds": kinds, **parameters}  # type: ignore[dict-item]
+
+
+def assert_as_it_was(model: nn.Module, before: dict[str, Any]) -> None:
+    after: dict[str, Any] = snapshot(model)
+    assert after.pop("kinds") == before["kinds"]
+    assert [(name, *entry[:2]) for name, entry in after.items()] == [
+        (name, *before[name][:2]) for name in before if name != "kinds"
+    ]
+    assert all(torch.equal(entry[2], before[name][2]) for name, entry in after.items())
+
+
+@pytest.mark.parametrize("problem", ["missing", "full disk", "foreign folder"])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("head", [[], ["4"]])
+def test_failed_load_leaves_the_model_as_it_was(tmp_path, problem, adapted, head, monkeypatch):
+    config = small_config(target_modules=["0", "2"], modules_to_train=head, dropout=0.5)
+    run = trainer(tmp_path, GenLoRAFinetuning(config), max_epochs=3)
+    run.fit(PlainMLP(), mlp_loader())
+    file = tmp_path / "x.ckpt"
+    run.save_checkpoint(file)
+    module = PlainMLP()
+    module.net[2].bias.requires_grad_(False)  # what was frozen stays so, and what was not, too
+    if adapted:
+        inject_adapters(module, dataclasses.replace(config, dropout=0.25))
+        perturb(module)
+        module.net[0].base_layer.bias.requires_grad_(True)
+    before = snapshot(module)
+    loads = [lambda: convert_checkpoint(file, module, tmp_path / "folder")]
+    if problem == "missing":
+        content = torch.load(file, weights_only=True)
+        content["state_dict"].pop("net.2.update.B.latent")
+        file = tmp_path / "less.ckpt"
+        torch.save(content, file)
+        loads.append(lambda: load_module(module, file))
+    elif problem == "full disk":
+        monkeypatch.setattr("genlora_lightning.adapter_io._write", _full_disk)
+    else:
+        (tmp_path / "folder").mkdir()
+        (tmp_path / "folder" / "thesis.tex").write_text("mine")
+    error = {"missing": "tensors are missing", "full disk": "No space left", "foreign folder": "is not an adapter"}
+    for load in loads:
+        with pytest.raises((ValueError, OSError), match=error[problem]):
+            load()
+        assert_as_it_was(module, before)
+        assert {layer.config.dropout for layer in adapter_layers(module).values()} <= {0.25}
+
+
+def _full_disk(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_what_cannot_be_loaded_is_an_error_and_changes_nothing(tmp_path, trained):

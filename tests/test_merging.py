@@ -20,6 +20,7 @@ from genlora_lightning import (
 )
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
+from genlora_lightning.merging import MergeRoundingWarning
 from tests.conftest import perturb, small_config
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 from tests.test_lora_export import MODELS, adapted, logits
@@ -36,7 +37,7 @@ def slow_drift(weight: torch.Tensor, delta: torch.Tensor, merged: torch.Tensor) 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.filterwarnings("ignore:Rounding to")
+@pytest.mark.filterwarnings("ignore::genlora_lightning.merging.MergeRoundingWarning")
 def test_reported_drift_equals_a_slow_computation(kind, dtype, monkeypatch):
     monkeypatch.setattr("genlora_lightning.merging._CHUNK", 40)  # parts of two or three rows
     model = adapted(kind).to(dtype)
@@ -62,7 +63,7 @@ def test_update_that_bfloat16_rounds_away_is_a_warning_and_float32_keeps_it():
     perturb(model)
     bits = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.warns(
-        UserWarning, match=r"Rounding to bfloat16 changed the update of \d+ of 14 linears by more than 10%"
+        MergeRoundingWarning, match=r"Rounding to bfloat16 changed the update of \d+ of 14 linears by more than 10%"
     ):
         rounded = merge_adapters(model)
     assert rounded.worst.relative_error > 0.1
@@ -99,6 +100,54 @@ def test_float32_merge_takes_modules_trained_in_full_along_and_back():
     remove_adapters(model, keep_merged=True)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert logits(model).dtype == torch.float32
+
+
+def test_merged_weights_that_are_kept_leave_nothing_for_a_later_unmerge_to_undo():
+    model = tiny_llama().eval().to(torch.bfloat16)
+    for target in ("q_proj", "v_proj"):
+        inject_adapters(model, small_config(target_modules=[target], modules_to_train=["norm"]))
+        perturb(model)
+        merge_adapters(model, dtype=torch.float32)
+        remove_adapters(model, keep_merged=True)
+    inject_adapters(model, small_config(target_modules=["q_proj"]))
+    perturb(model)
+    bits = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merge_adapters(model)
+    unmerge_adapters(model)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.float32
+        assert torch.equal(tensor, bits[name])
+
+
+@pytest.mark.parametrize("part", ["whole", "inner"])
+def test_removal_takes_a_merge_in_another_dtype_back(part):
+    model = tiny_llama().eval().to(torch.bfloat16)
+    bits = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    inject_adapters(model, small_config(modules_to_train=["norm"]))
+    perturb(model)
+    merge_adapters(model if part == "whole" else model.model, dtype=torch.float32)
+    remove_adapters(model)
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, bits[name])
+
+
+def test_wider_merge_on_top_of_another_that_fails_leaves_nothing_merged():
+    model = adapted("llama").to(torch.bfloat16)
+    bits = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merge_adapters(model, dtype=torch.float32)
+    latent = adapter_layers(model)["model.layers.1.mlp.up_proj"].update.A.latent
+    before = latent.detach()[2].clone()
+    with torch.no_grad():
+        latent[2] = float("nan")
+    with pytest.raises(ValueError, match="nothing was merged"):
+        merge_adapters(model, dtype=torch.float64)
+    with torch.no_grad():
+        latent[2] = before
+    assert not any(layer.merged for layer in adapter_layers(model).values())
+    for name, tensor in model.state_dict().items():
+        assert tensor.dtype == bits[name].dtype
+        assert torch.equal(tensor, bits[name])
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float32])
@@ -282,9 +331,35 @@ def test_tokenizer_of_a_local_base_is_copied(tmp_path):
     assert sorted(os.listdir(tmp_path / "merged")) == [
         "config.json",
         "generation_config.json",
+        "genlora_merge.json",
         "model.safetensors",
         "tokenizer.json",
     ]
+
+
+def test_an_earlier_merge_is_replaced_unless_somebody_has_changed_it(tmp_path):
+    folder = tmp_path / "merged"
+    model = adapted("llama")
+    save_merged(model, folder)
+    perturb(model)
+    save_merged(model, folder)
+    reloaded = type(model).from_pretrained(folder).eval()
+    assert (logits(reloaded) - logits(model)).abs().max() <= 1e-5
+
+    def mine() -> None:
+        (folder / "notes.txt").write_text("mine")
+
+    def trained() -> None:  # names and sizes stay
+        with torch.no_grad():
+            reloaded.lm_head.weight.add_(1.0)
+        reloaded.save_pretrained(folder)
+
+    for change in (trained, mine, lambda: (folder / "genlora_merge.json").write_text("[]")):
+        change()
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(FileExistsError, match="merged exists and is not a merged model as this library wrote it"):
+            save_merged(model, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_folder_that_holds_something_and_models_of_other_kinds_are_errors(tmp_path):

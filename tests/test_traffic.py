@@ -7,7 +7,7 @@ from genlora_lightning.config import GenLoRAConfig
 from genlora_lightning.injection import inject_adapters
 from genlora_lightning.traffic import Setup, model_sizes, plan_traffic
 from tests.conftest import small_config
-from tests.models import tiny_llama
+from tests.models import tiny_llama, tiny_t5
 
 
 def real(config: GenLoRAConfig) -> nn.Module:
@@ -25,6 +25,16 @@ def test_units_are_the_root_and_the_layers():
     assert sorted(sizes.base[0]) == [(16,), (64, 16)]  # the norm, and the embedding with the head tied to it
     assert sizes.adapters[0] == sizes.lora[0] == []
     assert sizes.num_base + sizes.num_trainable == sum(p.numel() for p in model.parameters())
+
+
+def test_units_of_an_encoder_and_a_decoder_are_the_layers_of_both():
+    model = tiny_t5()
+    inject_adapters(model, small_config())
+    sizes = model_sizes(model)
+    layers = [*model.transformer.encoder.block, *model.transformer.decoder.block]
+    assert len(sizes.base) == 1 + len(layers)
+    for unit, layer in zip(sizes.base[1:], layers, strict=True):
+        assert sorted(unit) == sorted(tuple(p.shape) for p in layer.parameters() if not p.requires_grad)
 
 
 def test_one_gpu_sends_nothing_and_accumulation_repeats_the_gathers_but_not_the_all_reduce():

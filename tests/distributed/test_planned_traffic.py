@@ -9,15 +9,17 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genlora_lightning.injection import adapter_layers, inject_adapters
+from genlora_lightning.injection import inject_adapters
+from genlora_lightning.parallel import shard_with_fsdp2
 from genlora_lightning.traffic import Setup, model_sizes, plan_traffic
 from tests.conftest import small_config
 from tests.distributed.ranks import on_two_ranks
-from tests.models import tiny_llama
+from tests.models import tiny_llama, tiny_t5
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -26,7 +28,11 @@ pytestmark = [
 ACCUMULATE = 2
 
 
-def model() -> nn.Module:
+def model(kind: str = "llama") -> nn.Module:
+    if kind == "t5":
+        made = tiny_t5()
+        inject_adapters(made, small_config(rank=5, num_groups=3))
+        return made
     # Odd sizes, so that FSDP2 pads, and three blocks, so that there is one which is neither first nor last.
     made = tiny_llama(num_hidden_layers=3, intermediate_size=27, vocab_size=63)
     inject_adapters(made, small_config(rank=5, num_groups=3))
@@ -37,8 +43,10 @@ def steps(module: nn.Module, set_sync: Any) -> None:
     """One optimizer step's worth of forward and backward passes."""
     for index in range(ACCUMULATE):
         set_sync(index == ACCUMULATE - 1)
-        ids = torch.randint(0, 63, (2, 7))
-        module(input_ids=ids, labels=ids).loss.backward()
+        ids = torch.randint(2, 63, (2, 7))
+        ids[:, -1] = 1  # T5 classifies by the token that ends a text
+        labels = torch.zeros(2, dtype=torch.long) if hasattr(module, "classification_head") else ids
+        module(input_ids=ids, labels=labels).loss.backward()
 
 
 class Collectives(TorchDispatchMode):
@@ -69,24 +77,22 @@ def ddp(rank: int) -> dict[str, int]:
     return dict(collectives.counted)
 
 
-def fsdp2(sharding: str) -> Callable[[int], dict[str, int]]:
+def fsdp2(sharding: str, kind: str = "llama") -> Callable[[int], dict[str, int]]:
     def work(rank: int) -> dict[str, int]:
-        sharded = model()
-        ours = {p for layer in adapter_layers(sharded).values() for p in layer.adapter_parameters().values()}
-        ignored = ours if sharding == "replicate" else set()
-        for block in sharded.model.layers:
-            fully_shard(block, ignored_params=ignored)
-        fully_shard(sharded, ignored_params=ignored)
+        module = nn.Module()  # as a LightningModule that holds the model
+        module.model = model(kind)
+        mesh = init_device_mesh("cpu", (2,))
+        shard_with_fsdp2(module, module.model, mesh, adapters_inside=sharding == "shard")
         with Collectives() as collectives:
-            steps(sharded, lambda last: None)
-        return dict(collectives.counted)
+            steps(module.model, lambda last: None)
+        return {**collectives.counted, "units": sum(isinstance(part, FSDPModule) for part in module.modules())}
 
     return work
 
 
-def planned(strategy: str, sharding: str) -> Any:
+def planned(strategy: str, sharding: str, kind: str = "llama") -> Any:
     setup = Setup(strategy=strategy, adapter_sharding=sharding, gpus=2, accumulate=ACCUMULATE)
-    return plan_traffic(model_sizes(model()), setup)
+    return plan_traffic(model_sizes(model(kind)), setup)
 
 
 def test_ddp_sends_the_planned_values(tmp_path):
@@ -97,18 +103,22 @@ def test_ddp_sends_the_planned_values(tmp_path):
     assert plan.base_gathered == plan.gathered == plan.reduce_scattered == 0
 
 
-def test_fsdp2_with_replicated_adapters_gathers_the_planned_values_and_reduces_nothing(tmp_path):
-    plan = planned("fsdp2", "replicate")
-    for counted in on_two_ranks(fsdp2("replicate"), tmp_path):
-        assert counted == {"gathered": plan.base_gathered}
-    assert plan.all_reduced == sum(p.numel() for p in model().parameters() if p.requires_grad)
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_fsdp2_with_replicated_adapters_gathers_the_planned_values_and_reduces_nothing(tmp_path, kind):
+    plan = planned("fsdp2", "replicate", kind)
+    units = len(model_sizes(model(kind)).base)
+    for counted in on_two_ranks(fsdp2("replicate", kind), tmp_path):
+        assert counted == {"gathered": plan.base_gathered, "units": units}
+    assert plan.all_reduced == sum(p.numel() for p in model(kind).parameters() if p.requires_grad)
 
 
-def test_fsdp2_with_sharded_adapters_gathers_and_reduces_the_planned_values(tmp_path):
-    plan = planned("fsdp2", "shard")
-    for counted in on_two_ranks(fsdp2("shard"), tmp_path):
+@pytest.mark.parametrize("kind", ["llama", "t5"])
+def test_fsdp2_with_sharded_adapters_gathers_and_reduces_the_planned_values(tmp_path, kind):
+    plan = planned("fsdp2", "shard", kind)
+    for counted in on_two_ranks(fsdp2("shard", kind), tmp_path):
         assert counted == {
             "gathered": plan.base_gathered + plan.gathered,
             "scattered": plan.reduce_scattered,
+            "units": len(model_sizes(model(kind)).base),
         }
     assert plan.all_reduced == 0
