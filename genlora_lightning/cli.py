@@ -83,7 +83,7 @@ class GenLoRACLI(LightningCLI):
             "--adapter",
             type=adapter_options() | None,
             default=None,
-            help="The kind of adapter, and what to adapt, in any model; for this package's modules GenLoRA if not given.",
+            help="Kind of adapter, and what to adapt, in any model; for this package's modules GenLoRA if not given.",
         )
         types = get_type_hints(GenLoRAFinetuning.__init__)
         for name, text in _CALLBACK_HELP.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -40,19 +41,16 @@ def check_number(
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         hint = " YAML reads 1e-3 as a text; write 1.0e-3." if isinstance(value, str) else ""
         raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.{hint}")
-    bounds = []
-    inside = math.isfinite(value)
-    for bound, words, holds in (
-        (above, "greater than", lambda limit: value > limit),
-        (least, "at least", lambda limit: value >= limit),
-        (below, "less than", lambda limit: value < limit),
-        (most, "at most", lambda limit: value <= limit),
-    ):
-        if bound is not None:
-            bounds.append(f"{words} {bound:g}")
-            inside = inside and holds(bound)
-    if not inside:
-        raise ValueError(f"`{name}` must be finite and {' and '.join(bounds)}, got {value}.")
+    limits = (
+        ("greater than", above, operator.gt),
+        ("at least", least, operator.ge),
+        ("less than", below, operator.lt),
+        ("at most", most, operator.le),
+    )
+    given = [(words, limit, holds) for words, limit, holds in limits if limit is not None]
+    bounds = [f"{words} {limit:g}" for words, limit, _ in given]
+    if not (math.isfinite(value) and all(holds(value, limit) for _, limit, holds in given)):
+        raise ValueError(f"`{name}` must be {' and '.join(['finite', *bounds])}, got {value}.")
 
 
 def check_flag(name: str, value: Any) -> None:

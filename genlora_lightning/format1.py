@@ -34,12 +34,16 @@ def upgrade_checkpoint(checkpoint: dict[str, Any], key: str, version: int) -> No
         key: Where it describes its adapters.
         version: What the description then says.
     """
+    state_dict = checkpoint["state_dict"] = upgraded_names(checkpoint["state_dict"])
+    ending = ".update.A.latent"
+    layers = [name.removesuffix(ending) for name in state_dict if name.endswith(ending)]
     checkpoint[key] = {
+        "layers": {name: [state_dict[f"{name}.update.{factor}.latent"].shape[0] for factor in "BA"] for name in layers},
+        "trained_modules": {},
         **checkpoint[key],
         "config": upgraded_config(checkpoint[key]["config"]),
         "format_version": version,
     }
-    checkpoint["state_dict"] = upgraded_names(checkpoint["state_dict"])
     for state in checkpoint.get("optimizer_states", []):
         if "names" in state:
             state["names"] = [_upgraded_name(name) for name in state["names"]]

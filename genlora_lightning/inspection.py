@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from genlora_lightning.adapted_layer import AdaptedLayer
+from genlora_lightning.adapter_base import MatrixShape
 from genlora_lightning.adapter_io import adapter_bytes
 from genlora_lightning.analysis import effective_rank
 from genlora_lightning.base_identity import describe_base

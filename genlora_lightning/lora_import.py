@@ -50,7 +50,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> CoverageRep
 
 
 def lora_config(files: LoRAFiles) -> LoRAConfig:
-    """The configuration of an adapter that holds a LoRA: its highest rank, and the scaling of the layers that have it."""
+    """Make the configuration of an adapter that holds a LoRA: its highest rank, with the scaling of that rank."""
     rank = max(layer.A.shape[0] for layer in files.layers.values())
     first = next(layer for layer in files.layers.values() if layer.A.shape[0] == rank)
     return LoRAConfig(

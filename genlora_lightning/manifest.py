@@ -219,7 +219,8 @@ def _check_version(path: Path, values: Mapping[str, Any]) -> None:
     version = values.get("format_version")
     if version not in (format1.VERSION, FORMAT_VERSION):
         raise ValueError(
-            f"{path} has format version {version!r}; this release ({__version__}) reads versions {format1.VERSION} and {FORMAT_VERSION}. "
+            f"{path} has format version {version!r}; this release ({__version__}) reads versions "
+            f"{format1.VERSION} and {FORMAT_VERSION}. "
             "It was probably written by a newer release: update genlora-lightning."
         )
 

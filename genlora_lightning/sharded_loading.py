@@ -142,10 +142,10 @@ class WeightSource:
         Adapters, and what a module trained in full has and the checkpoint lacks, are drawn from torch's random numbers:
         ranks must agree on the seed, or broadcast afterwards.
         """
-        for module in adapter_modules(self.model):
-            if module.is_meta:
-                module.to_empty(device=device)
-                module.reset_parameters()
+        for own in adapter_modules(self.model):
+            if own.is_meta:
+                own.to_empty(device=device)
+                own.reset_parameters()
         for trained in trained_modules(self.model).values():
             for module in trained.modules():
                 self._fill_module(module, device)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from genlora_lightning.shapes import SHAPES, TASKS
@@ -138,13 +137,13 @@ def run_budget(options: argparse.Namespace) -> None:
 
     # The smallest adapter fits wherever one does: what is asked here is which linears there are.
     kind = _config(options, {})
-    smallest = replace(kind, **{name: 1 for name in _SIZES if hasattr(kind, name)})
+    smallest = _config(options, {name: 1 for name in _SIZES if hasattr(kind, name)})
     model = build_on_meta(*_model(options))
     inject_adapters(model, smallest)
     shapes = [layer.shape for layer in adapter_layers(model).values()]
     wanted = options.parameters or round(options.like_lora_rank * sum(map(sum, shapes)))
     found = fit_budget(kind, shapes, wanted)
-    sizes = {"kind": kind.kind} if options.kind != _KINDS[0] else {}
+    sizes: dict[str, Any] = {"kind": kind.kind} if options.kind != _KINDS[0] else {}
     sizes |= {name: getattr(found.config, name) for name in _SIZES if hasattr(kind, name)}
     if found.config.alpha != kind.alpha:
         sizes["alpha"] = found.config.alpha
