@@ -191,9 +191,11 @@ def test_step_that_knows_where_the_answers_are_has_the_loss_and_gradients_of_one
     module.configure_model()
     weight = next(module.eval().model.parameters())
     results = []
-    for one in (batch, module.transfer_batch_to_device(batch, CPU, 0)):
-        assert (module.known_of(one["labels"]) is None) == (not results)
-        loss = module.training_step(one, 0)
+    for known in (False, True):
+        if known:
+            batch = module.transfer_batch_to_device(batch, CPU, 0)
+        assert (module.known_of(batch["labels"]) is not None) == known
+        loss = module.training_step(batch, 0)
         results.append((loss, *torch.autograd.grad(loss, weight)))
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
     # As the mean over the answers' tokens of all logits, without any choice of positions.
