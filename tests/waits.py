@@ -36,7 +36,7 @@ _MAKING = {torch.tensor, torch.as_tensor}
 _ON_THE_CPU_ANYWAY = (
     "/torch/utils/data/",  # samplers and collating
     "/torch/optim/",  # step counters of optimizers that are not fused stay on the CPU
-    "genlora_lightning/modules/base.py:transfer_batch_to_device",  # looks only at batches on the CPU
+    "genlora_lightning/modules/base.py:_call_batch_hook",  # looks only at batches on the CPU
 )
 
 

@@ -220,16 +220,20 @@ class GenLoRAModule(LightningModule):
     # -- batches ----------------------------------------------------------------------------------------------------
 
     @override
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Move a batch, and remember of its labels what :meth:`look_at_labels` finds while they are on the CPU."""
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
+        """When a batch is moved, remember of its labels what :meth:`look_at_labels` finds while they are on the CPU."""
+        # Not in `transfer_batch_to_device`: it may be the data module's, and Lightning warns where both might have one.
+        if hook_name != "transfer_batch_to_device":
+            return super()._call_batch_hook(hook_name, *args)
+        batch, device, dataloader_idx = args
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         found = None
         # Under inference mode tensors do not say whether they were changed.
         if isinstance(labels, Tensor) and labels.device.type == "cpu" and not torch.is_inference_mode_enabled():
             found = self.look_at_labels(labels)
-        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        moved = super()._call_batch_hook(hook_name, *args)
         self._known_labels = None
-        if found is not None:
+        if found is not None and isinstance(moved, Mapping) and isinstance(moved.get("labels"), Tensor):
             found = super().transfer_batch_to_device(found, device, dataloader_idx)
             self._known_labels = (moved["labels"], moved["labels"]._version, found)
         return moved

@@ -193,7 +193,7 @@ def test_step_that_knows_where_the_answers_are_has_the_loss_and_gradients_of_one
     results = []
     for known in (False, True):
         if known:
-            batch = module.transfer_batch_to_device(batch, CPU, 0)
+            batch = module._apply_batch_transfer_handler(batch, device=CPU)
         assert (module.known_of(batch["labels"]) is not None) == known
         loss = module.training_step(batch, 0)
         results.append((loss, *torch.autograd.grad(loss, weight)))
@@ -206,7 +206,7 @@ def test_step_that_knows_where_the_answers_are_has_the_loss_and_gradients_of_one
 
 def test_labels_that_are_others_or_were_changed_are_looked_at_again(model_folders: dict[str, str]) -> None:
     module = loaded(model_folders["llama"])
-    batch = module.transfer_batch_to_device(text_batch(ROWS, length=8), CPU, 0)
+    batch = module._apply_batch_transfer_handler(text_batch(ROWS, length=8), device=CPU)
     assert module.known_of(batch["labels"][:3]) is None
     assert module.known_of(batch["labels"].clone()) is None
     batch["labels"][:, 1] = 7  # a callback's doing
@@ -218,7 +218,7 @@ def test_labels_on_a_device_and_batches_of_other_kinds_are_not_looked_at() -> No
     module = CausalLMModule("nowhere")
     on_device = {name: tensor.to("meta") for name, tensor in text_batch(ROWS).items()}
     for batch, device in ((on_device, "meta"), (prompt_batch([[11, 12]]), "cpu"), ([torch.zeros(2)], "cpu")):
-        module.transfer_batch_to_device(text_batch(ROWS), CPU, 0)
+        module._apply_batch_transfer_handler(text_batch(ROWS), device=CPU)
         assert module._known_labels is not None
-        module.transfer_batch_to_device(batch, torch.device(device), 0)
+        module._apply_batch_transfer_handler(batch, device=torch.device(device))
         assert module._known_labels is None

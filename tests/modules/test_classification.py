@@ -210,14 +210,14 @@ def test_labels_are_checked_on_the_cpu_or_else_in_the_step(model_folders: dict[s
     module.configure_model()
     good, bad = labelled([([10, 11], 0), ([12], 2)]), labelled([([10, 11], -1), ([12], 0)])
     unseen = module.eval().training_step(good, 0)
-    moved = module.transfer_batch_to_device(good, torch.device("cpu"), 0)
+    moved = module._apply_batch_transfer_handler(good, device=torch.device("cpu"))
     assert module.known_of(moved["labels"])
     assert torch.equal(module.training_step(moved, 0), unseen)
     moved["labels"][0] = 3
     with pytest.raises(ValueError, match="labels from 2 to 3, but the module has 3 classes"):
         module.training_step(moved, 0)
     with pytest.raises(ValueError, match="labels from -1 to 0, but the module has 3 classes"):
-        module.training_step(module.transfer_batch_to_device(bad, torch.device("cpu"), 0), 0)
+        module.training_step(module._apply_batch_transfer_handler(bad, device=torch.device("cpu")), 0)
 
 
 @pytest.mark.parametrize(
