@@ -9,7 +9,6 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -29,11 +28,13 @@ from genlora_lightning.checks import (
     set_train_mode,
 )
 from genlora_lightning.coverage import CoverageReport
+from genlora_lightning.finite import FiniteWatch
 from genlora_lightning.generation import cached_factors
 from genlora_lightning.injection import adapter_layers, inject_adapters
 from genlora_lightning.kinds import read_config
-from genlora_lightning.pieces import local_part, plain_name, whole_like
+from genlora_lightning.pieces import whole_like
 from genlora_lightning.ranks import AdapterSharding, Ranks, describe_timeout
+from genlora_lightning.reading import ReadingTimes
 from genlora_lightning.resume import (
     Resume,
     keep_base_out_of_files,
@@ -78,8 +79,11 @@ class GenLoRAFinetuning(Callback):
         save_adapter: Whether to save the folder. Checkpoints are Lightning's matter and not concerned.
         train_mode: Whether to set the module to train mode when fitting starts (``from_pretrained`` returns models in
             evaluation mode, in which their dropout does nothing).
-        check_finite_every_n_steps: How often gradients are checked to be finite, in optimizer steps; 0: never. The
-            check waits for the device; raise the number if a GPU's step is very short.
+        check_finite_every_n_steps: How often gradients are checked to be finite, in optimizer steps; 0: never. A step
+            whose gradient is not finite is not made. On a GPU torch's fused Adam, AdamW and SGD (the modules' choice)
+            leave it out by themselves, and all steps after it: the run stops at the next of the steps after which the
+            trainer logs (``log_every_n_steps``), before a validation or a checkpoint, or at the end, with the last good
+            weights. Elsewhere the run stops at once; with another optimizer on a GPU each check waits for the device.
         adapter_sharding: Where the base is sharded (FSDP1, FSDP2): ``"replicate"`` keeps the adapters whole on each
             rank and averages their gradients in one message per optimizer step; ``"shard"`` shards them, too. Modules
             trained in full are treated as the adapters are.
@@ -126,6 +130,8 @@ class GenLoRAFinetuning(Callback):
         self._folder: Path | None = None
         self._saved_after_error = False
         self._gradient_watch = GradientWatch()
+        self._finite: FiniteWatch | None = None
+        self._times: ReadingTimes | None = None
         self._last_loss: Tensor | None = None
         self._resume: Resume | None = None
         self._ranks: Ranks | None = None
@@ -173,6 +179,7 @@ class GenLoRAFinetuning(Callback):
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             # Here and not in the callback's own hook, which Lightning skips with `save_weights_only=True`.
+            self._stop_if_not_finite(trainer, pl_module)
             original_save(checkpoint)
             write_content(trainer, pl_module, checkpoint)
 
@@ -229,6 +236,7 @@ class GenLoRAFinetuning(Callback):
             )
         rank_zero_info(self.report.summary())
         self._gradient_watch = GradientWatch()
+        self._finite = FiniteWatch(trainer.strategy.root_device, self._of_run.set_on_any_rank)
         self._saved_after_error = False
         self._last_loss = None
         # The trainer's log directory is agreed between the ranks, so that each of them must ask here.
@@ -251,6 +259,7 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_not_finite(trainer, pl_module)
         if self._untrained and trainer.state.fn != "fit":
             rank_zero_warn(
                 f"The adapters of this {type(pl_module).__name__} are new and untrained, and no `ckpt_path` is given: "
@@ -281,6 +290,10 @@ class GenLoRAFinetuning(Callback):
     # -- while training ---------------------------------------------------------------------------------------------
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._times = ReadingTimes(trainer)  # not earlier: a resumed run has its steps by now
+
+    @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self._steps is not None:
             self._steps.before_batch()
@@ -309,36 +322,41 @@ class GenLoRAFinetuning(Callback):
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         every = self.check_finite_every_n_steps
         if every and not scaled and trainer.global_step % every == 0:
-            self._check_finite(trainer, pl_module, optimizer)
+            assert self._finite is not None
+            place = {
+                "step": trainer.global_step + 1,
+                "epoch": trainer.current_epoch,
+                "batch": trainer.fit_loop.batch_idx,
+            }
+            if self._finite.check(optimizer, self._last_loss, **place):
+                self._stop_if_not_finite(trainer, pl_module)
 
-    def _check_finite(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        held = (p for group in optimizer.param_groups for p in group["params"])
-        gradients = [local_part(p.grad) for p in held if p.grad is not None]
-        finite = not gradients or bool(torch.stack(torch._foreach_norm(gradients)).sum().isfinite())
+    def _stop_if_not_finite(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what the checks of the gradients have found; waits for the device. All ranks come here together."""
+        found = self._finite.read(pl_module) if self._finite is not None else None
         # Gradients and not only the loss: after the reduction they are the same on all ranks, so that all ranks stop.
-        if not any(self._of_run.any_rank([not finite])):
+        if found is None:
             return
-        names = [
-            plain_name(name)
-            for name, p in pl_module.named_parameters()
-            if p.grad is not None and not local_part(p.grad).isfinite().all()
-        ]
-        first = f" ({names[0]} first)" if names else ""  # others see it if this rank has pieces of the gradients
+        first = f" ({found.names[0]} first)" if found.names else ""  # others see it if this rank has pieces
         # Not its value: a module may scale what it returns.
-        loss = "unknown" if self._last_loss is None else "finite" if self._last_loss.isfinite().all() else "not finite"
-        saved = self._save_after_error(trainer, pl_module, on_all_ranks=True)
+        loss = {None: "unknown", True: "finite", False: "not finite"}[found.loss_was_finite]
+        later = "" if found.step > trainer.global_step else f", nor any after it until step {trainer.global_step}"
+        saved = self._save_after_error(trainer, pl_module, step=found.step - 1, on_all_ranks=True)
         trainer.strategy.barrier()  # the first rank that raises has the others killed, rank 0 in the middle of saving
         raise NonFiniteGradientError(
-            f"The gradient is NaN or infinite at optimizer step {trainer.global_step + 1}, epoch "
-            f"{trainer.current_epoch}, batch {trainer.fit_loop.batch_idx}, in {len(names)} tensors{first}; "
-            f"the last loss was {loss}. The step was not made: the weights are those before it. {saved} Lower the "
-            "learning rate, set `gradient_clip_val`, or look at that batch."
+            f"The gradient is NaN or infinite at optimizer step {found.step}, epoch {found.epoch}, batch "
+            f"{found.batch}, in {len(found.names)} tensors{first}; the last loss was {loss}. The step was not "
+            f"made{later}: the weights are those before it. {saved} Lower the learning rate, set `gradient_clip_val`, "
+            "or look at that batch."
         )
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert self._times is not None
+        if self._times.due():
+            self._stop_if_not_finite(trainer, pl_module)
         every = self.check_ranks_every_n_steps
         if every and trainer.global_step % every == 0:
             self._of_run.compare(pl_module, f"After step {trainer.global_step}")
@@ -350,6 +368,7 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_not_finite(trainer, pl_module)
         self._of_run.compare(pl_module, f"At the end, after step {trainer.global_step},")
 
     @override
@@ -360,11 +379,11 @@ class GenLoRAFinetuning(Callback):
         if not trainer.is_global_zero:
             return
         try:
-            folder = write_adapter(content, self._folder, training=_facts(trainer))
+            folder = write_adapter(content, self._folder, training=_facts(trainer, trainer.global_step))
         except OSError as error:
             # Hours of training must not end in a full disk: any other place is better than none.
             rank_zero_warn(str(error))
-            folder = write_adapter(content, _spare_folder(), training=_facts(trainer))
+            folder = write_adapter(content, _spare_folder(), training=_facts(trainer, trainer.global_step))
         rank_zero_info(f"The adapter is saved in {folder}.")
 
     @override
@@ -373,21 +392,40 @@ class GenLoRAFinetuning(Callback):
         if hint is not None:
             print(hint, file=sys.stderr, flush=True)  # from whichever rank it is
         if self._folder is not None and trainer.state.fn == "fit" and not self._saved_after_error:
-            saved = self._save_after_error(trainer, pl_module)
-            rank_zero_info(f"Stopped at step {trainer.global_step}. {saved}")
+            step = self._last_good_step(trainer, pl_module)
+            saved = self._save_after_error(trainer, pl_module, step=step)
+            rank_zero_info(f"Stopped at step {step}. {saved}")
         self._cache.close()
         if self._steps is not None:  # a checkpoint may yet be written
             with suppress(RuntimeError):  # must not hide the error that is being handled
                 self._steps.end()
+        self._end_watch()
         self._unwrap(pl_module)
         release_loaders(trainer)
 
-    def _save_after_error(self, trainer: Trainer, pl_module: LightningModule, *, on_all_ranks: bool = False) -> str:
+    def _last_good_step(self, trainer: Trainer, pl_module: LightningModule) -> int:
+        """How many steps the weights are of, where the last ones may have been left out and nobody knows it yet."""
+        found = None
+        with suppress(RuntimeError):  # a device that fails must not hide the error that is being handled
+            found = self._finite.read(pl_module) if self._finite is not None else None
+        if found is None:
+            return trainer.global_step
+        rank_zero_warn(f"The gradient was NaN or infinite at step {found.step}; it and those after it were not made.")
+        return found.step - 1
+
+    def _end_watch(self) -> None:
+        if self._finite is not None:
+            self._finite.end()
+            self._finite = None
+
+    def _save_after_error(
+        self, trainer: Trainer, pl_module: LightningModule, *, step: int, on_all_ranks: bool = False
+    ) -> str:
         """Save what there is, without hiding the error that is being handled; returns a sentence on what was done."""
         self._saved_after_error = True
         if self._folder is None:
             return "No adapter was saved (`save_adapter` is off)."
-        if trainer.global_step == 0:
+        if step == 0:
             return "No step had been made, so there is no adapter to save."
         if self._of_run.inside and not on_all_ranks:
             return "The adapter lies in pieces on several ranks and was not saved; go on from the last checkpoint."
@@ -400,16 +438,17 @@ class GenLoRAFinetuning(Callback):
         problems = []
         for place in (folder, _spare_folder()):
             try:
-                write_adapter(content, place, training=_facts(trainer))
+                write_adapter(content, place, training=_facts(trainer, step))
             except (OSError, ValueError) as error:
                 problems.append(str(error))
             else:
-                return f"The adapter after {trainer.global_step} steps is saved in {place}."
+                return f"The adapter after {step} steps is saved in {place}."
         return f"The adapter could not be saved: {' '.join(problems)}"
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._cache.close()
+        self._end_watch()
         self._unwrap(pl_module)
         release_loaders(trainer)
 
@@ -432,10 +471,10 @@ def _spare_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="genlora-adapter-"))
 
 
-def _facts(trainer: Trainer) -> dict[str, Any]:
+def _facts(trainer: Trainer, step: int) -> dict[str, Any]:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     return {
-        "global_step": trainer.global_step,
+        "global_step": step,
         "epoch": trainer.current_epoch,
         "metrics": {name: value for name, value in metrics.items() if value == value and abs(value) != float("inf")},
     }

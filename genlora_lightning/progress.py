@@ -14,11 +14,21 @@ from typing_extensions import override
 
 from genlora_lightning.throughput import RATE
 
+_LOSS = "train_loss"
+_SECONDS_BETWEEN_READINGS = 1.0
+
 
 class TerminalProgressBar(TQDMProgressBar):
-    """Lightning's bar, with whole tokens per second and the time left until the end of the fit, not of the epoch."""
+    """Lightning's bar, with whole tokens per second and the time left until the end of the fit, not of the epoch.
 
+    While training it reads the metrics, for which Python waits for the device, once a second at most.
+    """
+
+    reads_when_shown = True
     _estimate: _Estimate | None = None
+    _read: dict[str, Any] | None = None
+    _read_at = 0.0
+    _may_read = True
 
     @override
     def on_train_start(self, *args: Any) -> None:
@@ -26,8 +36,16 @@ class TerminalProgressBar(TQDMProgressBar):
         self._estimate = _Estimate(self.trainer)
 
     @override
+    def on_train_batch_end(self, *args: Any) -> None:
+        self._may_read = time.monotonic() - self._read_at >= _SECONDS_BETWEEN_READINGS
+        super().on_train_batch_end(*args)
+        self._may_read = True
+
+    @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-        metrics: dict[str, Any] = dict(trainer.progress_bar_metrics)
+        if self._read is None or self._may_read:
+            self._read, self._read_at = _shown_metrics(trainer), time.monotonic()
+        metrics: dict[str, Any] = dict(self._read)
         rate = metrics.pop(RATE, None)
         if rate is not None:
             metrics["tokens/s"] = f"{rate:.0f}"
@@ -41,11 +59,14 @@ class LineProgressBar(ProgressBar):
 
     Args:
         every_seconds: A line is printed at least after so many seconds.
-        every_fraction: While training, a line is printed for each such share of all steps.
+        every_fraction: While training, a line is printed for each such share of all steps. Only then are the metrics
+            read, for which Python waits for the device.
 
     Raises:
         ValueError: ``every_seconds`` or ``every_fraction`` is not greater than 0.
     """
+
+    reads_when_shown = True
 
     def __init__(self, every_seconds: float = 30.0, every_fraction: float = 0.1) -> None:
         super().__init__()
@@ -99,7 +120,7 @@ class LineProgressBar(ProgressBar):
         assert self._estimate is not None
         self._printed_step = trainer.global_step
         estimate = self._estimate
-        metrics = {k: v for k, v in trainer.progress_bar_metrics.items() if k not in self._validation_names}
+        metrics = {k: v for k, v in _shown_metrics(trainer).items() if k not in self._validation_names}
         rate = metrics.pop(RATE, None)
         epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
         total = "" if estimate.total_steps == float("inf") else f"/{estimate.total_steps} ({estimate.fraction():.0%})"
@@ -226,6 +247,12 @@ class _Estimate:
         seconds = self.elapsed_seconds() * left / done if done else float("inf")
         limits = [timer.time_remaining() for timer in self._trainer.callbacks if isinstance(timer, Timer)]  # type: ignore[attr-defined]
         return min([seconds, *(limit for limit in limits if limit is not None)])
+
+
+def _shown_metrics(trainer: Trainer) -> dict[str, Any]:
+    """The metrics that the module wants on a bar, and those that are left for a bar to read when it shows them."""
+    logged = trainer.callback_metrics
+    return {**{name: float(logged[name]) for name in (_LOSS, RATE) if name in logged}, **trainer.progress_bar_metrics}
 
 
 def _format_metrics(metrics: Mapping[str, Any]) -> list[str]:

@@ -144,6 +144,11 @@ class Ranks:
         """For each flag whether it is set on any rank, where each sees its own pieces only; collective there."""
         return any_rank(flags, self.trainer.strategy.root_device) if self.inside else flags
 
+    def set_on_any_rank(self, flag: Tensor) -> None:
+        """:meth:`any_rank` for one flag on the device, in place and without reading it; collective."""
+        if self.inside:
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+
     def compare(self, module: LightningModule, when: str) -> None:
         """Compare the trained parameters between the ranks, in every bit; sharded pieces have nothing to compare with.
 

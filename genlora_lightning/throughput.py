@@ -13,6 +13,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from genlora_lightning.reading import ReadingTimes, is_for_bar
+
 RATE = "tokens_per_second"
 
 
@@ -23,13 +25,16 @@ class TokensPerSecond(Callback):
     and asks for a count of operations; it is the one to use for those.
 
     The rate over the last ``window`` batches is logged as ``tokens_per_second``, that of the whole fit, at its end, as
-    ``fit_tokens_per_second``. With several processes it is the sum over those that read different data, brought
-    together every ``log_every_n_steps`` batches. A batch's tokens are ``pl_module.count_tokens(batch)`` if the module
-    has that method; else the sum of the batch's ``attention_mask``, or the size of its ``input_ids``. A batch with
-    neither counts as none, and with no tokens nothing is logged.
+    ``fit_tokens_per_second``. With several processes it is the sum over those that read different data. A batch's
+    tokens are ``pl_module.count_tokens(batch)`` if the module has that method; else the sum of the batch's
+    ``attention_mask``, or the size of its ``input_ids``. A batch with neither counts as none, and with no tokens
+    nothing is logged.
+
+    Counts that are tensors stay on the device and are read every ``log_every_n_steps`` optimizer steps, when processes
+    are brought together, too; the rate is then that of as many batches at least.
 
     Args:
-        window: Batches over which the logged rate is taken; more are smoother.
+        window: Least number of batches over which the logged rate is taken; more are smoother.
 
     Attributes:
         tokens: Tokens trained on in the latest fit, over all processes.
@@ -48,7 +53,10 @@ class TokensPerSecond(Callback):
         self._seconds = 0.0
         self._running_since: float | None = None
         self._validation_interrupted = False
-        self._history: deque[tuple[int, float]] = deque(maxlen=window + 1)
+        self._window = window
+        self._batches = 0
+        self._times: ReadingTimes | None = None
+        self._history: deque[tuple[int, int, float]] = deque()  # batches, tokens, seconds
 
     @property
     def seconds(self) -> float:
@@ -63,9 +71,10 @@ class TokensPerSecond(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.tokens, self._counted, self._seconds = 0, 0, 0.0
+        self.tokens, self._counted, self._seconds, self._batches = 0, 0, 0.0, 0
+        self._times = ReadingTimes(trainer)
         self._history.clear()
-        self._history.append((0, 0.0))
+        self._history.append((0, 0, 0.0))
         save = trainer.save_checkpoint
 
         def save_with_the_clock_stopped(*args: Any, **kwargs: Any) -> None:
@@ -81,14 +90,19 @@ class TokensPerSecond(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._counted = self._counted + _tokens_in(pl_module, batch)
-        every = 1 if trainer.world_size == 1 else max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        if (batch_idx + 1) % every:
+        self._batches += 1
+        assert self._times is not None
+        costs_nothing = trainer.world_size == 1 and not isinstance(self._counted, Tensor)
+        if not (self._times.due() or costs_nothing):
             return
         self._add_up(trainer)
-        self._history.append((self.tokens, self.seconds))
-        (tokens, seconds), (tokens_now, seconds_now) = self._history[0], self._history[-1]
+        self._history.append((self._batches, self.tokens, self.seconds))
+        while self._batches - self._history[1][0] >= self._window:
+            self._history.popleft()
+        (_, tokens, seconds), (_, tokens_now, seconds_now) = self._history[0], self._history[-1]
         if self.tokens and seconds_now > seconds and not trainer.barebones:
-            pl_module.log(RATE, (tokens_now - tokens) / (seconds_now - seconds), prog_bar=True, on_epoch=False)
+            rate = torch.tensor((tokens_now - tokens) / (seconds_now - seconds))  # on the CPU, where it is read
+            pl_module.log(RATE, rate, prog_bar=is_for_bar(trainer), on_epoch=False)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,7 +151,7 @@ class TokensPerSecond(Callback):
                 self._start()
 
     def _add_up(self, trainer: Trainer) -> None:
-        self.tokens = int(self._counted)
+        self.tokens = int(self._counted)  # a tensor waits here for all that was queued before, training included
         if trainer.world_size > 1:
             strategy = trainer.strategy
             replicas = getattr(strategy, "distributed_sampler_kwargs", {}).get("num_replicas", trainer.world_size)

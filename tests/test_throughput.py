@@ -83,11 +83,11 @@ def fit(model: LightningModule, *callbacks: Callback, root: Path, **settings: An
 )
 def test_tokens_of_every_training_batch_are_counted(tmp_path: Path, model: TokenModel, tokens_per_epoch: int) -> None:
     counter = TokensPerSecond()
-    trainer = fit(model, counter, root=tmp_path)
+    trainer = fit(model, counter, root=tmp_path, log_every_n_steps=2)
     assert counter.tokens == 2 * tokens_per_epoch
     assert counter.seconds > 0
     assert counter.tokens_per_second == pytest.approx(counter.tokens / counter.seconds)
-    assert ("tokens_per_second" in trainer.progress_bar_metrics) == (tokens_per_epoch > 0)
+    assert ("tokens_per_second" in trainer.callback_metrics) == (tokens_per_epoch > 0)
 
 
 def test_rate_of_the_whole_fit_is_logged_at_its_end(tmp_path: Path) -> None:
@@ -157,6 +157,34 @@ def test_tokens_are_summed_over_processes(tmp_path: Path) -> None:
     settings = {"strategy": "ddp_fork", "devices": 2, "max_epochs": 1, "use_distributed_sampler": False}
     fit(TokenModel(), TokensPerSecond(), WriteTotals(), root=tmp_path, **settings)
     assert [(tmp_path / f"tokens.{rank}").read_text() for rank in (0, 1)] == ["68", "68"]
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    # 80 s of 8 batches with 10, 9, 8, 7 tokens in each epoch, read after 2, 4, 6 and 8 of them.
+    [(1, [19 / 20, 15 / 20, 19 / 20, 15 / 20]), (3, [19 / 20, 34 / 40, 34 / 40, 34 / 40]), (9, [19, 34, 53, 68])],
+)
+def test_counts_on_the_device_are_read_where_the_trainer_logs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, window: int, expected: list[float]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("genlora_lightning.throughput.time.perf_counter", lambda: clock[0])
+    rates: list[tuple[int, float]] = []
+
+    class Clock(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock[0] += 10.0
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if "tokens_per_second" in trainer.callback_metrics:
+                rates.append((trainer.global_step, float(trainer.callback_metrics["tokens_per_second"])))
+
+    fit(TokenModel(), TokensPerSecond(window), Clock(), root=tmp_path, log_every_n_steps=2, limit_val_batches=0)
+    if window == 9:
+        expected = [tokens / (20.0 * number) for number, tokens in enumerate(expected, start=1)]
+    read = dict(rates)
+    assert [read[step] for step in (2, 4, 6, 8)] == pytest.approx(expected)
+    assert read[3] == read[2]
 
 
 def test_window_below_one_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -17,6 +18,7 @@ from genlora_lightning.kinds import read_config
 from genlora_lightning.loading import load_module
 from genlora_lightning.modules.pretrained import load_pretrained, load_tokenizer
 from genlora_lightning.optim import OptimizerConfig, build_optimizer, build_scheduler
+from genlora_lightning.reading import is_for_bar
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -104,6 +106,7 @@ class GenLoRAModule(LightningModule):
         self._own_callback: GenLoRAFinetuning | None = None
         self._window_loss: Tensor | None = None
         self._window_count: Tensor | None = None
+        self._known_labels: tuple[Tensor, int, Any] | None = None  # of the batch that was moved last
 
         # First everything, subclasses' arguments included, as Lightning collects it; then dictionaries in place of
         # dataclasses, which torch refuses to load from a checkpoint under its safe default.
@@ -218,11 +221,47 @@ class GenLoRAModule(LightningModule):
         scheduler = build_scheduler(optimizer, config, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    # -- batches ----------------------------------------------------------------------------------------------------
+
+    @override
+    def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
+        """When a batch is moved, remember of its labels what :meth:`look_at_labels` finds while they are on the CPU."""
+        # Not in `transfer_batch_to_device`: it may be the data module's, and Lightning warns where both might have one.
+        if hook_name != "transfer_batch_to_device":
+            return super()._call_batch_hook(hook_name, *args)
+        batch, device, dataloader_idx = args
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        found = None
+        # Under inference mode tensors do not say whether they were changed.
+        if isinstance(labels, Tensor) and labels.device.type == "cpu" and not torch.is_inference_mode_enabled():
+            found = self.look_at_labels(labels)
+        moved = super()._call_batch_hook(hook_name, *args)
+        self._known_labels = None
+        if found is not None and isinstance(moved, Mapping) and isinstance(moved.get("labels"), Tensor):
+            found = super().transfer_batch_to_device(found, device, dataloader_idx)
+            self._known_labels = (moved["labels"], moved["labels"]._version, found)
+        return moved
+
+    def look_at_labels(self, labels: Tensor) -> Any:
+        """Find out about labels on the CPU what the step would have to ask the device for; ``None`` for nothing.
+
+        A step finds it with :meth:`known_of`.
+        """
+        return None
+
+    def known_of(self, labels: Tensor) -> Any:
+        """What :meth:`look_at_labels` has found of these labels; ``None`` if they are others, or were changed since."""
+        if self._known_labels is None:
+            return None
+        known, version, found = self._known_labels
+        return found if labels is known and not labels.is_inference() and labels._version == version else None
+
     # -- losses -----------------------------------------------------------------------------------------------------
 
-    def count_tokens(self, batch: dict[str, Any]) -> int:
-        """Tokens of a batch that are not padding."""
-        return int(batch["attention_mask"].sum())
+    def count_tokens(self, batch: dict[str, Any]) -> Tensor:
+        """Tokens of a batch that are not padding; a scalar that stays where the batch is."""
+        mask: Tensor = batch["attention_mask"]
+        return mask.sum()
 
     def training_loss(self, loss_sum: Tensor, count: Tensor) -> Tensor:
         """What a training step returns, so that each token counts the same; logs ``train_loss``.
@@ -240,7 +279,7 @@ class GenLoRAModule(LightningModule):
             return loss_sum / count
         self._window_loss = loss_sum.detach() + (0 if self._window_loss is None else self._window_loss)
         self._window_count = count + (0 if self._window_count is None else self._window_count)
-        self.log("train_loss", self._window_loss / self._window_count, prog_bar=True, batch_size=1)
+        self.log("train_loss", self._window_loss / self._window_count, prog_bar=is_for_bar(trainer), batch_size=1)
         return loss_sum / (_LOSS_UNIT if _is_divided(trainer) else count)
 
     def window_state(self) -> dict[str, Tensor]:
@@ -264,7 +303,9 @@ class GenLoRAModule(LightningModule):
         self._window_loss = self._window_count = None
         if count is None or not _is_divided(self.trainer):
             return
-        total = self.trainer.strategy.reduce(count.float(), reduce_op="sum")
+        total = count.float()
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(total)  # the strategy's `reduce` has a barrier, which waits for the device
         # Lightning has divided each loss by the window's nominal length (also in a shorter one at an epoch's end), and
         # the strategy the sum of the ranks' gradients by their number.
         scale = _LOSS_UNIT * self.trainer.accumulate_grad_batches * self.trainer.world_size / total

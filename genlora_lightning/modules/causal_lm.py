@@ -101,6 +101,22 @@ class CausalLMModule(GenLoRAModule):
         loaded: nn.Module = model
         return loaded
 
+    @override
+    def look_at_labels(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Find where the answers are.
+
+        Args:
+            labels: Shape (examples, tokens).
+
+        Returns:
+            The positions (positions) that :meth:`answer_logits` computes, and the places of answer tokens (tokens)
+            in its flattened labels.
+        """
+        positions = _answer_positions(labels)
+        found = positions, _answer_tokens(labels[:, 1:][:, positions])
+        # The copy of what is not pinned would wait.
+        return (found[0].pin_memory(), found[1].pin_memory()) if labels.is_pinned() else found
+
     def answer_logits(self, batch: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Compute the logits from which answer tokens are predicted, and only these.
 
@@ -115,7 +131,8 @@ class CausalLMModule(GenLoRAModule):
             ValueError: No label is an answer token.
         """
         labels = batch["labels"][:, 1:]  # the logits at t predict the token at t + 1
-        positions = (labels != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
+        known = self.known_of(batch["labels"])
+        positions: Tensor = _answer_positions(batch["labels"]) if known is None else known[0]
         if positions.numel() == 0:
             raise ValueError(
                 f"This batch of {len(labels)} examples has no answer token: all its labels are {IGNORED_LABEL}. The "
@@ -129,12 +146,19 @@ class CausalLMModule(GenLoRAModule):
             logits = model(**inputs, logits_to_keep=positions).logits
         else:
             logits = model(**inputs).logits[:, positions]
-        return logits, labels[:, positions]
+        return logits, labels.index_select(1, positions)
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         logits, labels = self.answer_logits(batch)
-        return self.training_loss(_summed_loss(logits, labels), (labels != IGNORED_LABEL).sum())
+        return self.training_loss(self._summed_loss(logits, labels, batch), (labels != IGNORED_LABEL).sum())
+
+    def _summed_loss(self, logits: Tensor, labels: Tensor, batch: dict[str, Any]) -> Tensor:
+        """Sum of the cross entropies of the answer tokens, in float32, from what :meth:`answer_logits` returns."""
+        known = self.known_of(batch["labels"])
+        tokens = _answer_tokens(labels) if known is None else known[1]
+        chosen = logits.flatten(0, 1).index_select(0, tokens)
+        return F.cross_entropy(chosen.float(), labels.flatten().index_select(0, tokens), reduction="sum")
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -150,7 +174,7 @@ class CausalLMModule(GenLoRAModule):
         has_answer = answer.any(dim=1)
         correct = (logits.argmax(dim=-1) == labels) & answer
         whole = (correct | ~answer).all(dim=1) & has_answer
-        loss, tokens = _summed_loss(logits, labels), answer.sum()
+        loss, tokens = self._summed_loss(logits, labels, batch), answer.sum()
         sums = {
             "loss": (loss, tokens),
             "perplexity": (loss, tokens),
@@ -203,7 +227,11 @@ def _special_tokens(model: Any, tokenizer: Any) -> dict[str, Any]:
     return {"eos_token_id": sorted(ends) or None, "pad_token_id": pad}
 
 
-def _summed_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross entropies of the answer tokens, in float32."""
-    answer = labels != IGNORED_LABEL
-    return F.cross_entropy(logits[answer].float(), labels[answer], reduction="sum")
+def _answer_positions(labels: Tensor) -> Tensor:
+    """Positions (positions) whose logits predict an answer token of at least one example."""
+    return (labels[:, 1:] != IGNORED_LABEL).any(dim=0).nonzero().squeeze(1)
+
+
+def _answer_tokens(labels: Tensor) -> Tensor:
+    """Places (tokens) of the answer tokens in flattened labels."""
+    return (labels != IGNORED_LABEL).flatten().nonzero().squeeze(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal
 
-import torch
 import torchmetrics
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -169,10 +168,15 @@ class SequenceClassificationModule(GenLoRAModule):
         return logits
 
     @override
+    def look_at_labels(self, labels: Tensor) -> bool:
+        """Whether the labels are classes; if not, the step says so."""
+        return self._are_classes(labels)
+
+    @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         labels = self._checked_labels(batch)
         loss = F.cross_entropy(self.class_logits(batch), labels, reduction="sum")
-        return self.training_loss(loss, torch.tensor(len(labels), device=labels.device))
+        return self.training_loss(loss, labels.new_full((), len(labels)))
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -185,13 +189,16 @@ class SequenceClassificationModule(GenLoRAModule):
     def _checked_labels(self, batch: dict[str, Any]) -> Tensor:
         # Out of range they would be an assertion on a GPU that no Python code can explain any more.
         labels: Tensor = batch["labels"]
-        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_labels:
+        if not self.known_of(labels) and not self._are_classes(labels):
             raise ValueError(
                 f"The batch has labels from {int(labels.min())} to {int(labels.max())}, but the module has "
                 f"{self.num_labels} classes (0 to {self.num_labels - 1}). Set `num_labels` or `label_names` to fit the "
                 "data."
             )
         return labels
+
+    def _are_classes(self, labels: Tensor) -> bool:
+        return not labels.numel() or 0 <= int(labels.min()) <= int(labels.max()) < self.num_labels
 
     def _evaluate(self, batch: dict[str, Any], split: Literal["val", "test"], metrics: nn.ModuleDict) -> None:
         labels = self._checked_labels(batch)

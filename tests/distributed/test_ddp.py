@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from genlora_lightning import CausalLMModule, GenLoRAFinetuning, OptimizerConfig, load_adapter
+from genlora_lightning import CausalLMModule, GenLoRAFinetuning, OptimizerConfig, finite, load_adapter
 from genlora_lightning.state import adapter_state_dict
 from tests.conftest import small_config
 from tests.models import tiny_llama
@@ -203,7 +203,14 @@ def test_causal_lm_weighs_tokens_equally_over_ranks_and_micro_batches(tmp_path, 
         torch.testing.assert_close(first[name], tensor, rtol=0, atol=5e-5)  # AdamW enlarges the last bits
 
 
-def test_nan_on_one_rank_stops_both_and_keeps_the_adapter(tmp_path):
+@pytest.mark.parametrize("left_out_by_the_device", [False, True])
+def test_nan_on_one_rank_stops_both_and_keeps_the_adapter(tmp_path, monkeypatch, left_out_by_the_device):
+    class Fused(PlainMLP):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01, fused=True)
+
+    monkeypatch.setattr(finite, "waits_to_read", lambda tensor: left_out_by_the_device)
+
     class Spoil(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if batch_idx == 2 and trainer.global_rank == 1:
@@ -211,7 +218,7 @@ def test_nan_on_one_rank_stops_both_and_keeps_the_adapter(tmp_path):
 
     config = small_config(exclude_modules=["4"])
     with pytest.raises(Exception, match="NaN or infinite at optimizer step 3"):
-        ddp(tmp_path, GenLoRAFinetuning(config), Spoil()).fit(PlainMLP(), mlp_loader())
+        ddp(tmp_path, GenLoRAFinetuning(config), Spoil(), max_epochs=2).fit(Fused(), mlp_loader())
     saved = PlainMLP()
     load_adapter(saved, tmp_path / "adapter-interrupted")
     assert all(t.isfinite().all() for t in adapter_state_dict(saved).values())

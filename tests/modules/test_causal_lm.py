@@ -178,3 +178,47 @@ def test_adapters_that_changed_something_change_the_metrics(
     fresh = make_trainer().validate(module, data, verbose=False)[0]["val_loss"]
     perturb(module.model)
     assert make_trainer().validate(module, data, verbose=False)[0]["val_loss"] != pytest.approx(fresh)
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_step_that_knows_where_the_answers_are_has_the_loss_and_gradients_of_one_that_asks(
+    model_folders: dict[str, str], name: str
+) -> None:
+    module, batch = learnt_module(model_folders[name]), text_batch(ROWS, length=8)
+    module.configure_model()
+    weight = next(module.eval().model.parameters())
+    results = []
+    for known in (False, True):
+        if known:
+            batch = module._apply_batch_transfer_handler(batch, device=CPU)
+        assert (module.known_of(batch["labels"]) is not None) == known
+        loss = module.training_step(batch, 0)
+        results.append((loss, *torch.autograd.grad(loss, weight)))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    # As the mean over the answers' tokens of all logits, without any choice of positions.
+    logits = module(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten())
+    torch.testing.assert_close(results[1][0], expected)
+
+
+def test_labels_that_are_others_or_were_changed_are_looked_at_again(model_folders: dict[str, str]) -> None:
+    module = loaded(model_folders["llama"])
+    batch = module._apply_batch_transfer_handler(text_batch(ROWS, length=8), device=CPU)
+    assert module.known_of(batch["labels"][:3]) is None
+    assert module.known_of(batch["labels"].clone()) is None
+    batch["labels"][:, 1] = 7  # a callback's doing
+    assert module.known_of(batch["labels"]) is None
+    assert module.answer_logits(batch)[0].shape == (6, 4, 64)
+
+
+def test_labels_on_a_device_and_batches_of_other_kinds_are_not_looked_at() -> None:
+    module = CausalLMModule("nowhere")
+    on_device = {name: tensor.to("meta") for name, tensor in text_batch(ROWS).items()}
+    for batch, device in ((on_device, "meta"), (prompt_batch([[11, 12]]), "cpu"), ([torch.zeros(2)], "cpu")):
+        module._apply_batch_transfer_handler(text_batch(ROWS), device=CPU)
+        assert module._known_labels is not None
+        module._apply_batch_transfer_handler(batch, device=torch.device(device))
+        assert module._known_labels is None

@@ -205,6 +205,21 @@ def test_label_outside_the_classes_is_an_error(
         getattr(make_trainer(max_steps=1), stage)(classifier(model_folders["bert"]), loader([batch]))
 
 
+def test_labels_are_checked_on_the_cpu_or_else_in_the_step(model_folders: dict[str, str]) -> None:
+    module = classifier(model_folders["bert"])
+    module.configure_model()
+    good, bad = labelled([([10, 11], 0), ([12], 2)]), labelled([([10, 11], -1), ([12], 0)])
+    unseen = module.eval().training_step(good, 0)
+    moved = module._apply_batch_transfer_handler(good, device=torch.device("cpu"))
+    assert module.known_of(moved["labels"])
+    assert torch.equal(module.training_step(moved, 0), unseen)
+    moved["labels"][0] = 3
+    with pytest.raises(ValueError, match="labels from 2 to 3, but the module has 3 classes"):
+        module.training_step(moved, 0)
+    with pytest.raises(ValueError, match="labels from -1 to 0, but the module has 3 classes"):
+        module.training_step(module._apply_batch_transfer_handler(bad, device=torch.device("cpu")), 0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
