@@ -132,8 +132,8 @@ class AdapterDescription:
         return "\n".join(
             [
                 text_table(header, rows, left=2),
-                f"{read_config(self.config).title} adapter for {self.base}, written {self.created}: {self.parameters:,} values "
-                f"in {self.num_bytes:,} bytes; {len(self.layers)} linears, mean effective rank {mean:.2f} of "
+                f"{read_config(self.config).title} adapter for {self.base}, written {self.created}: "
+                f"{self.parameters:,} values in {self.num_bytes:,} bytes; {len(self.layers)} linears, mean effective rank {mean:.2f} of "
                 f"{self.config['rank']}.",
             ]
         )
