@@ -16,7 +16,14 @@ from torch.optim import Optimizer
 
 from genlora_lightning.base_identity import base_model_name
 from genlora_lightning.injection import adapter_config, adapter_layers, require_adapters
-from genlora_lightning.pieces import plain_name, plain_parameters, state_names, trained_tensors, whole_like
+from genlora_lightning.pieces import (
+    plain_name,
+    plain_parameters,
+    state_names,
+    tensors_trained_in_full,
+    trained_tensors,
+    whole_like,
+)
 from genlora_lightning.state import check_adapter_state
 
 CHECKPOINT_KEY = "genlora"
@@ -70,6 +77,14 @@ def keep_adapters_only(module: nn.Module, checkpoint: dict[str, Any], optimizers
         "config": adapter_config(root).to_dict(),
         "base_model": base_model_name(root),
         "prefix": prefix_of(root, module),
+        # As in an adapter folder, but by the names in this state dict.
+        "layers": {
+            sys.intern(plain_name(name)): [layer.out_features, layer.in_features]
+            for name, layer in adapter_layers(module).items()
+        },
+        "trained_modules": {
+            name: [sys.intern(own) for own in tensors] for name, tensors in tensors_trained_in_full(module).items()
+        },
     }
     if "optimizer_states" in checkpoint:
         states = zip(checkpoint["optimizer_states"], optimizers, strict=True)
@@ -288,7 +303,7 @@ def _some(names: Iterable[str]) -> str:
 
 
 def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says of its adapters: configuration, base model, prefix.
+    """What a checkpoint says of its adapters: configuration, base model, prefix, adapted linears, trained modules.
 
     Raises:
         ValueError: It holds no adapters, or comes from a newer release.

@@ -89,6 +89,8 @@ class AdapterDescription:
         num_bytes: Size of the folder's files.
         layers: The adapted linears.
         trained_modules: Modules trained in full, with their number of values.
+        other_tensors: What else a checkpoint holds, such as a parameter that was trained beside the adapters, with its
+            number of values.
     """
 
     folder: str
@@ -100,11 +102,13 @@ class AdapterDescription:
     num_bytes: int
     layers: tuple[LayerDescription, ...]
     trained_modules: dict[str, int]
+    other_tensors: dict[str, int]
 
     @property
     def parameters(self) -> int:
-        """All values of the adapter, modules trained in full included."""
-        return sum(layer.parameters for layer in self.layers) + sum(self.trained_modules.values())
+        """All values that are stored, modules trained in full and other tensors included."""
+        others = (*self.trained_modules.values(), *self.other_tensors.values())
+        return sum(layer.parameters for layer in self.layers) + sum(others)
 
     def to_dict(self) -> dict[str, Any]:
         """The description as JSON values."""
@@ -123,6 +127,7 @@ class AdapterDescription:
             for layer in self.layers
         ]
         rows += [(name, "trained in full", "-", "-", f"{count:,}") for name, count in self.trained_modules.items()]
+        rows += [(name, "other tensor", "-", "-", f"{count:,}") for name, count in self.other_tensors.items()]
         mean = sum(layer.effective_rank for layer in self.layers) / max(len(self.layers), 1)
         return "\n".join(
             [
@@ -179,6 +184,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
         trained_modules={
             name: sum(stored.tensors[own].numel() for own in names) for name, names in stored.trained_modules.items()
         },
+        other_tensors={},
     )
 
 
@@ -188,17 +194,24 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     described = describe(content)
     config = GenLoRAConfig.from_dict(described["config"])
     tensors: dict[str, Tensor] = dict(content["state_dict"])
-    ending = ".generator_A.latent"
     layers = []
-    for name in [name.removesuffix(ending) for name in tensors if name.endswith(ending)]:
-        try:
-            shape = (tensors[f"{name}.generator_B.latent"].shape[0], tensors[f"{name}{ending}"].shape[0])
-            layer = stored_layer(name, shape, config, tensors)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise ValueError(f"The tensors of {name} in {path} are incomplete or do not fit together.") from error
-        layers.append(_describe_layer(name, layer))
-        for own in layer.adapter_parameters():
-            del tensors[f"{name}.{own}"]
+    trained: dict[str, int] = {}
+    name = ""
+    try:
+        for name, shape in described["layers"].items():
+            layer = stored_layer(name, (shape[0], shape[1]), config, tensors)
+            layers.append(_describe_layer(name, layer))
+            for own in layer.adapter_parameters():
+                del tensors[f"{name}.{own}"]
+        for name, names in described["trained_modules"].items():
+            trained[name] = sum(tensors.pop(own).numel() for own in names)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        what = (
+            f"The tensors of {name} in {path} are incomplete or do not fit together"
+            if name
+            else (f"{path} does not say which linears it adapts: it was written before the first release")
+        )
+        raise ValueError(f"{what} ({error!r}).") from error
     return AdapterDescription(
         folder=str(path),
         base=described.get("base_model") or "an unnamed base",
@@ -208,7 +221,8 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
         created=datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).isoformat(timespec="seconds"),
         num_bytes=path.stat().st_size,
         layers=tuple(layers),
-        trained_modules={name: tensor.numel() for name, tensor in tensors.items()},
+        trained_modules=trained,
+        other_tensors={name: tensor.numel() for name, tensor in tensors.items()},
     )
 
 

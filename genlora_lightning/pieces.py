@@ -47,16 +47,25 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """
     _reshard(module)
     found: dict[str, Tensor] = {plain_name(name): p for name, p in adapter_parameters(module).items()}
-    for module_name, trained in trained_modules(module).items():
-        for inner_name, inner in trained.named_modules(prefix=module_name):
-            tensors = {**inner._parameters, **inner._buffers}
-            for name, tensor in tensors.items():
-                if tensor is not None and name not in inner._non_persistent_buffers_set:
-                    found[plain_name(f"{inner_name}.{name}")] = tensor
+    for tensors in tensors_trained_in_full(module).values():
+        found |= tensors
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             found.setdefault(plain_name(name), parameter)
     return {name: tensor.detach() if not is_sharded(tensor) else tensor for name, tensor in found.items()}
+
+
+def tensors_trained_in_full(module: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """The parameters and persistent buffers of each module trained in full, by its plain name and by theirs."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for module_name, trained in trained_modules(module).items():
+        of_module = found.setdefault(plain_name(module_name), {})
+        for inner_name, inner in trained.named_modules(prefix=module_name):
+            tensors = {**inner._parameters, **inner._buffers}
+            for name, tensor in tensors.items():
+                if tensor is not None and name not in inner._non_persistent_buffers_set:
+                    of_module[plain_name(f"{inner_name}.{name}")] = tensor
+    return found
 
 
 def state_names(module: nn.Module) -> set[str]:

@@ -3,7 +3,8 @@ r"""What a run takes on each GPU, and what it sends, before there is a GPU: from
 Notation: N GPUs; P values of the frozen base, of b bytes each (2 for bfloat16); T trainable values and A ≥ T values of
 the adapters (fixed centres and widths too) and of modules trained in full, all float32; m micro-batches per optimizer
 step. A *unit* is what FSDP shards and gathers at once: each of the model's repeated layers (of the encoder and of the
-decoder, if it has both), and the root, which holds all else (embedding, head, norm). U is the largest layer's bytes, E the root's, in the base's dtype.
+decoder, if it has both), and the root, which holds all else (embedding, head, norm). U is the largest layer's bytes, E
+the root's, in the base's dtype.
 
 Memory of one GPU:
 
