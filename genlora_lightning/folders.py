@@ -50,7 +50,7 @@ def check_replaceable(folder: Path, is_ours: Callable[[Path], bool], what: str) 
     if not folder.exists() or (folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))):
         return
     raise FileExistsError(
-        f"{folder} exists and is not a {what} that this library wrote; it is left as it is. Give another folder, or "
+        f"{folder} exists and is not a {what} as this library wrote it; it is left as it is. Give another folder, or "
         "remove this one."
     )
 

@@ -6,6 +6,7 @@ Shapes: I in_features, O out_features.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 import warnings
@@ -27,6 +28,8 @@ from genlora_lightning.tables import text_table
 from genlora_lightning.widening import restore_dtypes, widen
 
 _LOST = 0.1
+# In a merged folder: which files were written, with their sizes and times, so that only what is unchanged is replaced.
+_RECORD_FILE = "genlora_merge.json"
 _CHUNK = 1 << 20
 # Files that transformers' tokenizers and processors are loaded from.
 _TOKENIZER_FILES = (
@@ -34,6 +37,10 @@ _TOKENIZER_FILES = (
     "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tekken.json",
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
 )  # fmt: skip
+
+
+class MergeRoundingWarning(UserWarning):
+    """Rounding took a good part of a merged update away."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,7 +112,7 @@ def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
             a sum is not finite (the message names the layer), or ``dtype`` is too narrow. Then nothing is merged.
 
     Warns:
-        UserWarning: A linear lost more than 10 % of its update.
+        MergeRoundingWarning: A linear lost more than 10 % of its update.
     """
     layers = require_adapters(model)
     done: list[GenLoRALinear] = []
@@ -176,7 +183,8 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
 
     Args:
         model: A transformers model with adapters, or a module (such as a LightningModule) that holds one.
-        folder: Where to write; it must not exist, or be empty.
+        folder: Where to write. An empty folder is replaced, and one that this function wrote if no file of it was
+            changed or added since.
         dtype: Of all floating point weights; each weight's own if ``None``. The sums are computed in float32 and
             rounded once.
 
@@ -186,11 +194,11 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
     Raises:
         ValueError: There are no adapters, no transformers model, a quantized or sharded base, a value that is not
             finite, or weights whose tie the training has undone where the architecture cannot say so.
-        FileExistsError: The folder holds something.
+        FileExistsError: The folder holds something else.
         OSError: It cannot be written; then nothing is left behind.
 
     Warns:
-        UserWarning: A linear lost more than 10 % of its update.
+        MergeRoundingWarning: A linear lost more than 10 % of its update.
     """
     require_adapters(model)
     base: Any = transformers_base(model)
@@ -205,7 +213,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
             "The base is quantized, and merging into it would round the update away. Load the original, unquantized "
             "base model, load the adapter into it and save that, or call the base's `dequantize()` before."
         )
-    check_replaceable(Path(folder), lambda _: False, "merged model")
+    check_replaceable(Path(folder), _is_unchanged_merge, "merged model")
     state, rows = _merged_state(base, dtype)
     clean = _without_adapters(base, state)
     copied: list[str] = []
@@ -217,11 +225,31 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
             if (source / name).is_file():
                 shutil.copyfile(source / name, staging / name)
                 copied.append(name)
+        record = {"format": "genlora-merged", "format_version": 1, "files": _files(staging)}
+        (staging / _RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
-    path = write_folder(folder, write, lambda _: False, "merged model")
+    path = write_folder(folder, write, _is_unchanged_merge, "merged model")
     report = MergeReport(rows=tuple(rows), folder=path, copied=tuple(copied))
     _warn_of_losses(report)
     return report
+
+
+def _is_unchanged_merge(folder: Path) -> bool:
+    """Whether :func:`save_merged` wrote a folder, and nobody has changed or added a file since.
+
+    A model that was trained on and saved to the same folder has the same names and sizes, and is not ours to replace.
+    """
+    try:
+        record = json.loads((folder / _RECORD_FILE).read_text(encoding="utf-8"))
+        return bool(record["files"] == _files(folder))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _files(folder: Path) -> dict[str, list[int]]:
+    """Size and time of writing (ns) of the files in a folder, but for the record of them."""
+    found = {str(file.relative_to(folder)): file.stat() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items() if name != _RECORD_FILE}
 
 
 def _merged_state(base: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str, Tensor], list[MergeRow]]:
@@ -307,6 +335,7 @@ def _warn_of_losses(report: MergeReport) -> None:
             f"Rounding to {str(worst.dtype).removeprefix('torch.')} changed the update of {len(lossy)} of "
             f"{len(report.rows)} linears by more than {_LOST:.0%} ({worst.module}: {worst.relative_error:.0%}). Merge "
             "with `dtype=torch.float32`, or keep the adapter separate.",
+            MergeRoundingWarning,
             stacklevel=4,
         )
 

@@ -35,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], None] = options.command
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' advice is not for users of a tool
-        warnings.filterwarnings("always", message="Rounding to ", category=UserWarning)
         warnings.showwarning = _show_warning
         try:
             command(options)
@@ -72,7 +71,7 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "budget",
         run_budget,
-        "turn a number of parameters into rank, groups and centres",
+        "turn a number of parameters into latents, rank and groups",
         "--model HuggingFaceTB/SmolLM2-135M-Instruct --like-lora-rank 2",
     )
     add_budget(budget)
@@ -191,8 +190,9 @@ def _export_lora(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     import torch
 
-    from genlora_lightning.merging import save_merged
+    from genlora_lightning.merging import MergeRoundingWarning, save_merged
 
+    warnings.simplefilter("always", MergeRoundingWarning)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     print(save_merged(_load_adapted(options), options.out, dtype=dtype))
 

@@ -195,7 +195,7 @@ def test_export_replaces_an_export_and_nothing_else(tmp_path):
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "adapter_config.json").write_text('{"peft_type": "LORA"}')
-    with pytest.raises(FileExistsError, match="foreign exists and is not a LoRA adapter that this library wrote"):
+    with pytest.raises(FileExistsError, match="foreign exists and is not a LoRA adapter as this library wrote it"):
         export_lora(model, foreign)
     assert os.listdir(foreign) == ["adapter_config.json"]
 

@@ -20,6 +20,7 @@ from genlora_lightning import (
 )
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
+from genlora_lightning.merging import MergeRoundingWarning
 from tests.conftest import perturb, small_config
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 from tests.test_lora_export import MODELS, adapted, logits
@@ -36,7 +37,7 @@ def slow_drift(weight: torch.Tensor, delta: torch.Tensor, merged: torch.Tensor) 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.filterwarnings("ignore:Rounding to")
+@pytest.mark.filterwarnings("ignore::genlora_lightning.merging.MergeRoundingWarning")
 def test_reported_drift_equals_a_slow_computation(kind, dtype, monkeypatch):
     monkeypatch.setattr("genlora_lightning.merging._CHUNK", 40)  # parts of two or three rows
     model = adapted(kind).to(dtype)
@@ -62,7 +63,7 @@ def test_update_that_bfloat16_rounds_away_is_a_warning_and_float32_keeps_it():
     perturb(model)
     bits = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.warns(
-        UserWarning, match=r"Rounding to bfloat16 changed the update of \d+ of 14 linears by more than 10%"
+        MergeRoundingWarning, match=r"Rounding to bfloat16 changed the update of \d+ of 14 linears by more than 10%"
     ):
         rounded = merge_adapters(model)
     assert rounded.worst.relative_error > 0.1
@@ -330,9 +331,35 @@ def test_tokenizer_of_a_local_base_is_copied(tmp_path):
     assert sorted(os.listdir(tmp_path / "merged")) == [
         "config.json",
         "generation_config.json",
+        "genlora_merge.json",
         "model.safetensors",
         "tokenizer.json",
     ]
+
+
+def test_an_earlier_merge_is_replaced_unless_somebody_has_changed_it(tmp_path):
+    folder = tmp_path / "merged"
+    model = adapted("llama")
+    save_merged(model, folder)
+    perturb(model)
+    save_merged(model, folder)
+    reloaded = type(model).from_pretrained(folder).eval()
+    assert (logits(reloaded) - logits(model)).abs().max() <= 1e-5
+
+    def mine() -> None:
+        (folder / "notes.txt").write_text("mine")
+
+    def trained() -> None:  # names and sizes stay
+        with torch.no_grad():
+            reloaded.lm_head.weight.add_(1.0)
+        reloaded.save_pretrained(folder)
+
+    for change in (trained, mine, lambda: (folder / "genlora_merge.json").write_text("[]")):
+        change()
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(FileExistsError, match="merged exists and is not a merged model as this library wrote it"):
+            save_merged(model, folder)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_folder_that_holds_something_and_models_of_other_kinds_are_errors(tmp_path):

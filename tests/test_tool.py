@@ -174,7 +174,7 @@ def test_bad_input_is_one_line_and_exit_code_1(files, capsys):
     assert "holds no GenLoRA adapters" in failure(capsys, "inspect", folder / "plain.ckpt")
     export = ("export-lora", folder / "adapter", folder / "base")
     assert "`rank` must be an integer from 1" in failure(capsys, *export, folder / "lora", "--rank", 99)
-    assert "is not a LoRA adapter that this library wrote" in failure(capsys, *export, folder / "base")
+    assert "is not a LoRA adapter as this library wrote it" in failure(capsys, *export, folder / "base")
     assert "no adapter folder" in failure(capsys, "merge", folder / "base", folder / "base", folder / "out")
     weights = folder / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-50])
