@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_type_hints
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ProgressBar
@@ -29,19 +29,23 @@ from genlora_lightning.manifest import is_adapter_folder
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
 from genlora_lightning.predictions import PredictionWriter
 from genlora_lightning.progress import default_progress_bar
-from genlora_lightning.ranks import AdapterSharding
-from genlora_lightning.step_generation import Generate
 from genlora_lightning.throughput import TokensPerSecond
 
 SHORT_NAMES = (CausalLMModule, SequenceClassificationModule, InstructionDataModule, TextClassificationDataModule)
 TRACEBACK_VARIABLE = "GENLORA_TRACEBACK"
 AUTO = "auto"
-# Arguments of the callback that are settings of the command line, and their defaults.
+# The callback's arguments that are settings of the command line; types and defaults are the callback's own.
+_CALLBACK_HELP = {
+    "adapter_dir": "Where fit saves the adapter folder; `adapter` in the log directory if not given.",
+    "save_adapter": "Whether fit saves the adapter folder.",
+    "train_mode": "Whether fit puts the whole model into train mode, in which its dropout acts.",
+    "check_finite_every_n_steps": "Check the gradients for NaN and infinity this often, in optimizer steps; 0: never.",
+    "adapter_sharding": "On several GPUs: whole adapters on each of them, or sharded with the base.",
+    "check_ranks_every_n_steps": "For debugging: compare the adapters of all processes this often; 0: at the end only.",
+    "generate": "With accumulate_grad_batches: generate the adapters' matrices in each forward, or once per step.",
+}
 _CALLBACK_DEFAULTS = {
-    "adapter_dir": None,
-    "adapter_sharding": "replicate",
-    "check_ranks_every_n_steps": 0,
-    "generate": "forward",
+    name: inspect.signature(GenLoRAFinetuning.__init__).parameters[name].default for name in _CALLBACK_HELP
 }
 _SPECIAL_CHECKPOINTS = (AUTO, "best", "last", "hpc", "registry")
 _USAGE_ERROR = 2
@@ -81,30 +85,9 @@ class GenLoRACLI(LightningCLI):
             default=None,
             help="What to adapt, and how, in any model; for this package's modules the defaults if not given.",
         )
-        parser.add_argument(
-            "--adapter_dir",
-            type=str | None,
-            default=None,
-            help="Where fit saves the adapter folder; `adapter` in the log directory if not given.",
-        )
-        parser.add_argument(
-            "--adapter_sharding",
-            type=AdapterSharding,
-            default="replicate",
-            help="On several GPUs: whole adapters on each of them, or sharded with the base.",
-        )
-        parser.add_argument(
-            "--check_ranks_every_n_steps",
-            type=int,
-            default=0,
-            help="For debugging: compare the adapters of all processes this often; 0: at the end only.",
-        )
-        parser.add_argument(
-            "--generate",
-            type=Generate,
-            default="forward",
-            help="With accumulate_grad_batches: generate the adapters' matrices in each forward, or once per step.",
-        )
+        types = get_type_hints(GenLoRAFinetuning.__init__)
+        for name, text in _CALLBACK_HELP.items():
+            parser.add_argument(f"--{name}", type=types[name], default=_CALLBACK_DEFAULTS[name], help=text)
         for source, target in (("model", "tokenizer"), ("label_names", "label_names")):
             parser.link_arguments(
                 (f"model.init_args.{source}", "data"),

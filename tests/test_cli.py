@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import os
 import signal
@@ -18,7 +19,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 import tests.plain
 from genlora_lightning.callback import GenLoRAFinetuning
-from genlora_lightning.cli import GenLoRACLI, main
+from genlora_lightning.cli import _CALLBACK_DEFAULTS, GenLoRACLI, main
 from genlora_lightning.layers import GenLoRALinear
 from genlora_lightning.predictions import PredictionWriter
 from genlora_lightning.progress import LineProgressBar
@@ -322,10 +323,18 @@ def test_adapter_dir_alone_keeps_the_adapter_of_the_module(config: Path, tmp_pat
     assert (tmp_path / "adapter").is_dir()
 
 
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")  # as `train_mode` says
 def test_settings_of_the_callback_reach_it(config: Path) -> None:
     flags = ["--adapter_sharding", "shard", "--check_ranks_every_n_steps", "3", "--generate", "step"]
+    flags += ["--save_adapter", "false", "--train_mode", "false", "--check_finite_every_n_steps", "2"]
     (callback,) = callbacks_of(main(["fit", "--config", str(config), *flags]), GenLoRAFinetuning)
+    assert (callback.save_adapter, callback.train_mode, callback.check_finite_every_n_steps) == (False, False, 2)
     assert (callback.adapter_sharding, callback.check_ranks_every_n_steps, callback.generate) == ("shard", 3, "step")
+
+
+def test_every_argument_of_the_callback_is_a_setting() -> None:
+    arguments = set(inspect.signature(GenLoRAFinetuning.__init__).parameters) - {"self", "config"}
+    assert set(_CALLBACK_DEFAULTS) == arguments
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log")
