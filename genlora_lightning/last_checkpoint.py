@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from genlora_lightning.checkpoint_files import verify_checkpoint
 from genlora_lightning.digests import DamagedFileError
 from genlora_lightning.loading import read_checkpoint
 
@@ -38,8 +37,7 @@ def last_good_checkpoint(folders: Iterable[Path]) -> tuple[Path | None, list[str
 def _problem(file: Path) -> str | None:
     """Why a run cannot go on from a file; ``None`` if it can."""
     try:
-        verify_checkpoint(file)
-        content = read_checkpoint(file)
+        content = read_checkpoint(file)  # which verifies it
     except DamagedFileError as error:
         return str(error)
     except ValueError:

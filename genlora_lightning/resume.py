@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, cast
 
 import torch
@@ -146,17 +147,20 @@ def write_content(trainer: Trainer, module: LightningModule, checkpoint: dict[st
 def keep_base_out_of_files(trainer: Trainer) -> None:
     """Have the strategy write adapters only, also after the run, when the module's hooks are its own again."""
     strategy = trainer.strategy
+    mine = weakref.ref(trainer)  # which the strategy is not to keep
     if hasattr(strategy.save_checkpoint, _OURS):
+        setattr(strategy.save_checkpoint, _OURS, mine)  # of an earlier trainer, if the user gave it the same strategy
         return
     original = strategy.save_checkpoint
 
     def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        module = trainer.lightning_module
-        if CHECKPOINT_KEY not in checkpoint and module is not None and adapter_layers(module):
-            write_content(trainer, module, checkpoint)
+        owner: Trainer | None = getattr(save_checkpoint, _OURS)()
+        module = None if owner is None else owner.lightning_module
+        if CHECKPOINT_KEY not in checkpoint and owner is not None and module is not None and adapter_layers(module):
+            write_content(owner, module, checkpoint)
         original(checkpoint, *args, **kwargs)
 
-    setattr(save_checkpoint, _OURS, True)
+    setattr(save_checkpoint, _OURS, mine)
     vars(strategy)["save_checkpoint"] = save_checkpoint
 
 

@@ -249,6 +249,17 @@ def test_checkpoint_saved_by_hand_after_the_run_holds_no_base_and_can_be_used(tm
     assert torch.equal(fresh(x), module(x))
 
 
+def test_strategy_that_was_another_trainers_writes_of_its_present_one(tmp_path):
+    strategy = SingleDeviceStrategy(torch.device("cpu"))
+    # The first trainer gives the strategy its accelerator, and Lightning refuses to be given one twice.
+    for steps, accelerator in ((1, "cpu"), (3, "auto")):
+        run = trainer(tmp_path, finetuning(), strategy=strategy, accelerator=accelerator, max_steps=steps)
+        run.fit(PlainMLP(), mlp_loader())
+        run.save_checkpoint(tmp_path / "x.ckpt")
+        resume = torch.load(tmp_path / "x.ckpt", weights_only=True)["genlora"]["resume"]
+        assert resume["ranks"][0]["loaders"][0]["batches"] == steps
+
+
 def test_two_callbacks_are_an_error(tmp_path):
     with pytest.raises(ValueError, match="more than one GenLoRAFinetuning"):
         trainer(tmp_path, finetuning(), finetuning()).fit(PlainMLP(), mlp_loader())

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 
+from genlora_lightning import checkpoint_files
 from genlora_lightning.checkpoint_files import write_checkpoint
 from genlora_lightning.last_checkpoint import last_good_checkpoint
 
@@ -47,6 +48,21 @@ def test_damaged_partial_and_empty_files_are_skipped_with_a_line_each(write, tmp
     assert len(skipped) == 3
     for file, words in ((flipped, "another SHA-256"), (cut, "truncated"), (empty, "is empty")):
         assert any(str(file) in line and words in line for line in skipped)
+
+
+def test_each_file_is_verified_once(write, tmp_path, monkeypatch):
+    good, cut = write("c/1.ckpt", 40), write("c/2.ckpt", 10)
+    cut.write_bytes(cut.read_bytes()[:-200])
+    verified = []
+    verify = checkpoint_files._verify
+
+    def count(file, path):
+        verified.append(path)
+        return verify(file, path)
+
+    monkeypatch.setattr(checkpoint_files, "_verify", count)
+    assert last_good_checkpoint([tmp_path / "c"])[0] == good
+    assert verified == [cut, good]
 
 
 def test_file_with_weights_only_is_skipped(write, tmp_path):
