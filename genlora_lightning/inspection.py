@@ -90,7 +90,8 @@ class AdapterDescription:
         num_bytes: Size of the folder's files.
         layers: The adapted linears.
         trained_modules: Modules trained in full, with their number of values.
-        other_tensors: What a checkpoint holds of tensors that were trained beside these, with their number of values.
+        other_tensors: What else a checkpoint holds, such as a parameter that was trained beside the adapters, with its
+            number of values.
     """
 
     folder: str
@@ -127,7 +128,7 @@ class AdapterDescription:
             for layer in self.layers
         ]
         rows += [(name, "trained in full", "-", "-", f"{count:,}") for name, count in self.trained_modules.items()]
-        rows += [(name, "trained beside", "-", "-", f"{count:,}") for name, count in self.other_tensors.items()]
+        rows += [(name, "other tensor", "-", "-", f"{count:,}") for name, count in self.other_tensors.items()]
         mean = sum(layer.effective_rank for layer in self.layers) / max(len(self.layers), 1)
         return "\n".join(
             [

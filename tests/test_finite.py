@@ -63,7 +63,7 @@ def test_steps_from_the_first_bad_gradient_on_are_left_out_until_it_is_read(tmp_
     loaders = [mlp_loader(), mlp_loader()] if when == "validation" else [mlp_loader()]
     with pytest.raises(
         NonFiniteGradientError,
-        match=r"at optimizer step 2, epoch 0, batch 1, in 16 tensors \(net.0.generator_A.latent first\); the last loss "
+        match=r"at optimizer step 2, epoch 0, batch 1, in 16 tensors \(net.0.update.A.latent first\); the last loss "
         rf"was not finite. The step was not made, nor any after it until step {stopped_after}: .*"
         "The adapter after 1 steps is saved",
     ):

@@ -98,7 +98,7 @@ def test_checkpoint_is_described_as_the_folder_of_the_same_run(tmp_path):
     assert file.config == folder.config
     lines = str(file).splitlines()
     assert lines[4].split() == ["net.4", "trained", "in", "full", "-", "-", "68"]
-    assert lines[5].split() == ["scale", "trained", "beside", "-", "-", "2"]
+    assert lines[5].split() == ["scale", "other", "tensor", "-", "-", "2"]
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"lora_dropout": 0.1}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"lora_dropout": 0.1}]
+)
 def test_lora_of_peft_comes_in_and_goes_out_again_with_every_bit(tmp_path, settings):
     wanted = write_lora(tmp_path / "peft", untied_llama, **settings)
     model = untied_llama()

@@ -11,6 +11,7 @@ import torch
 
 import genlora_lightning
 from genlora_lightning import export_lora, load_adapter, save_adapter
+from genlora_lightning.checkpoint import keep_adapters_only
 from genlora_lightning.injection import adapter_layers
 from genlora_lightning.tool import main
 from tests.models import tiny_bert, tiny_llama
@@ -132,15 +133,9 @@ def test_inspect_describes_folders_and_checkpoints_alike(files, capsys):
     assert "14 linears, mean effective rank" in text
     assert run("inspect", folder / "adapter", "--json") == 0
     described = json.loads(capsys.readouterr().out)
-    torch.save(
-        {
-            "state_dict": dict(model.state_dict()),
-            "genlora": {"format_version": 1, "config": adapter_layers(model).popitem()[1].config.to_dict()},
-            "global_step": 7,
-            "epoch": 1,
-        },
-        folder / "last.ckpt",
-    )
+    content = {"state_dict": dict(model.state_dict()), "global_step": 7, "epoch": 1}
+    keep_adapters_only(model, content, [])
+    torch.save(content, folder / "last.ckpt")
     assert run("inspect", folder / "last.ckpt", "--json") == 0
     checkpoint = json.loads(capsys.readouterr().out)
     assert checkpoint["layers"] == described["layers"]
