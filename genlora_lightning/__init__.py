@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from genlora_lightning.adapter_io import load_adapter as load_adapter
     from genlora_lightning.adapter_io import save_adapter as save_adapter
     from genlora_lightning.analysis import effective_rank as effective_rank
-    from genlora_lightning.analysis import effective_ranks as effective_ranks
     from genlora_lightning.base_identity import WrongBaseError as WrongBaseError
     from genlora_lightning.callback import GenLoRAFinetuning as GenLoRAFinetuning
     from genlora_lightning.checkpoint_io import AtomicCheckpointIO as AtomicCheckpointIO
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from genlora_lightning.generator import RBFGenerator as RBFGenerator
     from genlora_lightning.injection import adapter_parameters as adapter_parameters
     from genlora_lightning.injection import adapters_disabled as adapters_disabled
+    from genlora_lightning.injection import effective_ranks as effective_ranks
     from genlora_lightning.injection import inject_adapters as inject_adapters
     from genlora_lightning.injection import remove_adapters as remove_adapters
     from genlora_lightning.inspection import describe_adapter as describe_adapter
@@ -42,10 +42,10 @@ if TYPE_CHECKING:
     from genlora_lightning.lora_export import LoRAExport as LoRAExport
     from genlora_lightning.lora_export import export_lora as export_lora
     from genlora_lightning.lora_import import import_lora as import_lora
+    from genlora_lightning.merged_model import save_merged as save_merged
     from genlora_lightning.merging import MergeReport as MergeReport
     from genlora_lightning.merging import adapters_merged as adapters_merged
     from genlora_lightning.merging import merge_adapters as merge_adapters
-    from genlora_lightning.merging import save_merged as save_merged
     from genlora_lightning.merging import unmerge_adapters as unmerge_adapters
     from genlora_lightning.modules import CausalLMModule as CausalLMModule
     from genlora_lightning.modules import GenLoRAModule as GenLoRAModule
@@ -79,7 +79,7 @@ _HOME = {
     "convert_checkpoint": "loading",
     "describe_adapter": "inspection",
     "effective_rank": "analysis",
-    "effective_ranks": "analysis",
+    "effective_ranks": "injection",
     "export_lora": "lora_export",
     "forget_factors": "generation",
     "generated_once": "accumulation",
@@ -90,7 +90,7 @@ _HOME = {
     "merge_adapters": "merging",
     "remove_adapters": "injection",
     "save_adapter": "adapter_io",
-    "save_merged": "merging",
+    "save_merged": "merged_model",
     "set_fused": "generation",
     "unmerge_adapters": "merging",
     "verify_adapter": "inspection",

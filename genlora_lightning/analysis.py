@@ -1,4 +1,4 @@
-"""Analysis: the effective rank that the generated updates reach.
+"""Measure and cut low-rank products from their factors: singular values, effective rank, best approximation.
 
 Shapes: R rank, I in_features, O out_features.
 """
@@ -9,8 +9,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-
-from genlora_lightning.injection import require_adapters
 
 RankKind = Literal["entropy", "stable"]
 
@@ -59,11 +57,31 @@ def effective_rank(A: Tensor, B: Tensor, kind: RankKind = "entropy") -> float:
     return float(torch.exp(-torch.special.xlogy(p, p).sum()))
 
 
-@torch.no_grad()
-def effective_ranks(model: nn.Module, kind: RankKind = "entropy") -> dict[str, float]:
-    """Effective rank of the update of each adapted linear, by module name.
+def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
+    """Best approximation of ``B @ A`` of a lower rank, from the factors; the product is never formed.
 
-    Raises:
-        ValueError: The model has no adapters.
+    With ``B = Q_B R_B`` and ``Aᵀ = Q_A R_A`` the singular values of ``B A`` are those of the small ``R_B R_Aᵀ``.
+    Computed in float64.
+
+    Args:
+        A: ``(R, I)``.
+        B: ``(O, R)``.
+        rank: r. Where ``B @ A`` has fewer singular values, the rest is zeros.
+
+    Returns:
+        A ``(r, I)`` and B ``(O, r)``, of equal norms, in the dtype of the arguments; and the share of ‖B A‖²_F that is
+        kept, 1 for a product that is zero.
     """
-    return {name: effective_rank(*layer.factors(), kind=kind) for name, layer in require_adapters(model).items()}
+    q_b, r_b = torch.linalg.qr(B.double())
+    q_a, r_a = torch.linalg.qr(A.double().T)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    total = float(s.square().sum())
+    kept = float(s[:rank].square().sum())
+    root = s[:rank].sqrt()
+    low_b = (q_b @ u[:, :rank]) * root
+    low_a = root.unsqueeze(1) * (vh[:rank] @ q_a.T)
+    missing = rank - root.numel()
+    if missing > 0:
+        low_b = nn.functional.pad(low_b, (0, missing))
+        low_a = nn.functional.pad(low_a, (0, 0, 0, missing))
+    return low_a.to(A.dtype), low_b.to(B.dtype), kept / total if total > 0 else 1.0

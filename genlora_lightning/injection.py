@@ -13,6 +13,7 @@ from torch import nn
 from genlora_lightning.adapted_layer import AdaptedLayer
 from genlora_lightning.adapter_base import adapter_modules
 from genlora_lightning.adapter_config import AdapterConfig
+from genlora_lightning.analysis import RankKind, effective_rank
 from genlora_lightning.coverage import CoverageReport, CoverageRow
 from genlora_lightning.full_training import stop_training_in_full, train_in_full, trained_modules
 from genlora_lightning.generation import share_generation, stop_sharing_generation
@@ -73,6 +74,16 @@ def check_configuration(model: nn.Module, config: AdapterConfig) -> None:
             f"The model already has adapters made with another configuration ({listed}). "
             "Call `remove_adapters(model)` first."
         )
+
+
+@torch.no_grad()
+def effective_ranks(model: nn.Module, kind: RankKind = "entropy") -> dict[str, float]:
+    """Measure the effective rank of the update of each adapted layer, by module name.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    return {name: effective_rank(*layer.factors(), kind=kind) for name, layer in require_adapters(model).items()}
 
 
 def inject_adapters(

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genlora_lightning.adapted_layer import AdaptedLayer
+from genlora_lightning.analysis import truncate_factors
 from genlora_lightning.base_identity import base_model_name
 from genlora_lightning.bases import class_tasks, is_transformers_model, transformers_base
 from genlora_lightning.folders import check_replaceable, write_folder
@@ -157,36 +158,6 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
 
     path = write_folder(folder, write, _is_export, "LoRA adapter")
     return LoRAExport(folder=path, rank=rows[0].rank, rows=tuple(rows), modules_to_save=tuple(trained), task_type=task)
-
-
-def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """Best approximation of ``B @ A`` of a lower rank, from the factors; the product is never formed.
-
-    With ``B = Q_B R_B`` and ``Aᵀ = Q_A R_A`` the singular values of ``B A`` are those of the small ``R_B R_Aᵀ``.
-    Computed in float64.
-
-    Args:
-        A: ``(R, I)``.
-        B: ``(O, R)``.
-        rank: r. Where ``B @ A`` has fewer singular values, the rest is zeros.
-
-    Returns:
-        A ``(r, I)`` and B ``(O, r)``, of equal norms, in the dtype of the arguments; and the share of ‖B A‖²_F that is
-        kept, 1 for a product that is zero.
-    """
-    q_b, r_b = torch.linalg.qr(B.double())
-    q_a, r_a = torch.linalg.qr(A.double().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
-    total = float(s.square().sum())
-    kept = float(s[:rank].square().sum())
-    root = s[:rank].sqrt()
-    low_b = (q_b @ u[:, :rank]) * root
-    low_a = root.unsqueeze(1) * (vh[:rank] @ q_a.T)
-    missing = rank - root.numel()
-    if missing > 0:
-        low_b = nn.functional.pad(low_b, (0, missing))
-        low_a = nn.functional.pad(low_a, (0, 0, 0, missing))
-    return low_a.to(A.dtype), low_b.to(B.dtype), kept / total if total > 0 else 1.0
 
 
 def _exported_factors(layer: AdaptedLayer, rank: int) -> tuple[Tensor, Tensor, float]:

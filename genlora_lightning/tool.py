@@ -185,7 +185,8 @@ def _export_lora(options: argparse.Namespace) -> None:
 def _merge(options: argparse.Namespace) -> None:
     import torch
 
-    from genlora_lightning.merging import MergeRoundingWarning, save_merged
+    from genlora_lightning.merged_model import save_merged
+    from genlora_lightning.merging import MergeRoundingWarning
 
     warnings.simplefilter("always", MergeRoundingWarning)
     dtype = getattr(torch, options.dtype) if options.dtype else None

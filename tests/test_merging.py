@@ -379,7 +379,7 @@ def test_folder_that_holds_something_and_models_of_other_kinds_are_errors(tmp_pa
 
 def test_tie_that_the_architecture_cannot_undo_is_an_error(tmp_path, monkeypatch):
     model = adapted("llama", modules_to_train=["lm_head"])
-    monkeypatch.setattr("genlora_lightning.merging._head_is_untied", lambda *_: False)
+    monkeypatch.setattr("genlora_lightning.merged_model._head_is_untied", lambda *_: False)
     with pytest.raises(ValueError, match=r"lm_head.weight is tied to another weight in LlamaForCausalLM"):
         save_merged(model, tmp_path / "merged")
     assert not os.listdir(tmp_path)
