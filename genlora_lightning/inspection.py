@@ -134,8 +134,8 @@ class AdapterDescription:
             [
                 text_table(header, rows, left=2),
                 f"{read_config(self.config).title} adapter for {self.base}, written {self.created}: "
-                f"{self.parameters:,} values in {self.num_bytes:,} bytes; {len(self.layers)} linears, mean effective rank {mean:.2f} of "
-                f"{self.config['rank']}.",
+                f"{self.parameters:,} values in {self.num_bytes:,} bytes; {len(self.layers)} linears, mean effective "
+                f"rank {mean:.2f} of {self.config['rank']}.",
             ]
         )
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from genlora_lightning.adapter_config import KINDS, AdapterConfig
-
-# Imported for their names in KINDS.
 from genlora_lightning.config import GenLoRAConfig
-from genlora_lightning.lora import LoRAConfig as LoRAConfig
+from genlora_lightning.lora import LoRAConfig
 
+# Importing them has put them into KINDS, too.
+BUILT_IN = (GenLoRAConfig, LoRAConfig)
 DEFAULT_KIND = GenLoRAConfig
 
 

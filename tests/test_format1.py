@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +13,9 @@ from genlora_lightning.format1 import upgraded_names
 from genlora_lightning.injection import adapter_layers
 from genlora_lightning.inspection import describe_adapter, verify_adapter
 from genlora_lightning.manifest import read_adapter
-from tests.fixtures.format1 import Module
+from tests.fixtures.format1 import FOLDER, Module
 from tests.plain import trainer
 
-FOLDER = Path(__file__).parent / "fixtures" / "format1"
 CONFIG = {"rank": 4, "num_groups_b": 2, "modules_to_train": ["head"], "target_modules": ["first", "second"]}
 
 

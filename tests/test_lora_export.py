@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from genlora_lightning import export_lora, inject_adapters, merge_adapters
+from genlora_lightning.analysis import truncate_factors
 from genlora_lightning.full_training import trained_modules
 from genlora_lightning.injection import adapter_layers
-from genlora_lightning.analysis import truncate_factors
 from tests.conftest import perturb, small_config
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 
