@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning import GenLoRAConfig, inject_adapters, load_adapter, save_adapter, verify_adapter
-from genlora_lightning.adapter_io import adapter_bytes
-from genlora_lightning.injection import adapter_parameters
+from genlora_lightning.artifacts.adapter_io import adapter_bytes
+from genlora_lightning.injection.inject import adapter_parameters
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "data/quickstart/model"

@@ -35,7 +35,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from genlora_lightning import GenLoRAConfig, GenLoRAFinetuning
-from genlora_lightning.tables import text_table
+from genlora_lightning.text import text_table
 from tests.distributed.runs import strategy
 from tests.distributed.traffic import Traffic
 from tests.models import tiny_llama

@@ -54,9 +54,9 @@ def measure(case: dict[str, Any], model_folder: str, rank: int, store: str) -> d
     from torch.nn.parallel import DistributedDataParallel
 
     from genlora_lightning import GenLoRAConfig, inject_adapters
-    from genlora_lightning.architectures import enable_gradient_checkpointing, repeated_blocks
-    from genlora_lightning.injection import adapter_parameters
-    from genlora_lightning.optim import OptimizerConfig, build_optimizer
+    from genlora_lightning.backbone.architectures import enable_gradient_checkpointing, repeated_blocks
+    from genlora_lightning.injection.inject import adapter_parameters
+    from genlora_lightning.training.optim import OptimizerConfig, build_optimizer
 
     transformers.LlamaForCausalLM  # noqa: B018  (imported here, for the interpreter's share)
     warm = torch.nn.Linear(64, 64)
@@ -136,9 +136,9 @@ def planned(case: dict[str, Any], model_folder: str) -> dict[str, Any]:
     import torch
 
     from genlora_lightning import GenLoRAConfig
-    from genlora_lightning.architectures import read_config
-    from genlora_lightning.planning import make_plan
-    from genlora_lightning.traffic import Setup
+    from genlora_lightning.backbone.architectures import read_config
+    from genlora_lightning.planning.plan import make_plan
+    from genlora_lightning.planning.traffic import Setup
 
     setup = Setup(
         strategy=case.get("strategy", "single"),

@@ -11,10 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from genlora_lightning import GenLoRAConfig
-from genlora_lightning.architectures import read_config
-from genlora_lightning.planning import GIB, Plan, make_plan
-from genlora_lightning.shapes import SHAPES
-from genlora_lightning.traffic import Setup
+from genlora_lightning.backbone.architectures import read_config
+from genlora_lightning.backbone.catalog import SHAPES
+from genlora_lightning.planning.plan import GIB, Plan, make_plan
+from genlora_lightning.planning.traffic import Setup
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "runs/benchmarks/plan_table.json"

@@ -39,9 +39,9 @@ def rank_main(way: str, model_folder: str, store: str, rank: int) -> None:
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
     from genlora_lightning import GenLoRAConfig, inject_adapters
-    from genlora_lightning.architectures import repeated_blocks
-    from genlora_lightning.injection import adapter_parameters
-    from genlora_lightning.sharded_loading import build_without_weights, weight_source
+    from genlora_lightning.backbone.architectures import repeated_blocks
+    from genlora_lightning.backbone.low_memory import build_without_weights, weight_source
+    from genlora_lightning.injection.inject import adapter_parameters
 
     transformers.utils.logging.disable_progress_bar()
     transformers.LlamaForCausalLM  # noqa: B018  (imported here, for the interpreter's share)

@@ -2,6 +2,6 @@
 
 import sys
 
-from genlora_lightning.tool import main
+from genlora_lightning.cli.main import main
 
 sys.exit(main())

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-from genlora_lightning.config import GenLoRAConfig
-from genlora_lightning.injection import adapter_parameters
+from genlora_lightning.adapters.genlora.config import GenLoRAConfig
+from genlora_lightning.injection.inject import adapter_parameters
 
 
 @pytest.fixture(autouse=True)

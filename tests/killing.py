@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from genlora_lightning import atomic
+from genlora_lightning.storage import atomic
 
 # What Python says (PEP 578) before it does it; `fsync` and the exchange of folders are added below.
 STEPS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "shutil.rmtree", "shutil.copyfile"}

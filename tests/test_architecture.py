@@ -1,10 +1,12 @@
-"""The direction in which the modules may import each other, and what importing them may cost."""
+"""The direction in which the packages may import each other, what importing them costs, and README's list of them."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -12,76 +14,102 @@ import pytest
 import genlora_lightning
 
 PACKAGE = Path(genlora_lightning.__file__).parent
+ROOT = PACKAGE.parent
 
-# Each module may import those of rows above its own, and of its own row. Lightning begins at the row of the callback.
-ROWS = [
-    ["budget", "config", "tables", "atomic", "digests", "random_state", "resumable", "shapes"],
-    ["basis", "signs"],
-    ["generator", "fused"],
-    ["factors"],
-    ["layers"],
-    ["generation"],
-    ["accumulation"],
-    ["coverage", "targets", "full_training", "widening"],
-    ["sharded_loading"],
-    ["injection"],
-    ["pieces", "state", "analysis", "optim", "base_identity", "restoring"],
-    [
-        "parallel",
-        "adapter_io",
-        "architectures",
-        "checks",
-        "finite",
-        "bases",
-        "checkpoint_files",
-        "folders",
-        "manifest",
-        "model_card",
-        "tensor_file",
-    ],
-    ["checkpoint", "merging", "lora_export", "lora_files", "lora_fit", "lora_import"],
-    ["loading"],
-    ["activations", "planning", "traffic"],
-    ["inspection", "last_checkpoint", "tool", "tool_plan", "__main__"],
-    ["resume", "checkpoint_io", "strategies"],
-    ["ranks", "step_generation", "reading"],
-    ["callback", "data", "throughput"],
-    ["modules", "progress", "predictions", "cli_errors"],
-    ["cli"],
+# Each package (or module beside them) may import itself and those before it.
+ORDER = [
+    "_version",
+    "fields",
+    "text",
+    "storage",
+    "adapters",
+    "layers",
+    "injection",
+    "backbone",
+    "distributed",
+    "artifacts",
+    "interop",
+    "planning",
+    "callbacks",
+    "training",
+    "data",
+    "modules",
+    "cli",
+    "__main__",
 ]
-WITHOUT_LIGHTNING = {name for row in ROWS[:15] for name in row}
+WITH_LIGHTNING = {"callbacks", "training", "data", "modules", "cli"}
+
+FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+FOLDERS = [path.parent for path in sorted(PACKAGE.rglob("*/__init__.py"))]
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
 
 
-def top_module(path: Path) -> str:
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports(path: Path) -> set[str]:
-    """Absolute names of what a file imports anywhere, in functions too."""
-    found = set()
+MODULES = {dotted(path): path for path in FILES}
+
+
+def place(module: str) -> str:
+    """The package (or module) directly under ``genlora_lightning``."""
+    return module.split(".")[1]
+
+
+def imports(path: Path) -> list[tuple[str, str]]:
+    """What a file imports anywhere, in functions too: modules, and names taken from them ("" for a module itself)."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found += [(alias.name, "") for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
-            found.add(node.module or "")
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                found.append((inner, "") if inner in MODULES else (node.module or "", alias.name))
     return found
 
 
-FILES = [path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"]
+def own_imports(path: Path) -> list[tuple[str, str]]:
+    return [(module, name) for module, name in imports(path) if module.split(".")[0] == "genlora_lightning"]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_module_imports_only_what_stands_above_it(path):
-    row_of = {name: i for i, row in enumerate(ROWS) for name in row}
-    own = top_module(path)
-    assert own in row_of, f"{own} has no place in ROWS yet"
-    for name in imports(path):
-        parts = name.split(".")
-        if parts[0] == "genlora_lightning" and len(parts) > 1 and parts[1] != own:
-            assert row_of[parts[1]] <= row_of[own], f"{own} must not import {parts[1]}"
-        if own in WITHOUT_LIGHTNING:
-            assert parts[0] not in {"lightning", "pytorch_lightning"}, f"{own} must not import Lightning"
+def test_order_names_what_there_is():
+    assert sorted(ORDER) == sorted({place(module) for module in MODULES})
+
+
+@each_file
+def test_module_imports_only_what_stands_before_it(path):
+    own = place(dotted(path))
+    for module, name in own_imports(path):
+        assert module != "genlora_lightning", f"{own} must not import {name!r} from the package's face"
+        assert ORDER.index(place(module)) <= ORDER.index(own), f"{own} must not import {module}"
+
+
+@each_file
+def test_lightning_begins_at_the_callbacks(path):
+    if place(dotted(path)) not in WITH_LIGHTNING | {"__main__"}:
+        outer = {module.split(".")[0] for module, _ in imports(path)}
+        assert not outer & {"lightning", "lightning_fabric", "pytorch_lightning"}
+
+
+def test_no_modules_import_each_other():
+    graph = {module: {name for name, _ in own_imports(path)} - {module} for module, path in MODULES.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names them
+
+
+@each_file
+def test_private_names_stay_in_their_module(path):
+    own, bound = dotted(path), set()
+    for module, name in own_imports(path):
+        assert not name.startswith("_") or name.startswith("__"), f"{own} imports {name} of {module}"
+        package, _, last = module.rpartition(".")
+        assert not last.startswith("_") or f"{own}.".startswith(f"{package}."), f"{own} imports {module}"
+        bound |= {last} if not name else set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
+            assert not node.attr.startswith("_"), f"{own} uses {node.value.id}.{node.attr}"
 
 
 def test_every_public_name_can_be_imported_and_is_documented():
@@ -110,10 +138,24 @@ def test_import_does_not_pull_in_what_is_not_needed(statement, absent):
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+@each_file
 def test_parts_of_torch_distributed_are_imported_where_they_are_used(path):
     # Builds of torch without it have the package and nothing in it; one device needs none of it.
     for node in ast.parse(path.read_text()).body:
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         assert not any(name.startswith("torch.distributed.") for name in names), names
+
+
+def test_readme_lists_each_package_with_its_docstring():
+    listed = re.search(r"^genlora_lightning/\n(.*?)^\S", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert listed, "README has no list of the packages"
+    shown = dict(line.split(maxsplit=1) for line in listed[1].splitlines())
+    docstrings = {folder: ast.get_docstring(ast.parse((folder / "__init__.py").read_text())) for folder in FOLDERS}
+    assert shown == {f"{f.relative_to(PACKAGE)}/": (text or "").splitlines()[0] for f, text in docstrings.items()}
+
+
+def test_version_is_that_of_pyproject():
+    stated = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert stated
+    assert stated[1] == genlora_lightning.__version__

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning import GenLoRAConfig, OptimizerConfig, inject_adapters
-from genlora_lightning.layers import AdaptedLinear
-from genlora_lightning.optim import parameter_groups
+from genlora_lightning.layers.linear import AdaptedLinear
+from genlora_lightning.training.optim import parameter_groups
 
 from .adapters import PolarLinear, SineLinear, replace_linears
 from .variants import VariantLinear, inject_variant

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from genlora_lightning.basis import anchored_rbf, slope_at_zero
+from genlora_lightning.adapters.genlora.rbf import anchored_rbf, slope_at_zero
 
 Spec = dict[str, Any]
 DEFAULTS: Spec = {

@@ -38,7 +38,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch
 
 from benchmarks.quality.language import MODEL_VARIABLE
-from genlora_lightning.tables import text_table
+from genlora_lightning.text import text_table
 
 from .counts import measure_counts
 from .memory import ROOT, measure_memory, work

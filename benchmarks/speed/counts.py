@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from genlora_lightning.architectures import repeated_blocks
-from genlora_lightning.generation import generated, layers_of, shape_of
+from genlora_lightning.backbone.architectures import repeated_blocks
+from genlora_lightning.layers.sharing import batch_key, generated, layers_of
 
 from .models import Arm, adapted_modules, autocast, base_of, make_arm, put_on, sharing_copy, targets
 from .plan import Cell
@@ -146,7 +146,7 @@ def count_generator(cell: Cell, model: nn.Module) -> dict[str, int]:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with Operators() as backward:
         torch.autograd.grad(matrices, parameters, gradients)
-    shapes = {shape_of(*one) for one in generators}
+    shapes = {batch_key(*one) for one in generators}
     return {"forward": forward.total, "backward": backward.total, "shapes": len(shapes)}
 
 

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 
 from genlora_lightning import GenLoRAConfig, generated_once, inject_adapters
-from genlora_lightning.architectures import enable_gradient_checkpointing, repeated_blocks
+from genlora_lightning.backbone.architectures import enable_gradient_checkpointing, repeated_blocks
 
 from .plan import Cell
 

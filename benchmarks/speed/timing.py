@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from genlora_lightning import cached_factors, merge_adapters
-from genlora_lightning.generation import generated
+from genlora_lightning.layers.sharing import generated
 
 from .models import Arm, autocast, make_arm, make_batches, make_model
 from .plan import Cell

@@ -182,7 +182,7 @@ def run(config: Path) -> dict[str, Any]:
     with phase("evaluation", seconds):
         print("after training", flush=True)
         from genlora_lightning import effective_ranks, load_adapter
-        from genlora_lightning.adapter_io import adapter_bytes
+        from genlora_lightning.artifacts.adapter_io import adapter_bytes
 
         adapter_dir = settings["adapter_dir"]
         coverage = load_adapter(evaluation.module.adapter_root(), adapter_dir)

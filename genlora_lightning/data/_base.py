@@ -22,8 +22,8 @@ from genlora_lightning.data._loading import (
     padding_id,
     tokenizer_identity,
 )
-from genlora_lightning.resumable import ResumableDataLoader
-from genlora_lightning.tables import text_table
+from genlora_lightning.text import text_table
+from genlora_lightning.training.resumable import ResumableDataLoader
 
 SPLITS = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 OPTIONS = {"val": "val_file or val_fraction", "test": "test_file", "predict": "predict_file or test_file"}

@@ -11,14 +11,14 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
-from genlora_lightning.adapter_config import AdapterConfig
-from genlora_lightning.architectures import enable_gradient_checkpointing
-from genlora_lightning.callback import GenLoRAFinetuning
-from genlora_lightning.kinds import read_config
-from genlora_lightning.loading import load_module
-from genlora_lightning.modules.pretrained import load_pretrained, load_tokenizer
-from genlora_lightning.optim import OptimizerConfig, build_optimizer, build_scheduler
-from genlora_lightning.reading import is_for_bar
+from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.adapters.kinds import read_config
+from genlora_lightning.artifacts.loading import load_module
+from genlora_lightning.backbone.architectures import enable_gradient_checkpointing
+from genlora_lightning.backbone.pretrained import load_pretrained, load_tokenizer
+from genlora_lightning.callbacks.reading import is_for_bar
+from genlora_lightning.training.callback import GenLoRAFinetuning
+from genlora_lightning.training.optim import OptimizerConfig, build_optimizer, build_scheduler
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from genlora_lightning.adapter_config import AdapterConfig
-from genlora_lightning.generation import cached_factors
+from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.layers.sharing import cached_factors
 from genlora_lightning.modules.base import Dtype, GenLoRAModule, check_plain
 from genlora_lightning.modules.metrics import Perplexity, WeightedMean
-from genlora_lightning.optim import OptimizerConfig
+from genlora_lightning.training.optim import OptimizerConfig
 
 IGNORED_LABEL = -100
 

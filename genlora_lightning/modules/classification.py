@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
-from genlora_lightning.adapter_config import AdapterConfig
+from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.modules.base import Dtype, GenLoRAModule
 from genlora_lightning.modules.metrics import WeightedMean
-from genlora_lightning.optim import OptimizerConfig
+from genlora_lightning.training.optim import OptimizerConfig
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 

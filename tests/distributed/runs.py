@@ -13,9 +13,9 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader, TensorDataset
 
 from genlora_lightning import CausalLMModule, GenLoRAFinetuning, OptimizerConfig
-from genlora_lightning.architectures import enable_gradient_checkpointing
-from genlora_lightning.pieces import whole_tensors
-from genlora_lightning.strategies import GenLoRAFSDPStrategy
+from genlora_lightning.backbone.architectures import enable_gradient_checkpointing
+from genlora_lightning.distributed.shards import whole_tensors
+from genlora_lightning.training.strategies import GenLoRAFSDPStrategy
 from tests.conftest import small_config
 from tests.models import tiny_llama
 from tests.plain import PlainMLP, trainer

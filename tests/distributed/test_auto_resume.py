@@ -15,8 +15,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from safetensors.torch import load_file
 
-from genlora_lightning.manifest import WEIGHTS_FILE
-from tests.test_cli import ROOT, WORDS, models, write_config  # noqa: F401  (`models` is a fixture)
+from genlora_lightning.artifacts.adapter_folder import WEIGHTS_FILE
+from tests.cli.test_train import ROOT, WORDS, models, write_config  # noqa: F401  (`models` is a fixture)
 
 pytestmark = [
     pytest.mark.timeout(240),

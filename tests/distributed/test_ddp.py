@@ -11,8 +11,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import DDPStrategy
 from torch.utils.data import DataLoader, TensorDataset
 
-from genlora_lightning import CausalLMModule, GenLoRAFinetuning, OptimizerConfig, finite, load_adapter
-from genlora_lightning.state import adapter_state_dict
+from genlora_lightning import CausalLMModule, GenLoRAFinetuning, OptimizerConfig, load_adapter
+from genlora_lightning.injection.state import adapter_state_dict
+from genlora_lightning.training import finite
 from tests.conftest import small_config
 from tests.models import tiny_llama
 from tests.plain import PlainEncoder, PlainMLP, encoder_loader, mlp_loader, trainer

@@ -8,14 +8,14 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from genlora_lightning import CausalLMModule, GenLoRAFinetuning, OptimizerConfig
-from genlora_lightning.manifest import read_adapter
+from genlora_lightning.artifacts.adapter_folder import read_adapter
+from tests.backbone.test_low_memory import saved
 from tests.conftest import small_config
 from tests.distributed.ranks import on_two_ranks
 from tests.models import tiny_llama
 from tests.modules.conftest import loader, text_batch
-from tests.test_sharded_loading import saved
 
-strategies = pytest.importorskip("genlora_lightning.strategies", reason="sharding strategies are not there")
+strategies = pytest.importorskip("genlora_lightning.training.strategies", reason="sharding strategies are not there")
 pytestmark = pytest.mark.timeout(120)
 
 STRATEGIES = {

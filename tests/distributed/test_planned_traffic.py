@@ -14,9 +14,9 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from genlora_lightning.injection import inject_adapters
-from genlora_lightning.parallel import shard_with_fsdp2
-from genlora_lightning.traffic import Setup, model_sizes, plan_traffic
+from genlora_lightning.distributed.collectives import shard_with_fsdp2
+from genlora_lightning.injection.inject import inject_adapters
+from genlora_lightning.planning.traffic import Setup, model_sizes, plan_traffic
 from tests.conftest import small_config
 from tests.distributed.ranks import on_two_ranks
 from tests.models import tiny_llama, tiny_t5

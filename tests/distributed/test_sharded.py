@@ -11,9 +11,9 @@ import torch
 from lightning.pytorch import Callback
 
 from genlora_lightning import GenLoRAFinetuning, load_adapter
-from genlora_lightning.accumulation import is_generated_once
-from genlora_lightning.generation import set_fused
-from genlora_lightning.state import adapter_state_dict
+from genlora_lightning.injection.state import adapter_state_dict
+from genlora_lightning.layers.accumulation import is_generated_once
+from genlora_lightning.layers.sharing import set_fused
 from tests.conftest import small_config
 from tests.distributed.runs import (
     CONFIG,

@@ -13,8 +13,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from genlora_lightning import GenLoRAFinetuning, inject_adapters, load_adapter
-from genlora_lightning.parallel import RanksDifferError
-from genlora_lightning.state import adapter_state_dict
+from genlora_lightning.distributed.collectives import RanksDifferError
+from genlora_lightning.injection.state import adapter_state_dict
 from tests.conftest import small_config
 from tests.distributed.runs import POLICIES, SHARDED, Halves, PlainLlama, fit, llama_loader, strategy
 from tests.distributed.traffic import Traffic

@@ -11,13 +11,13 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 
-from genlora_lightning import sharded_loading
-from genlora_lightning.injection import adapter_parameters, inject_adapters
-from genlora_lightning.sharded_loading import build_without_weights, check_none_on_meta, weight_source
+from genlora_lightning.backbone import low_memory
+from genlora_lightning.backbone.low_memory import build_without_weights, check_none_on_meta, weight_source
+from genlora_lightning.injection.inject import adapter_parameters, inject_adapters
+from tests.backbone.test_low_memory import CAUSAL, ordinary, saved
 from tests.conftest import small_config
 from tests.distributed.ranks import on_two_ranks
 from tests.models import tiny_llama
-from tests.test_sharded_loading import CAUSAL, ordinary, saved
 
 pytestmark = [
     pytest.mark.timeout(120),
@@ -54,10 +54,8 @@ def test_fsdp2_rank_reads_the_rows_it_keeps_and_computes_what_one_process_does(
 ):
     def work(rank):
         sizes = []
-        read = sharded_loading._read
-        monkeypatch.setattr(
-            sharded_loading, "_read", lambda *args: sizes.append((t := read(*args)).to_local().numel()) or t
-        )
+        read = low_memory._read
+        monkeypatch.setattr(low_memory, "_read", lambda *args: sizes.append((t := read(*args)).to_local().numel()) or t)
         model = started(folder)
         ours = set(adapter_parameters(model).values()) if sharding == "replicate" else set()
         for block in model.model.layers:

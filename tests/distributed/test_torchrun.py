@@ -13,8 +13,8 @@ import torch
 import yaml
 
 from genlora_lightning import load_adapter
+from tests.cli.test_train import ROOT, config, models  # noqa: F401 - fixtures
 from tests.models import tiny_llama
-from tests.test_cli import ROOT, config, models  # noqa: F401 - fixtures
 
 pytestmark = [
     pytest.mark.timeout(240),

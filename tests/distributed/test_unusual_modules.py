@@ -11,7 +11,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from genlora_lightning import GenLoRAFinetuning
-from genlora_lightning.strategies import GenLoRAFSDPStrategy
+from genlora_lightning.training.strategies import GenLoRAFSDPStrategy
 from tests.conftest import small_config
 from tests.distributed.runs import POLICIES, SHARDED, STRATEGIES, PlainLlama, Record, fit, llama_loader
 from tests.plain import PlainMLP, mlp_loader, trainer

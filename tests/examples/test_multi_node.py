@@ -12,9 +12,9 @@ import pytest
 import torch
 import yaml
 
-from genlora_lightning.inspection import verify_adapter
+from genlora_lightning.artifacts.inspection import verify_adapter
+from tests.cli.test_train import ROOT, models  # noqa: F401  (`models` is a fixture)
 from tests.distributed.test_auto_resume import run_of
-from tests.test_cli import ROOT, models  # noqa: F401  (`models` is a fixture)
 
 FOLDER = ROOT / "examples" / "multi_node"
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")

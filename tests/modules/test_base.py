@@ -11,11 +11,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
-from genlora_lightning.callback import GenLoRAFinetuning
-from genlora_lightning.config import GenLoRAConfig
-from genlora_lightning.injection import adapter_parameters
+from genlora_lightning.adapters.genlora.config import GenLoRAConfig
+from genlora_lightning.injection.inject import adapter_parameters
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule
-from genlora_lightning.optim import OptimizerConfig
+from genlora_lightning.training.callback import GenLoRAFinetuning
+from genlora_lightning.training.optim import OptimizerConfig
 from tests.conftest import small_config
 from tests.modules.conftest import loader, text_batch
 

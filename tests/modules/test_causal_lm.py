@@ -8,9 +8,9 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from genlora_lightning.injection import adapter_parameters
+from genlora_lightning.injection.inject import adapter_parameters
 from genlora_lightning.modules import CausalLMModule
-from genlora_lightning.optim import OptimizerConfig
+from genlora_lightning.training.optim import OptimizerConfig
 from tests.conftest import perturb, small_config
 from tests.modules.conftest import EOS, PAD, loader, text_batch
 

@@ -10,10 +10,10 @@ import torch
 from lightning.pytorch import Trainer
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
 
-from genlora_lightning.config import GenLoRAConfig
-from genlora_lightning.injection import adapter_parameters, trained_modules
+from genlora_lightning.adapters.genlora.config import GenLoRAConfig
+from genlora_lightning.injection.inject import adapter_parameters, trained_modules
 from genlora_lightning.modules import SequenceClassificationModule
-from genlora_lightning.optim import OptimizerConfig
+from genlora_lightning.training.optim import OptimizerConfig
 from tests.conftest import small_config
 from tests.modules.conftest import PAD, loader
 

@@ -1,0 +1,305 @@
+"""Define what an update of a weight is: the modules whose parameters are an adapter's, and what they can do.
+
+::
+
+    AdapterModule                its own parameters are an adapter's: kept in float32, each with a role in the optimizer
+    ├── Factor                   a matrix M (rank, n), stored or made of parameters, alone or many at once
+    └── WeightUpdate             ΔW (out, in) of one matrix
+        └── FactorPair           ΔW = s · Bᵀ A of two factors A (rank, in) and B (rank, out)
+
+Shapes: R rank, n entries of a factor's rows (in_features for A, out_features for B).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+from genlora_lightning.adapters.autograd import is_ordinary
+
+
+class MatrixShape(NamedTuple):
+    """The sizes of a weight matrix ``W (out_features, in_features)``, and of its update."""
+
+    out_features: int
+    in_features: int
+
+
+class Role(NamedTuple):
+    """What an optimizer is told of a parameter of an adapter.
+
+    Args:
+        group: The parameter group, which may have a rate of its own.
+        decayed: Whether weight decay applies.
+    """
+
+    group: str
+    decayed: bool = True
+
+
+class AdapterModule(nn.Module):
+    """A module whose own parameters are an adapter's.
+
+    A subclass says the role of each of them, in the order in which it takes them: in :attr:`ROLES`, or, where it
+    depends on the instance, in ``self.roles``.
+
+    Note:
+        The parameters are float32 and stay so: a cast of the module to bfloat16 or float16 moves it but leaves the
+        dtype, because an optimizer's small steps are lost in 8 bits of mantissa. A cast to float64 is obeyed.
+    """
+
+    ROLES: ClassVar[Mapping[str, Role]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.roles: Mapping[str, Role] = self.ROLES
+        # Counted up whenever the parameters change, so that whoever keeps a matrix knows that it is out of date.
+        self.changes = 0
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether there are parameters that have no values yet."""
+        return any(parameter is not None and parameter.is_meta for parameter in self._parameters.values())
+
+    def is_trained(self, name: str) -> bool:
+        """Whether a parameter is trained; one that is not is saved all the same."""
+        return True
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw new initial values. On the meta device there are none to draw."""
+        raise NotImplementedError(f"{type(self).__name__} must define `reset_parameters`.")
+
+    def changed(self) -> None:
+        """Note that the parameters have new values: for whoever writes to them past the module's methods."""
+        self.changes += 1
+
+    @override
+    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self.changed()
+        super()._load_from_state_dict(*args, **kwargs)
+
+    @override
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # Every cast and move of a module (`.to`, `.half`, Lightning's precision plugins) goes through `_apply`.
+        def keep_precision(tensor: Tensor) -> Tensor:
+            result: Tensor = fn(tensor)
+            if result.dtype in (torch.bfloat16, torch.float16):
+                return tensor.to(device=result.device)
+            return result
+
+        self.changed()
+        return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
+
+
+class Factor(AdapterModule, ABC):
+    """A matrix ``M (rank, num_entries)``: stored as it is, or made of other parameters.
+
+    Factors of one class and one :meth:`batch_key` are made at once, however many layers they stand in.
+
+    Args:
+        rank: Number R of rows.
+        num_entries: Length n of a row.
+    """
+
+    def __init__(self, rank: int, num_entries: int) -> None:
+        super().__init__()
+        self.rank = rank
+        self.num_entries = num_entries
+
+    # -- what a kind says ---------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def first_shape(self) -> tuple[int, ...]:
+        """The shape of the first parameter where nobody has cut it."""
+
+    @abstractmethod
+    def batch_key(self) -> Hashable:
+        """What factors that are made at once have in common, beside their class."""
+
+    @abstractmethod
+    def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        """Make the matrix ``M (rank, num_entries)``, computed in the parameters' dtype, also under autocast.
+
+        Args:
+            scale: A factor on it.
+            dtype: Of the result; the parameters' if ``None``.
+            plain: Leave the backward to autograd, which can differentiate it again but may keep more for it.
+        """
+
+    @classmethod
+    @abstractmethod
+    def make_many(
+        cls,
+        factors: Sequence[Self],
+        *,
+        scale: float,
+        dtype: torch.dtype | None,
+        when_differentiated: Callable[[], None] | None = None,
+    ) -> Sequence[Tensor]:
+        """Make the matrices of factors of one key.
+
+        Args:
+            factors: The factors.
+            scale: A factor on all of them.
+            dtype: Of the results; the parameters' if ``None``.
+            when_differentiated: Called as soon as the matrices' gradients are there and nobody needs them any more.
+        """
+
+    @classmethod
+    @abstractmethod
+    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor], *, scale: float) -> None:
+        """Add to the parameters' gradients what the gradients of the matrices make of them.
+
+        Args:
+            factors: Factors of one key.
+            gradients: Of the matrices that :meth:`make_many` made of them with ``scale``.
+            scale: The factor on the matrices.
+        """
+
+    @property
+    def cost(self) -> int:
+        """Numbers that making the matrix needs in between, which decides how many are made at once."""
+        return self.rank * self.num_entries
+
+    # -- what follows -------------------------------------------------------------------------------------------------
+
+    def parts(self) -> tuple[Tensor, ...]:
+        """The parameters, in the order of their roles."""
+        # Hundreds of factors are asked in each forward, and a module's own lookup of a parameter is slow.
+        own = self._parameters
+        found = tuple(own.get(name) for name in self.roles)
+        if any(part is None for part in found):  # FSDP1 has put views in their places
+            return tuple(getattr(self, name) for name in self.roles)
+        return found  # type: ignore[return-value]
+
+    @property
+    def own_dtype(self) -> torch.dtype:
+        """The parameters' dtype."""
+        return self.parts()[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The parameters' device."""
+        return self.parts()[0].device
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the parameters are ordinary tensors here and now, and not shards that FSDP1 or FSDP2 has made."""
+        parts = self.parts()
+        if parts[0].shape != self.first_shape:
+            return False
+        return all(is_ordinary(part) and not getattr(part, "_fsdp_flattened", False) for part in parts)
+
+
+class WeightUpdate(AdapterModule, ABC):
+    """The update ΔW of one matrix. A new one is zero, exactly.
+
+    One that is a product of two matrices is a :class:`FactorPair`, with which layers never form ΔW. Of any other kind
+    layers use :meth:`delta_weight` itself.
+
+    Args:
+        shape: The matrix's.
+    """
+
+    #: The factor s in ``ΔW = s · B @ A`` of :meth:`factors`.
+    scaling: float = 1.0
+
+    def __init__(self, shape: MatrixShape) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """The highest rank that ΔW can have."""
+
+    @abstractmethod
+    def delta_weight(self) -> Tensor:
+        """Compute ``ΔW (out_features, in_features)`` in the parameters' dtype: what is merged."""
+
+    @override
+    def forward(self) -> Tensor:
+        """Compute :meth:`delta_weight`: as a forward, before which FSDP gathers the parameters."""
+        return self.delta_weight()
+
+    @torch.no_grad()
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Compute ``A (rank, in_features)`` and ``B (out_features, rank)`` with ``ΔW = scaling · B @ A``.
+
+        Here by a singular value decomposition in float64, exact to rounding; a kind that has factors gives its own.
+        """
+        delta = self.delta_weight()
+        U, S, V = torch.linalg.svd(delta.double(), full_matrices=False)
+        root = S[: self.rank].sqrt()
+        return (root[:, None] * V[: self.rank]).to(delta.dtype), (U[:, : self.rank] * root).to(delta.dtype)
+
+
+class FactorPair(WeightUpdate):
+    r"""An update that is a product of two factors.
+
+    .. math:: \Delta W = s \, B^\top A
+
+    Args:
+        A: ``(rank, in_features)``.
+        B: ``(rank, out_features)``: transposed, so that both are made by the same code.
+        scaling: s.
+    """
+
+    def __init__(self, A: Factor, B: Factor, scaling: float) -> None:
+        super().__init__(MatrixShape(B.num_entries, A.num_entries))
+        self.A = A
+        self.B = B
+        self.scaling = scaling
+
+    @property
+    @override
+    def rank(self) -> int:
+        return self.A.rank
+
+    @override
+    def delta_weight(self) -> Tensor:
+        A, B = self.factors()
+        with torch.autocast(A.device.type, enabled=False):
+            return self.scaling * (B @ A)
+
+    @override
+    def factors(self) -> tuple[Tensor, Tensor]:
+        return self.A(), self.B().T
+
+    @override
+    def extra_repr(self) -> str:
+        return f"scaling={self.scaling:.4g}"
+
+
+def adapter_modules(module: nn.Module) -> list[AdapterModule]:
+    """List the modules with parameters of an adapter in a module, each once."""
+    return [m for m in module.modules() if isinstance(m, AdapterModule) and m.roles]
+
+
+def trained_by_role(module: nn.Module) -> dict[str, tuple[Role, list[nn.Parameter]]]:
+    """Sort the trainable parameters of adapters into their optimizer groups, in the order of the modules.
+
+    Raises:
+        ValueError: A parameter has no role, or one group holds parameters with and without weight decay.
+    """
+    found: dict[str, tuple[Role, list[nn.Parameter]]] = {}
+    placed: set[int] = set()
+    for owner in adapter_modules(module):
+        for name, parameter in owner.named_parameters(recurse=False):
+            role = owner.roles.get(name)
+            if role is None:
+                raise ValueError(f"{type(owner).__name__} gives no role to its parameter {name!r}: add it to `ROLES`.")
+            if not parameter.requires_grad or id(parameter) in placed:
+                continue
+            placed.add(id(parameter))
+            known, members = found.setdefault(role.group, (role, []))
+            if known != role:
+                raise ValueError(f"The group {role.group!r} has parameters with and without weight decay.")
+            members.append(parameter)
+    return found

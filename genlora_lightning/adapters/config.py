@@ -1,0 +1,200 @@
+"""Configure an adapter: what all kinds have in common, and what each kind must say."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from typing_extensions import Self
+
+from genlora_lightning.adapters.base import MatrixShape, WeightUpdate
+from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number
+
+ScalingRule = Literal["sqrt_rank", "rank"]
+
+ALL_LINEAR = "all-linear"
+# Marks a field that is a matter of the run: an adapter that was made with another value is the same adapter.
+RUN_ONLY = {"run_only": True}
+_LISTS = ("target_modules", "exclude_modules", "modules_to_train")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(ABC):
+    """What is adapted, and what all kinds of adapters have in common.
+
+    The update of a weight ``W (out, in)`` is ``ΔW (out, in)``, of a rank of at most ``rank``. What it is made of is the
+    matter of a kind: a subclass with a ``kind`` of its own, its fields, and the methods below. Importing the subclass
+    makes its name known to :func:`~genlora_lightning.adapters.kinds.read_config`.
+
+    A configuration is frozen: what was validated stays so. ``dataclasses.replace(config, rank=32)`` gives another one.
+    Lists are copied, here and by ``replace``, so that no two configurations share one.
+
+    Args:
+        rank: The highest rank ΔW can have.
+        alpha: Numerator of the scaling ``s`` of ΔW.
+        scaling: ``"sqrt_rank"``: ``s = alpha / √rank``; ``"rank"``: ``s = alpha / rank``.
+        dropout: Probability of dropping an entry of the adapter's input while training.
+        target_modules: Layers to adapt: ``"all-linear"`` (each linear but the output head), a list of module names or
+            their last parts (``["q_proj", "v_proj"]``), or a regular expression that must match the whole module name.
+        exclude_modules: Names, or last parts of names, of layers not to adapt; all in a named module are left out.
+        modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
+            with them, such as a classification head.
+
+    Raises:
+        ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.
+        TypeError: A value has the wrong type.
+    """
+
+    kind: ClassVar[str]
+    title: ClassVar[str]  # the kind's name in texts
+
+    rank: int
+    alpha: float
+    scaling: ScalingRule
+    dropout: float = field(default=0.0, metadata=RUN_ONLY)
+    target_modules: str | list[str] = ALL_LINEAR
+    exclude_modules: list[str] = field(default_factory=list)
+    modules_to_train: list[str] = field(default_factory=list)
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        kind = vars(cls).get("kind")
+        if kind is not None:
+            KINDS[kind] = cls
+
+    def __post_init__(self) -> None:
+        check_integer("rank", self.rank, least=1)
+        check_number("alpha", self.alpha)
+        if self.alpha == 0:
+            raise ValueError("`alpha` must be finite and not zero, got 0: the update would always be zero.")
+        check_choice("scaling", self.scaling, get_args(ScalingRule))
+        check_number("dropout", self.dropout, least=0.0, below=1.0)
+        self._check_module_names()
+
+    def _check_module_names(self) -> None:
+        if isinstance(self.target_modules, str):
+            if not self.target_modules:
+                raise ValueError(
+                    f"`target_modules` is empty. Give {ALL_LINEAR!r}, a list of module names, or a regular expression."
+                )
+            try:
+                re.compile(self.target_modules)
+            except re.error as error:
+                raise ValueError(
+                    f"`target_modules` is {self.target_modules!r}, which is neither {ALL_LINEAR!r} nor a valid regular "
+                    f"expression ({error}). For several module names give a list."
+                ) from error
+        for name in _LISTS:
+            value = getattr(self, name)
+            if name == "target_modules" and isinstance(value, str):
+                continue
+            if isinstance(value, str) or not isinstance(value, (list, tuple)):
+                raise TypeError(f"`{name}` must be a list of module names, got {value!r}.")
+            for item in value:
+                if not isinstance(item, str) or not item:
+                    raise TypeError(f"`{name}` must hold non-empty module names, got {item!r} in {list(value)!r}.")
+            object.__setattr__(self, name, list(value))  # a copy: the caller's list may change
+        if isinstance(self.target_modules, str):
+            return
+        if not self.target_modules:
+            raise ValueError(f"`target_modules` is an empty list. Give module names, or {ALL_LINEAR!r}.")
+        both = sorted(set(self.exclude_modules) & set(self.target_modules))
+        if both:
+            raise ValueError(f"{both} stand both in `target_modules` and in `exclude_modules`.")
+
+    # -- what a kind says ---------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def make(
+        self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> WeightUpdate:
+        """Make the update of one matrix, which changes nothing yet.
+
+        Args:
+            shape: The matrix's.
+            device: Where the parameters are made.
+            generator: Random number generator for the initial values; torch's default one if ``None``.
+        """
+
+    @abstractmethod
+    def count_parameters(self, shape: MatrixShape) -> int:
+        """Count the trainable parameters of the update of one matrix."""
+
+    def check_shape(self, shape: MatrixShape, name: str) -> None:
+        """Check that a matrix can be adapted, before anything is changed.
+
+        Args:
+            shape: The matrix's.
+            name: The layer's, for the message.
+
+        Raises:
+            ValueError: It cannot; the message says why and what to do.
+        """
+        return
+
+    def lora_settings(self) -> dict[str, Any] | None:
+        """What PEFT's ``LoraConfig`` calls the scaling, if the update is a LoRA's in PEFT's own terms; else ``None``.
+
+        Without it an exported LoRA has the scaling multiplied into B.
+        """
+        return None
+
+    # -- what follows from the fields ---------------------------------------------------------------------------------
+
+    @property
+    def scaling_factor(self) -> float:
+        """The factor ``s`` on ΔW."""
+        return self.alpha / (math.sqrt(self.rank) if self.scaling == "sqrt_rank" else self.rank)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The kind and the fields as plain numbers, strings and lists, fit for JSON, YAML and safe loading."""
+        return {"kind": self.kind, **dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Make a configuration of this kind from :meth:`to_dict`'s values; those that are left out take their defaults.
+
+        Raises:
+            ValueError: A key is no field, or the values are of another kind; the message says which.
+        """
+        kind = values.get("kind", cls.kind)
+        if kind != cls.kind:
+            raise ValueError(f"The values are of a configuration of kind {kind!r}, not {cls.kind!r}.")
+        fields = {name: value for name, value in values.items() if name != "kind"}
+        check_fields(cls, fields, cls.field_hints())
+        return cls(**fields)
+
+    @classmethod
+    def field_hints(cls) -> dict[str, str]:
+        """What to say of names that are no fields but are likely to be tried."""
+        return {
+            "r": "PEFT's `r` is `rank` here.",
+            "lora_alpha": "PEFT's `lora_alpha` is `alpha` here.",
+            "lora_dropout": "PEFT's `lora_dropout` is `dropout` here.",
+            "modules_to_save": "PEFT's `modules_to_save` is `modules_to_train` here.",
+        }
+
+    def differences(self, other: AdapterConfig, *, run_only: bool = False) -> dict[str, tuple[Any, Any]]:
+        """Find the fields in which another configuration differs: the name, this value and the other's.
+
+        Args:
+            other: The other configuration, of whatever kind.
+            run_only: Whether fields that are a matter of the run (dropout) count, too.
+        """
+        here, there = self.to_dict(), other.to_dict()
+        if self.kind != other.kind:
+            return {"kind": (self.kind, other.kind)}
+        left_out = {f.name for f in dataclasses.fields(self) if f.metadata.get("run_only")} if not run_only else set()
+        return {
+            name: (value, there[name]) for name, value in here.items() if value != there[name] and name not in left_out
+        }
+
+
+# Every kind of adapter whose module was imported, by name.
+KINDS: dict[str, type[AdapterConfig]] = {}

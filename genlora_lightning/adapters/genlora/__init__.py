@@ -1,0 +1,1 @@
+"""GenLoRA: latent vectors, and the radial basis functions that make low-rank matrices of them."""

@@ -1,0 +1,154 @@
+"""Plain LoRA: two stored factors (Hu et al., arXiv 2106.09685), the baseline beside which all else stands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self, override
+
+from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, Role
+from genlora_lightning.adapters.config import AdapterConfig, ScalingRule
+
+
+class StoredFactor(Factor):
+    """A matrix ``M (rank, num_entries)`` that is a parameter.
+
+    Args:
+        num_entries: Length n of a row.
+        rank: Number of rows.
+        group: The optimizer group of it.
+        zero_start: Start at zero, exactly; else uniform in ±1/√n, as PEFT's A does.
+        device: Where the parameter is made.
+        generator: Random number generator for the initial values.
+    """
+
+    def __init__(
+        self,
+        num_entries: int,
+        *,
+        rank: int,
+        group: str,
+        zero_start: bool = False,
+        device: torch.device | str | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(rank, num_entries)
+        self.roles = {"matrix": Role(group)}
+        self.zero_start = zero_start
+        # dtype named: Lightning builds models under a default dtype of bfloat16 with precision "bf16-true"
+        self.matrix = nn.Parameter(torch.empty(rank, num_entries, dtype=torch.float32, device=device))
+        self.reset_parameters(generator)
+
+    @override
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if self.matrix.is_meta:
+            return
+        self.changed()
+        if self.zero_start:
+            self.matrix.zero_()
+        else:
+            bound = 1 / math.sqrt(self.num_entries)
+            self.matrix.uniform_(-bound, bound, generator=generator)
+
+    @property
+    @override
+    def first_shape(self) -> tuple[int, ...]:
+        return self.rank, self.num_entries
+
+    @override
+    def batch_key(self) -> Hashable:
+        return self.rank, self.num_entries
+
+    @override
+    def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        matrix = self.matrix if scale == 1.0 else scale * self.matrix
+        return matrix if dtype is None else matrix.to(dtype)
+
+    @classmethod
+    @override
+    def make_many(
+        cls,
+        factors: Sequence[Self],
+        *,
+        scale: float,
+        dtype: torch.dtype | None,
+        when_differentiated: Callable[[], None] | None = None,
+    ) -> Sequence[Tensor]:
+        return [factor(scale=scale, dtype=dtype) for factor in factors]
+
+    @classmethod
+    @override
+    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor], *, scale: float) -> None:
+        for factor, gradient in zip(factors, gradients, strict=True):
+            matrix = factor.matrix
+            own = (gradient if scale == 1.0 else scale * gradient).to(matrix.dtype)
+            matrix.grad = own if matrix.grad is None else matrix.grad + own
+
+    @override
+    def extra_repr(self) -> str:
+        return f"rank={self.rank}, num_entries={self.num_entries}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAConfig(AdapterConfig):
+    """Configure LoRA: ``ΔW = s · B · A`` with two stored matrices (arXiv 2106.09685).
+
+    One adapted linear has ``rank · (in + out)`` parameters: A ``(rank, in)`` starts uniform in ±1/√in, B ``(out,
+    rank)`` at zero. A trained adapter is PEFT's LoRA to the last bit (``export_lora``, ``import_lora``).
+
+    LoRA+ (arXiv 2402.12354) is a matter of the optimizer: give the group ``lora_b`` a higher rate, such as
+    ``OptimizerConfig(lr_factors={"lora_b": 16})``.
+
+    Args:
+        rank: Number of rows of A and columns of B; PEFT's ``r``.
+        alpha: Numerator of the scaling ``s``; PEFT's ``lora_alpha``.
+        scaling: ``"rank"``: ``s = alpha / rank``; ``"sqrt_rank"``: ``s = alpha / √rank``, which is rsLoRA (arXiv
+            2312.03732).
+        dropout: Probability of dropping an entry of the adapter's input while training.
+        target_modules: Linear layers to adapt: ``"all-linear"`` (each but the output head), a list of module names or
+            their last parts (``["q_proj", "v_proj"]``), or a regular expression that must match the whole module name.
+        exclude_modules: Names, or last parts of names, of linears not to adapt; all in a named module are left out.
+        modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
+            with them, such as a classification head.
+
+    Raises:
+        ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.
+        TypeError: A value has the wrong type.
+    """
+
+    kind: ClassVar[str] = "lora"
+    title: ClassVar[str] = "LoRA"
+
+    rank: int = 16
+    alpha: float = 32.0
+    scaling: ScalingRule = "rank"
+
+    @override
+    def make(
+        self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> FactorPair:
+        def factor(num_entries: int, group: str, zero_start: bool) -> StoredFactor:
+            return StoredFactor(
+                num_entries, rank=self.rank, group=group, zero_start=zero_start, device=device, generator=generator
+            )
+
+        return FactorPair(
+            factor(shape.in_features, "lora_a", False),
+            factor(shape.out_features, "lora_b", True),
+            self.scaling_factor,
+        )
+
+    @override
+    def lora_settings(self) -> dict[str, Any]:
+        return {"lora_alpha": self.alpha, "use_rslora": self.scaling == "sqrt_rank"}
+
+    @override
+    def count_parameters(self, shape: MatrixShape) -> int:
+        """Count the trainable parameters of one adapted matrix: ``rank · (in + out)``."""
+        return self.rank * sum(shape)

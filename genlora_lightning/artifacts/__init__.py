@@ -1,0 +1,1 @@
+"""Adapters on disk: folders and checkpoints, saved, verified, loaded and described."""

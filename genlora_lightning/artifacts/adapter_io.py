@@ -1,0 +1,298 @@
+"""Adapter folders: saved atomically, and loaded with every tensor, and the base, accounted for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from genlora_lightning._version import __version__
+from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.artifacts.adapter_folder import (
+    CARD_FILE,
+    CONFIG_FILE,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    WEIGHTS_FILE,
+    StoredAdapter,
+    is_adapter_folder,
+    read_adapter,
+)
+from genlora_lightning.artifacts.model_card import model_card
+from genlora_lightning.backbone.identity import WrongBaseError, base_identity, compare_bases, describe_base
+from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.injection.inject import adapter_layers, check_configuration, inject_adapters
+from genlora_lightning.injection.report import CoverageReport
+from genlora_lightning.injection.restoring import restored_after_error
+from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
+from genlora_lightning.storage.atomic import atomic_folder
+from genlora_lightning.storage.digests import dtype_name, seal_json, sha256
+from genlora_lightning.storage.tensor_file import write_tensors
+
+BaseCheck = Literal["error", "warn", "off"]
+_OWN_FILES = {WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE}
+
+
+@dataclass
+class AdapterContent:
+    """What an adapter folder says of a model, taken from it before or after its tensors are spread over processes.
+
+    Attributes:
+        state: The adapter's tensors by name.
+        config: The adapters' configuration.
+        base: The base's identity (:func:`~genlora_lightning.backbone.identity.base_identity`).
+        layers: ``[out_features, in_features]`` of each adapted linear.
+        trained_modules: The names of the tensors of each module trained in full.
+        base_is_transformers: Whether the base is one of transformers' models.
+    """
+
+    state: dict[str, Tensor]
+    config: AdapterConfig
+    base: dict[str, Any]
+    layers: dict[str, list[int]]
+    trained_modules: dict[str, list[str]]
+    base_is_transformers: bool
+
+
+def adapter_content(model: nn.Module) -> AdapterContent:
+    """What :func:`save_adapter` saves of a model; the tensors are the model's own, not copies.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    state = adapter_state_dict(model)
+    layers = adapter_layers(model)
+    return AdapterContent(
+        state=state,
+        config=next(iter(layers.values())).config,
+        base=base_identity(model),
+        layers={name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
+        trained_modules={
+            name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()
+        },
+        base_is_transformers=type(model).__module__.startswith("transformers."),
+    )
+
+
+def save_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None
+) -> Path:
+    """Save a model's adapters, and the modules trained in full, to a folder; the base is not saved.
+
+    The folder's files are those of :mod:`genlora_lightning.artifacts.adapter_folder`. It is written beside its
+    destination, flushed to the disk and put in its place in one step: whenever the process is killed, there is the old
+    adapter or the new one, complete (:mod:`genlora_lightning.storage.atomic`). Files of yours in an older adapter's
+    folder, such as a tokenizer's, are kept.
+
+    Args:
+        model: A model with adapters, merged or not.
+        folder: Where to save; replaced if it is an adapter folder already.
+        training: Facts to keep with the adapter, such as steps and ``metrics``; JSON values.
+
+    Returns:
+        The folder's path.
+
+    Raises:
+        ValueError: The model has no adapters, a tensor to save is not finite, or ``training`` is no JSON.
+        FileExistsError: ``folder`` exists and is no adapter folder; nothing of yours is overwritten.
+        OSError: It cannot be written, for example because the disk is full; then nothing is left behind.
+    """
+    return write_adapter(adapter_content(model), folder, training=training)
+
+
+def write_adapter(
+    content: AdapterContent, folder: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None
+) -> Path:
+    """Write an adapter folder; see :func:`save_adapter`."""
+    folder = Path(folder)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in content.state.items()}
+    broken = _not_finite(state)
+    if broken:
+        raise ValueError(
+            f"{len(broken)} of {len(state)} tensors hold NaN or infinite values ({broken[0]} among them); such an "
+            f"adapter is of no use and was not saved to {folder}. The training diverged: lower the learning rate."
+        )
+    if folder.exists() and not is_adapter_folder(folder):
+        raise FileExistsError(
+            f"{folder} exists and is not an adapter folder (it holds no {CONFIG_FILE} of ours); it is left as it is. "
+            "Give another folder, or remove this one."
+        )
+    facts = dict(training or {})
+    try:
+        json.dumps(facts, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`training` must hold JSON values, got {facts!r}: {error}.") from error
+    try:
+        with atomic_folder(folder) as staging:
+            _write(staging, content, state, facts)
+            _keep_other_files(folder, staging)
+    except OSError as error:
+        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+        raise OSError(
+            f"The adapter ({size:,} bytes) could not be saved to {folder}: {error}. Nothing was left behind; check "
+            "that there is space and that the folder is writable."
+        ) from error
+    return folder
+
+
+def load_adapter(
+    model: nn.Module, folder: str | os.PathLike[str], *, base_check: BaseCheck = "error"
+) -> CoverageReport:
+    """Load an adapter folder into its base model, in place; adapters are injected if the model has none yet.
+
+    All of it is proved before a weight is touched: digests of the files, that the model is the base the adapter was
+    trained on (its configuration, all names and shapes, and sampled values of the weights), and names, shapes and
+    dtypes of the adapter's tensors, in both directions. The base is proved first, before anything is injected. If
+    anything is wrong, the model is as it was.
+
+    Args:
+        model: The base model the adapter was trained on, with or without adapters of the same configuration.
+        folder: A folder that :func:`save_adapter` wrote.
+        base_check: What to do if the base is another one: ``"error"``, ``"warn"``, or ``"off"``: do not look.
+
+    Returns:
+        What is adapted.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or a file of it is missing.
+        WrongBaseError: The adapter was trained on another base; the message names both and how they differ.
+        ValueError: A file is damaged or of another format, the adapter does not fit the model, or the model's adapters
+            are merged.
+    """
+    if base_check not in ("error", "warn", "off"):
+        raise ValueError(f"`base_check` must be 'error', 'warn' or 'off', got {base_check!r}.")
+    merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
+    if merged:
+        raise ValueError(
+            f"{len(merged)} adapters of this model are merged into its weights, {merged[0]} among them, and would "
+            "go on to act beside the loaded ones. Call `unmerge_adapters(model)` first, or load into a fresh base."
+        )
+    stored = read_adapter(folder)
+    check_configuration(model, stored.config)
+    if base_check != "off":
+        _check_base(model, stored, Path(folder), base_check)
+    with restored_after_error(model):
+        try:
+            report = inject_adapters(model, stored.config)
+        except ValueError as error:
+            raise ValueError(
+                f"The adapter in {folder} does not fit this {type(model).__name__}: {error} It was trained on "
+                f"{describe_base(stored.base)}."
+            ) from error
+        _check_dtypes(adapter_state_dict(model), stored.tensors, Path(folder))
+        load_adapter_state(model, stored.tensors, str(folder))
+    return report
+
+
+def adapter_bytes(folder: str | os.PathLike[str]) -> int:
+    """Size of an adapter folder on disk, in bytes."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that an adapter's weights depend on, of those that are imported."""
+    versions = {"genlora_lightning": __version__, "python": platform.python_version()}
+    for name in ("torch", "safetensors", "transformers", "lightning"):
+        if name in sys.modules:
+            versions[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
+    return versions
+
+
+def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
+    largest = torch._foreach_norm(list(floating.values()), float("inf")) if floating else ()
+    return [name for name, value in zip(floating, largest, strict=True) if not math.isfinite(value)]
+
+
+def _write(staging: Path, content: AdapterContent, state: dict[str, Tensor], training: dict[str, Any]) -> None:
+    weights = write_tensors(staging / WEIGHTS_FILE, state)
+    base, config = content.base, content.config
+    description = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "base_model": base["name"],
+        "config": config.to_dict(),
+    }
+    text = (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()
+    (staging / CONFIG_FILE).write_bytes(text)
+    versions = library_versions()
+    card = model_card(
+        config=config,
+        base=base,
+        training=training,
+        versions=versions,
+        num_layers=len(content.layers),
+        num_values=sum(tensor.numel() for tensor in state.values()),
+        base_is_transformers=content.base_is_transformers,
+    )
+    (staging / CARD_FILE).write_text(card, encoding="utf-8")
+    manifest = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions,
+        "training": training,
+        "base": base,
+        "layers": content.layers,
+        "trained_modules": content.trained_modules,
+        "files": {
+            CONFIG_FILE: {"bytes": len(text), "sha256": sha256(text)},
+            WEIGHTS_FILE: {"bytes": weights.num_bytes, "header_sha256": weights.header_sha256},
+        },
+        "tensors": weights.digests,
+    }
+    (staging / MANIFEST_FILE).write_bytes(seal_json(manifest))
+
+
+def _keep_other_files(folder: Path, staging: Path) -> None:
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name not in _OWN_FILES:
+            if path.is_dir() and not path.is_symlink():
+                shutil.copytree(path, staging / path.name, symlinks=True)
+            else:
+                shutil.copy2(path, staging / path.name, follow_symlinks=False)
+
+
+def _check_base(model: nn.Module, stored: StoredAdapter, folder: Path, base_check: BaseCheck) -> None:
+    present = base_identity(model, without=stored.trained_modules)
+    problems = compare_bases(stored.base, present)
+    if not problems:
+        return
+    message = (
+        f"The adapter in {folder} was trained on another base: on {describe_base(stored.base)}; this one is "
+        f"{describe_base(present)}. {'; '.join(problems)}."
+    )
+    if base_check == "warn":
+        warnings.warn(f"{message} It is loaded all the same.", stacklevel=3)
+        return
+    raise WrongBaseError(
+        f"{message} Nothing was loaded. Load it into the base it was trained on; if you know that this one is right, "
+        'give base_check="warn" or "off".'
+    )
+
+
+def _check_dtypes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], folder: Path) -> None:
+    """Refuse what a cast would spoil; a cast to a wider dtype keeps every value."""
+    wrong = [
+        f"{name}: stored {dtype_name(state[name].dtype)}, needed {dtype_name(tensor.dtype)}"
+        for name, tensor in expected.items()
+        if name in state and torch.promote_types(state[name].dtype, tensor.dtype) != tensor.dtype
+    ]
+    if wrong:
+        raise ValueError(
+            f"The adapter in {folder} does not fit this model: {len(wrong)} tensors would lose digits in its "
+            f"dtype ({', '.join(wrong[:4])}). Cast the model to a wider dtype. Nothing was loaded."
+        )

@@ -1,0 +1,356 @@
+"""What a checkpoint holds: the adapters and what else is trained, optimizer state by name, and only plain values."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from genlora_lightning.adapters.kinds import read_config
+from genlora_lightning.artifacts import format1
+from genlora_lightning.backbone.identity import base_model_name
+from genlora_lightning.distributed.shards import (
+    plain_name,
+    plain_parameters,
+    state_names,
+    tensors_trained_in_full,
+    trained_tensors,
+    whole_like,
+)
+from genlora_lightning.injection.inject import adapter_config, adapter_layers, require_adapters
+from genlora_lightning.injection.state import check_adapter_state
+
+CHECKPOINT_KEY = "genlora"
+CHECKPOINT_VERSION = 2
+_HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
+
+
+def adapter_root(module: nn.Module) -> nn.Module:
+    """The part of a module that adapters are injected into: what its ``adapter_root()`` says, else all of it."""
+    find: Callable[[], nn.Module] | None = getattr(module, "adapter_root", None)
+    return find() if find is not None else module
+
+
+def prefix_of(root: nn.Module, module: nn.Module) -> str:
+    """What the names of a module's part begin with in the module, such as ``"model."``."""
+    return next(f"{plain_name(name)}." if name else "" for name, part in module.named_modules() if part is root)
+
+
+def checkpoint_state(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint must hold: the adapter's state, and whatever else is trained; pieces of it if it is sharded."""
+    require_adapters(module)
+    return trained_tensors(module)
+
+
+# -- writing ----------------------------------------------------------------------------------------------------------
+
+
+def keep_adapters_only(module: nn.Module, checkpoint: dict[str, Any], optimizers: list[Optimizer]) -> None:
+    """Turn what Lightning wants to save into what we save, in place.
+
+    The state dict keeps what was trained; optimizer state is keyed by parameter names; tensors are copies that lie in
+    one block per dtype (a file has a few hundred bytes of bookkeeping per block, more than many adapter tensors); what
+    torch's safe loading refuses is turned into plain values where that is possible.
+
+    Raises:
+        RuntimeError: The state dict lacks a trained tensor; nothing should be written then.
+    """
+    kept = checkpoint_state(module)
+    # Interned, because a file holds a string once for each object, and there are as many bytes in names as in tensors.
+    checkpoint["state_dict"] = {sys.intern(name): t for name, t in checkpoint["state_dict"].items() if name in kept}
+    missing = [name for name in kept if name not in checkpoint["state_dict"]]
+    if missing:
+        raise RuntimeError(
+            f"{len(missing)} trained tensors, {missing[0]} among them, are missing in the state dict to be saved: "
+            f"{type(module).__name__} changes its `state_dict` or `on_save_checkpoint`. No checkpoint was "
+            "written that could not be resumed from."
+        )
+    root = adapter_root(module)
+    checkpoint[CHECKPOINT_KEY] = {
+        "format_version": CHECKPOINT_VERSION,
+        "config": adapter_config(root).to_dict(),
+        "base_model": base_model_name(root),
+        "prefix": prefix_of(root, module),
+        # As in an adapter folder, but by the names in this state dict.
+        "layers": {
+            sys.intern(plain_name(name)): [layer.out_features, layer.in_features]
+            for name, layer in adapter_layers(module).items()
+        },
+        "trained_modules": {
+            name: [sys.intern(own) for own in tensors] for name, tensors in tensors_trained_in_full(module).items()
+        },
+    }
+    if "optimizer_states" in checkpoint:
+        states = zip(checkpoint["optimizer_states"], optimizers, strict=True)
+        checkpoint["optimizer_states"] = [
+            _in_columns(_named_state(module, state, optimizer), checkpoint["state_dict"]) for state, optimizer in states
+        ]
+    for name in _HYPERPARAMETERS:
+        if name in checkpoint:
+            checkpoint[name] = _plain_hyperparameters(checkpoint[name], name)
+    refused: list[str] = []
+    for name, value in list(checkpoint.items()):
+        checkpoint[name] = _plain(value, name, refused)
+    if refused:
+        warnings.warn(
+            f"The checkpoint holds objects that torch's safe loading refuses ({', '.join(refused[:4])}), so it can be "
+            "loaded with `weights_only=False` only. Store plain values there: numbers, strings, lists, tensors.",
+            stacklevel=2,
+        )
+    packed = ["state_dict", "optimizer_states"]
+    blocks = pack({name: checkpoint[name] for name in packed if name in checkpoint})
+    checkpoint.update(blocks)
+
+
+def pack(tree: Any) -> Any:
+    """A copy of nested dictionaries and lists whose tensors are views into one new block on the CPU per dtype."""
+    found: list[Tensor] = []
+    _collect(tree, found)
+    tensors = {id(tensor): tensor for tensor in found}.values()
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    views: dict[int, Tensor] = {}
+    for group in by_kind.values():
+        block = torch.cat([tensor.detach().reshape(-1) for tensor in group]).cpu()
+        parts = torch.split(block, [tensor.numel() for tensor in group])
+        views |= {id(tensor): part.view(tensor.shape) for tensor, part in zip(group, parts, strict=True)}
+    return _replaced(tree, views)
+
+
+def _collect(tree: Any, tensors: list[Tensor]) -> None:
+    if type(tree) in (Tensor, nn.Parameter):
+        tensors.append(tree)
+    elif isinstance(tree, dict):
+        for value in tree.values():
+            _collect(value, tensors)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            _collect(value, tensors)
+
+
+def _replaced(tree: Any, views: dict[int, Tensor]) -> Any:
+    if type(tree) in (Tensor, nn.Parameter):
+        return views[id(tree)]
+    if isinstance(tree, dict):
+        return {name: _replaced(value, views) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_replaced(value, views) for value in tree)
+    return tree
+
+
+def _plain_hyperparameters(values: Any, place: str) -> Any:
+    """Hyperparameters without what cannot be stored safely: nothing that a run goes on with depends on them."""
+    if not isinstance(values, Mapping):
+        return values
+    kept = {}
+    for name, value in values.items():
+        refused: list[str] = []
+        plain = _plain(value, f"{place}.{name}", refused)
+        if refused:
+            warnings.warn(
+                f"The hyperparameter {name!r} is a {type(value).__name__} and was left out of the checkpoint: torch's "
+                "safe loading refuses it. Save plain values only, for example with "
+                f"`self.save_hyperparameters(ignore=[{name!r}])`.",
+                stacklevel=4,
+            )
+        else:
+            kept[name] = plain
+    return kept
+
+
+def _plain(value: Any, place: str, refused: list[str]) -> Any:
+    """A value as torch loads it safely; the places of those that it would not are added to a list."""
+    if value is None or isinstance(value, (Tensor, torch.dtype, torch.device, torch.Size)):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.from_numpy(value.copy())
+    if type(value) in (bool, int, float, complex, str, bytes):
+        return value
+    if isinstance(value, Enum):
+        return _plain(value.value, place, refused)
+    if isinstance(value, (int, float, str)):  # a subclass
+        return int(value) if isinstance(value, int) else float(value) if isinstance(value, float) else str(value)
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        items = value.items()
+        return {_plain(key, place, refused): _plain(item, f"{place}.{key}", refused) for key, item in items}
+    if isinstance(value, (list, tuple, set)):
+        plain = [_plain(item, f"{place}[{index}]", refused) for index, item in enumerate(value)]
+        return tuple(plain) if isinstance(value, tuple) else set(plain) if isinstance(value, set) else plain
+    refused.append(f"{place}: {type(value).__name__}")
+    return value
+
+
+# -- optimizer state by name ------------------------------------------------------------------------------------------
+
+
+def _names(module: nn.Module) -> dict[int, str]:
+    return {id(parameter): sys.intern(name) for name, parameter in plain_parameters(module).items()}
+
+
+def _named_state(module: nn.Module, state: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """An optimizer's state dict with parameter names in place of numbers."""
+    names = _names(module)
+    by_number: dict[Any, str] = {}
+    for stored, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        for number, parameter in zip(stored["params"], group["params"], strict=True):
+            by_number[number] = names[id(parameter)]
+    return {
+        **state,
+        "state": {by_number[number]: value for number, value in state["state"].items()},
+        "param_groups": [
+            {**group, "params": [by_number[number] for number in group["params"]]} for group in state["param_groups"]
+        ],
+    }
+
+
+def _in_columns(named: dict[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
+    """A named state with one flat tensor for each quantity, such as Adam's ``exp_avg``, of all parameters.
+
+    A tensor takes about 100 bytes of bookkeeping in a file, as much as the contents of many an adapter tensor; Adam has
+    three for each parameter. ``names`` is the order in the columns. What does not fit into one stays under ``state``.
+    """
+    rows: dict[str, dict[str, Any]] = named["state"]
+    names = list(rows)
+    columns: dict[str, dict[str, Any]] = {}
+    for key in rows[names[0]] if names else ():
+        values: list[Any] = [row.get(key) for row in rows.values()]
+        if not all(type(value) is Tensor and value.dtype == values[0].dtype for value in values):
+            continue
+        scalar = all(value.ndim == 0 for value in values)
+        if scalar or all(value.shape == parameters[name].shape for value, name in zip(values, names, strict=True)):
+            flat = torch.cat([value.detach().to("cpu").reshape(-1) for value in values])
+            columns[key] = {"values": flat, "scalar": scalar}
+    rest = {name: {k: v for k, v in row.items() if k not in columns} for name, row in rows.items()}
+    return {**named, "names": names, "columns": columns, "state": {name: row for name, row in rest.items() if row}}
+
+
+def optimizer_state_by_name(stored: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+    """The state that a checkpoint holds for an optimizer, by the names of the parameters.
+
+    Args:
+        stored: One of the checkpoint's ``optimizer_states``.
+        parameters: The parameters by name, or the checkpoint's ``state_dict``; only the shapes are used.
+    """
+    state = {name: dict(stored["state"].get(name, {})) for name in stored["names"]}
+    for key, column in stored["columns"].items():
+        sizes = [1 if column["scalar"] else parameters[name].numel() for name in state]
+        for name, part in zip(state, torch.split(column["values"], sizes), strict=True):
+            state[name][key] = part.reshape(() if column["scalar"] else parameters[name].shape).clone()
+    return state
+
+
+def numbered_state(module: nn.Module, stored: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
+    """A stored state with names as the state dict, with numbers, that an optimizer loads; groups may be in any order.
+
+    Raises:
+        ValueError: The optimizer has other parameters than the stored one, or groups them in another way.
+    """
+    if "names" not in stored:
+        return stored  # Lightning's own, written by a run without the callback's hooks
+    by_name = optimizer_state_by_name(stored, whole_like(module))
+    names = _names(module)
+    present = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+    group_of = {name: index for index, group in enumerate(stored["param_groups"]) for name in group["params"]}
+    here = {name for group in present for name in group}
+    missing, unexpected = sorted(here - set(group_of)), sorted(set(group_of) - here)
+    if missing or unexpected:
+        parts = [f"{len(missing)} parameters have no state ({_some(missing)})"] if missing else []
+        parts += [f"the state of {len(unexpected)} has no parameter here ({_some(unexpected)})"] if unexpected else []
+        raise ValueError(
+            f"The checkpoint's {type(optimizer).__name__} state does not fit this run's: {'; '.join(parts)}. Train the "
+            "same parameters, or start a new run from the adapter folder."
+        )
+    state: dict[int, Any] = {}
+    groups: list[dict[str, Any]] = []
+    number = 0
+    for members, group in zip(present, optimizer.param_groups, strict=True):
+        sources = [stored["param_groups"][index] for index in sorted({group_of[name] for name in members})]
+        options = [{key: value for key, value in source.items() if key != "params"} for source in sources]
+        if any(other != options[0] for other in options[1:]):
+            raise ValueError(
+                f"The optimizer has {members[0]} and {members[-1]} in one parameter group, the checkpoint in groups "
+                "with different settings. Use the same parameter groups to resume."
+            )
+        chosen = dict(options[0]) if options else {key: value for key, value in group.items() if key != "params"}
+        if "param_names" in group:
+            chosen["param_names"] = group["param_names"]
+        groups.append({**chosen, "params": list(range(number, number + len(members)))})
+        for name in members:
+            if name in by_name:
+                state[number] = by_name[name]
+            number += 1
+    kept = {key: value for key, value in stored.items() if key not in ("names", "columns")}
+    return {**kept, "state": state, "param_groups": groups}
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+
+
+# -- reading ----------------------------------------------------------------------------------------------------------
+
+
+def upgrade(checkpoint: dict[str, Any]) -> None:
+    """Turn a checkpoint of an older format into one of today's, in place."""
+    described = checkpoint.get(CHECKPOINT_KEY)
+    if isinstance(described, dict) and described.get("format_version") == format1.VERSION:
+        format1.upgrade_checkpoint(checkpoint, CHECKPOINT_KEY, CHECKPOINT_VERSION)
+
+
+def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """What a checkpoint says of its adapters: configuration, base model, prefix, adapted linears, trained modules.
+
+    Raises:
+        ValueError: It holds no adapters, or comes from a newer release.
+    """
+    described: dict[str, Any] | None = checkpoint.get(CHECKPOINT_KEY)
+    if described is None:
+        raise ValueError(
+            "The checkpoint holds no adapters: it was written by a run without GenLoRAFinetuning. To start "
+            "from its weights load them into the model yourself, and give no `ckpt_path`."
+        )
+    if described["format_version"] != CHECKPOINT_VERSION:
+        raise ValueError(
+            f"The checkpoint's adapters have format version {described['format_version']!r}; this release reads "
+            f"version {CHECKPOINT_VERSION}. It was probably written by a newer release: update genlora-lightning."
+        )
+    return described
+
+
+def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Compare a checkpoint with a module that has adapters: configuration, names and shapes.
+
+    Raises:
+        ValueError: They do not fit; the message says where.
+    """
+    if not adapter_layers(module):
+        raise RuntimeError("The adapters were not injected before the checkpoint was loaded.")
+    stored = read_config(describe(checkpoint)["config"])
+    differences = [
+        f"{name}: {there!r} in the checkpoint, {here!r} here"
+        for name, (here, there) in adapter_config(module).differences(stored).items()
+    ]
+    if differences:
+        raise ValueError(
+            f"The checkpoint's adapters were made with another configuration ({'; '.join(differences)}). Use the "
+            "configuration of the run that wrote it."
+        )
+    # Base weights may be there (a full checkpoint); they are the base's matter, not the adapters'.
+    expected = whole_like(module)
+    base = state_names(module) - set(expected)
+    state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in base}
+    check_adapter_state(expected, state, "the checkpoint")

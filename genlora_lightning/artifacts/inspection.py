@@ -1,0 +1,238 @@
+"""Inspection: what an adapter folder is, by its files alone, without its base."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from genlora_lightning.adapters.base import MatrixShape
+from genlora_lightning.adapters.kinds import read_config
+from genlora_lightning.adapters.low_rank import effective_rank
+from genlora_lightning.artifacts.adapter_folder import read_adapter, stored_layer
+from genlora_lightning.artifacts.adapter_io import adapter_bytes
+from genlora_lightning.artifacts.checkpoint import describe
+from genlora_lightning.artifacts.loading import read_checkpoint
+from genlora_lightning.backbone.identity import describe_base
+from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.text import text_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationReport:
+    """What :func:`verify_adapter` proved; ``print`` it for a sentence.
+
+    Args:
+        folder: Where the adapter lies.
+        num_tensors: Tensors whose SHA-256 was compared.
+        num_bytes: Size of the folder's files.
+        base: The base it was trained on, in words.
+        versions: Of Python and the libraries that wrote it.
+        created: When it was written; ISO 8601, UTC.
+    """
+
+    folder: str
+    num_tensors: int
+    num_bytes: int
+    base: str
+    versions: dict[str, str]
+    created: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder} is complete and unchanged: {self.num_tensors} tensors, {self.num_bytes:,} bytes, written "
+            f"{self.created} by genlora-lightning {self.versions.get('genlora_lightning', 'unknown')}, for "
+            f"{self.base}."
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerDescription:
+    """One adapted linear of an :class:`AdapterDescription`.
+
+    Args:
+        module: Its name.
+        out_features: Of the linear.
+        in_features: Of the linear.
+        rank: Highest rank that its update can have.
+        effective_rank: Entropy effective rank of its update; see :func:`~genlora_lightning.effective_rank`.
+        parameters: Values of its adapter.
+    """
+
+    module: str
+    out_features: int
+    in_features: int
+    rank: int
+    effective_rank: float
+    parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterDescription:
+    """What :func:`describe_adapter` found; ``print`` it for a table, :meth:`to_dict` for JSON.
+
+    Args:
+        folder: Where the adapter lies.
+        base: The base it was trained on, in words.
+        config: The kind and the fields of its configuration.
+        training: Facts of its training.
+        versions: Of Python and the libraries that wrote it.
+        created: When it was written; ISO 8601, UTC.
+        num_bytes: Size of the folder's files.
+        layers: The adapted linears.
+        trained_modules: Modules trained in full, with their number of values.
+        other_tensors: What else a checkpoint holds, such as a parameter that was trained beside the adapters, with its
+            number of values.
+    """
+
+    folder: str
+    base: str
+    config: dict[str, Any]
+    training: dict[str, Any]
+    versions: dict[str, str]
+    created: str
+    num_bytes: int
+    layers: tuple[LayerDescription, ...]
+    trained_modules: dict[str, int]
+    other_tensors: dict[str, int]
+
+    @property
+    def parameters(self) -> int:
+        """All values that are stored, modules trained in full and other tensors included."""
+        others = (*self.trained_modules.values(), *self.other_tensors.values())
+        return sum(layer.parameters for layer in self.layers) + sum(others)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The description as JSON values."""
+        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "parameters": self.parameters}
+
+    def __str__(self) -> str:
+        header = ("module", "shape (out, in)", "rank", "effective rank", "parameters")
+        rows = [
+            (
+                layer.module,
+                f"({layer.out_features}, {layer.in_features})",
+                str(layer.rank),
+                f"{layer.effective_rank:.2f}",
+                f"{layer.parameters:,}",
+            )
+            for layer in self.layers
+        ]
+        rows += [(name, "trained in full", "-", "-", f"{count:,}") for name, count in self.trained_modules.items()]
+        rows += [(name, "other tensor", "-", "-", f"{count:,}") for name, count in self.other_tensors.items()]
+        mean = sum(layer.effective_rank for layer in self.layers) / max(len(self.layers), 1)
+        return "\n".join(
+            [
+                text_table(header, rows, left=2),
+                f"{read_config(self.config).title} adapter for {self.base}, written {self.created}: "
+                f"{self.parameters:,} values in {self.num_bytes:,} bytes; {len(self.layers)} linears, mean effective "
+                f"rank {mean:.2f} of {self.config['rank']}.",
+            ]
+        )
+
+
+def verify_adapter(folder: str | os.PathLike[str]) -> VerificationReport:
+    """Prove that an adapter folder is complete and unchanged; no model is needed.
+
+    The model card, which may be edited, is not looked at.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or a file of it is missing.
+        DamagedFileError: A file is not what was written, or they disagree; the message says which and what.
+        ValueError: The folder is of another library, or of a newer release.
+    """
+    stored = read_adapter(folder)
+    return VerificationReport(
+        folder=str(folder),
+        num_tensors=len(stored.tensors),
+        num_bytes=adapter_bytes(stored.folder),
+        base=describe_base(stored.base),
+        versions=stored.versions,
+        created=stored.created,
+    )
+
+
+def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
+    """Describe a verified adapter folder, or a checkpoint: per layer its shape, values, and effective rank.
+
+    The matrices are generated from the stored tensors; no model is needed.
+
+    Raises:
+        FileNotFoundError: There is no such folder or file.
+        ValueError: It is damaged, or holds no adapters of ours; as :func:`verify_adapter` says.
+    """
+    if Path(path).is_file():
+        return _describe_checkpoint(Path(path))
+    folder, stored = path, read_adapter(path)
+    return AdapterDescription(
+        folder=str(folder),
+        base=describe_base(stored.base),
+        config=stored.config.to_dict(),
+        training=stored.training,
+        versions=stored.versions,
+        created=stored.created,
+        num_bytes=adapter_bytes(Path(stored.folder)),
+        layers=tuple(_describe_layer(name, stored.layer(name)) for name in stored.layers),
+        trained_modules={
+            name: sum(stored.tensors[own].numel() for own in names) for name, names in stored.trained_modules.items()
+        },
+        other_tensors={},
+    )
+
+
+@torch.no_grad()
+def _describe_checkpoint(path: Path) -> AdapterDescription:
+    content = read_checkpoint(path)
+    described = describe(content)
+    config = read_config(described["config"])
+    tensors: dict[str, Tensor] = dict(content["state_dict"])
+    layers = []
+    trained: dict[str, int] = {}
+    name = ""
+    try:
+        for name, shape in described["layers"].items():
+            layer = stored_layer(name, MatrixShape(*shape), config, tensors)
+            layers.append(_describe_layer(name, layer))
+            for own in layer.adapter_parameters():
+                del tensors[f"{name}.{own}"]
+        for name, names in described["trained_modules"].items():
+            trained[name] = sum(tensors.pop(own).numel() for own in names)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        what = (
+            f"The tensors of {name} in {path} are incomplete or do not fit together"
+            if name
+            else (f"{path} does not say which linears it adapts: it was written before the first release")
+        )
+        raise ValueError(f"{what} ({error!r}).") from error
+    return AdapterDescription(
+        folder=str(path),
+        base=described.get("base_model") or "an unnamed base",
+        config=config.to_dict(),
+        training={name: content[name] for name in ("global_step", "epoch") if name in content},
+        versions={"lightning": str(content.get("pytorch-lightning_version", "unknown"))},
+        created=datetime.fromtimestamp(path.stat().st_mtime, timezone.utc).isoformat(timespec="seconds"),
+        num_bytes=path.stat().st_size,
+        layers=tuple(layers),
+        trained_modules=trained,
+        other_tensors={name: tensor.numel() for name, tensor in tensors.items()},
+    )
+
+
+def _describe_layer(name: str, layer: AdaptedLayer) -> LayerDescription:
+    return LayerDescription(
+        module=name,
+        out_features=layer.out_features,
+        in_features=layer.in_features,
+        rank=layer.config.rank,
+        effective_rank=effective_rank(*layer.factors()),
+        parameters=sum(parameter.numel() for parameter in layer.adapter_parameters().values()),
+    )

@@ -1,0 +1,172 @@
+"""Models from checkpoints and adapter folders, and adapter folders from checkpoints; nothing here needs a trainer."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from genlora_lightning.adapters.kinds import read_config
+from genlora_lightning.artifacts.adapter_io import adapter_content, load_adapter, write_adapter
+from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoint, checkpoint_state, describe, upgrade
+from genlora_lightning.injection.inject import adapter_layers, inject_adapters
+from genlora_lightning.injection.restoring import restored_after_error
+from genlora_lightning.injection.state import check_adapter_state, load_adapter_state
+from genlora_lightning.layers.sharing import forget_factors
+from genlora_lightning.storage import checkpoint_file
+from genlora_lightning.storage.digests import DamagedFileError
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def load_module(
+    module: type[M] | M,
+    path: str | os.PathLike[str],
+    **arguments: Any,
+) -> M:
+    """A module with trained adapters, from a checkpoint or an adapter folder.
+
+    This is what ``load_from_checkpoint`` cannot do: our checkpoints do not hold the base, and a module that was just
+    made has no adapters yet. Here the module is made, its model is built (``configure_model``), the adapters are
+    injected with the stored configuration, and every tensor is loaded, or an error is raised.
+
+    Args:
+        module: The LightningModule's class, which is called with the hyperparameters that the checkpoint holds; or a
+            module (any ``nn.Module``), which is changed in place.
+        path: A checkpoint file, or an adapter folder.
+        arguments: For the class: they replace those of the checkpoint. An adapter folder holds none, so all are needed.
+
+    Returns:
+        The module, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: There is nothing at ``path``.
+        TypeError: An argument of the class is missing.
+        ValueError: What is there is damaged or holds no adapters, or they do not fit the module. A module that was
+            given has the model that its ``configure_model`` builds then, and is as it was otherwise.
+    """
+    path = Path(path)
+    checkpoint = None if path.is_dir() else read_checkpoint(path)
+    if isinstance(module, type):
+        if checkpoint is not None:
+            describe(checkpoint)
+            arguments = _accepted(module, checkpoint.get("hyper_parameters", {})) | arguments
+        try:
+            made = module(**arguments)
+        except TypeError as error:
+            raise TypeError(
+                f"{module.__name__} could not be made with {sorted(arguments) or 'no arguments'}: {error}. {path} does "
+                "not hold the arguments that are missing; give them to `load_module`."
+            ) from error
+    else:
+        if arguments:
+            raise TypeError(f"Arguments ({', '.join(arguments)}) are for a class; here the module is made already.")
+        made = module
+    configure: Callable[[], None] | None = getattr(made, "configure_model", None)
+    if configure is not None:
+        configure()
+    if checkpoint is None:
+        load_adapter(adapter_root(made), path)
+    else:
+        _load_state(made, checkpoint, str(path))
+    return made.eval()
+
+
+@torch.no_grad()
+def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
+    with restored_after_error(module):
+        if adapter_layers(module):
+            check_checkpoint(module, checkpoint)
+        else:
+            inject_adapters(adapter_root(module), read_config(describe(checkpoint)["config"]))
+        expected = checkpoint_state(module)
+        stored: dict[str, Tensor] = checkpoint["state_dict"]
+        # Parameters beside the adapters that the run trained; `requires_grad` of a new module does not tell which.
+        own = module.state_dict(keep_vars=True)
+        extra = {name: own[name] for name in stored if name in own and name not in expected}
+        check_adapter_state(expected | extra, stored, source)
+    for name, tensor in (expected | extra).items():
+        tensor.copy_(stored[name])
+    forget_factors(module)
+
+
+def _accepted(cls: type, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Those hyperparameters that the class takes as arguments."""
+    parameters = inspect.signature(cls).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return dict(hyperparameters)
+    return {name: value for name, value in hyperparameters.items() if name in parameters}
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a checkpoint file under torch's safe loading, onto the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, is no checkpoint with adapters, or holds objects that are not loaded safely.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    try:
+        checkpoint = checkpoint_file.read_checkpoint(path, weights_only=True)
+    except DamagedFileError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path} ({path.stat().st_size:,} bytes) is no checkpoint that can be loaded safely, or it is damaged: "
+            f"{error}"
+        ) from error
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is no Lightning checkpoint: it has no state dict.")
+    upgrade(checkpoint)
+    return checkpoint
+
+
+def convert_checkpoint(
+    checkpoint: str | os.PathLike[str], base_model: nn.Module, folder: str | os.PathLike[str]
+) -> Path:
+    """Make an adapter folder from a Lightning checkpoint. After an error the model is as it was.
+
+    Args:
+        checkpoint: A checkpoint that a run with GenLoRAFinetuning wrote.
+        base_model: The model that was trained: what the adapters were injected into, or the part of it that holds all
+            of them. It has the checkpoint's adapters afterwards.
+        folder: Where to save, as in :func:`~genlora_lightning.save_adapter`.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        ValueError: It is damaged, holds no adapters, or does not fit the model.
+        OSError: The folder cannot be written, or is no adapter folder (``FileExistsError``).
+    """
+    content = read_checkpoint(checkpoint)
+    described = describe(content)
+    stored: dict[str, Tensor] = content["state_dict"]
+    with restored_after_error(base_model):
+        inject_adapters(base_model, read_config(described["config"]))
+        adapter = adapter_content(base_model)
+        expected = adapter.state
+        first = next(iter(expected))
+        prefixes = [name[: -len(first)] for name in stored if name.endswith(first)]
+        default = described.get("prefix", "")
+        prefix = next((p for p in prefixes if all(p + name in stored for name in expected)), default)
+        state = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
+        # What else was trained, or a base in a full checkpoint, has no place in an adapter folder.
+        base = set(base_model.state_dict()) - set(expected)
+        state = {name: tensor for name, tensor in state.items() if name not in base}
+        check_adapter_state(expected, state, str(checkpoint))
+        # Written before the model is changed for good: a full disk is an error, too.
+        values = {name: state[name].to(tensor.dtype) for name, tensor in expected.items()}
+        training: dict[str, Any] = {name: content[name] for name in ("global_step", "epoch") if name in content}
+        written = write_adapter(dataclasses.replace(adapter, state=values), folder, training=training)
+    load_adapter_state(base_model, state, str(checkpoint))
+    return written

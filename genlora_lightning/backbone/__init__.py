@@ -1,0 +1,1 @@
+"""The frozen model: found, built, read piece by piece, and recognised."""

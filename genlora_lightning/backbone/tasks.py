@@ -1,0 +1,51 @@
+"""The transformers model inside a module: where it is, what it is called and what task it is for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.injection.inject import adapter_layers
+
+# PEFT's name of a task, by transformers' table of the model classes that are made for it.
+_TASKS = {
+    "CAUSAL_LM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_2_SEQ_LM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "SEQ_CLS": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "FEATURE_EXTRACTION": "MODEL_MAPPING_NAMES",
+}
+
+
+def is_transformers_model(module: nn.Module) -> bool:
+    """Whether a module is a transformers model; asked by attributes, so that transformers need not be imported."""
+    return hasattr(module, "base_model_prefix") and hasattr(getattr(module, "config", None), "model_type")
+
+
+def transformers_base(model: nn.Module) -> nn.Module | None:
+    """The outermost transformers model that holds all adapters of a model (a LightningModule, say); ``None`` if none.
+
+    Names in files that other libraries read are relative to it.
+    """
+    wanted = {id(m) for m in (*adapter_layers(model).values(), *trained_modules(model).values())}
+    for module in model.modules():
+        if is_transformers_model(module) and wanted <= {id(inner) for inner in module.modules()}:
+            return module
+    return None
+
+
+def class_tasks(class_name: str) -> list[str]:
+    """PEFT's names of the tasks that a transformers class is made for, such as ``["CAUSAL_LM"]``."""
+    from transformers.models.auto import modeling_auto
+
+    tasks = []
+    for task, table in _TASKS.items():
+        names: Any = getattr(modeling_auto, table, {})
+        # A model type may have several classes for a task.
+        known = {n for value in names.values() for n in ([value] if isinstance(value, str) else value)}
+        if class_name in known:
+            tasks.append(task)
+    return tasks

@@ -1,0 +1,1 @@
+"""Lightning callbacks that know nothing of adapters: throughput, progress, predictions."""

@@ -1,0 +1,51 @@
+"""Offer the fields of every kind of adapter as one flat set of options, of which ``kind`` says which apply.
+
+A union of the kinds' own classes would not do: with ``--config`` and a flag, or two flags, jsonargparse takes the first
+class that fits the last of them, and silently trains another kind than the file names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, Optional, get_type_hints
+
+from docstring_parser import parse
+
+from genlora_lightning.adapters.config import KINDS, AdapterConfig
+from genlora_lightning.adapters.kinds import DEFAULT_KIND, read_config
+
+
+def adapter_options() -> type:
+    """Make a dataclass with the fields of all kinds, each ``None`` where it is not given."""
+    types: dict[str, Any] = {}
+    texts: dict[str, str] = {}
+    owners: dict[str, list[str]] = {}
+    for cls in KINDS.values():
+        hints = get_type_hints(cls)
+        described = {item.arg_name: item.description or "" for item in parse(cls.__doc__ or "").params}
+        for field in dataclasses.fields(cls):
+            types.setdefault(field.name, hints[field.name])
+            texts.setdefault(field.name, described.get(field.name, ""))
+            owners.setdefault(field.name, []).append(cls.title)
+    lines = [f"    kind: The kind of adapter; {DEFAULT_KIND.kind} if not given."]
+    for name, text in texts.items():
+        only = "" if len(owners[name]) == len(KINDS) else f"({', '.join(owners[name])}) "
+        lines.append(f"    {name}: {only}{' '.join(text.split())}")
+    kinds: Any = Literal[tuple(KINDS)]
+    made = dataclasses.make_dataclass(
+        "AdapterOptions",
+        [(name, Optional[kind], None) for name, kind in {"kind": kinds, **types}.items()],  # noqa: UP045
+        kw_only=True,
+    )
+    made.__doc__ = "\n".join(["Configure the adapter.", "", "Args:", *lines])
+    return made
+
+
+def config_of(options: Any) -> AdapterConfig:
+    """Make the configuration that options ask for: an instance of :func:`adapter_options`, or a namespace like one.
+
+    Raises:
+        ValueError: A field that is given is not one of the kind's, or out of its range.
+    """
+    values = vars(options)
+    return read_config({name: value for name, value in values.items() if value is not None})

@@ -1,0 +1,248 @@
+"""The ``genlora`` command: plan, and inspect, verify, convert, export, import and merge adapters.
+
+Exit codes: 0 done, 1 the input is bad or the work failed, 2 the command line is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from genlora_lightning.backbone.catalog import TASKS
+from genlora_lightning.cli.plan import add_budget, add_plan, run_budget, run_plan
+
+# torch and transformers take seconds to import: only the commands that need them do.
+if TYPE_CHECKING:
+    from torch import nn
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the tool.
+
+    Args:
+        arguments: The command line without the program's name; ``sys.argv``'s if ``None``.
+
+    Returns:
+        The exit code: 0, or 1 after an error, which is one line on standard error. A wrong command line raises
+        ``SystemExit(2)``.
+    """
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], None] = options.command
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the libraries' advice is not for users of a tool
+        warnings.showwarning = _show_warning
+        try:
+            command(options)
+        except (ValueError, OSError, ImportError) as error:
+            print(f"genlora: error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("genlora: stopped", file=sys.stderr)
+            return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    from genlora_lightning._version import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="genlora",
+        description="Plan runs, and inspect, verify, convert, export, import and merge adapters.",
+        epilog="`genlora COMMAND --help` shows a command's options and an example.",
+    )
+    parser.add_argument("--version", action="version", version=f"genlora-lightning {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    plan = _command(
+        commands,
+        "plan",
+        run_plan,
+        "say what a run takes on each GPU and what it sends, from the model's configuration alone",
+        "--model llama-70b --rank 64 --gpus 16 --strategy fsdp2 --gpu-memory 80 --seq 4096 --gradient-checkpointing",
+    )
+    add_plan(plan)
+
+    budget = _command(
+        commands,
+        "budget",
+        run_budget,
+        "turn a number of parameters into latents, rank and groups, or into LoRA's rank",
+        "--model HuggingFaceTB/SmolLM2-135M-Instruct --like-lora-rank 2",
+    )
+    add_budget(budget)
+
+    inspect = _command(
+        commands, "inspect", _inspect, "say what an adapter folder or a checkpoint holds", "runs/reviews/adapter --json"
+    )
+    inspect.add_argument("path", metavar="FOLDER|CKPT", help="adapter folder, or checkpoint of a run with adapters")
+    inspect.add_argument("--json", action="store_true", help="print JSON")
+
+    verify = _command(
+        commands, "verify", _verify, "prove that an adapter folder is complete and unchanged", "runs/reviews/adapter"
+    )
+    verify.add_argument("path", metavar="FOLDER", help="adapter folder")
+    verify.add_argument("--json", action="store_true", help="print JSON")
+
+    convert = _command(
+        commands,
+        "convert",
+        _convert,
+        "make an adapter folder from a checkpoint",
+        "last.ckpt HuggingFaceTB/SmolLM2-135M-Instruct adapter",
+    )
+    convert.add_argument("checkpoint", metavar="CKPT", help="checkpoint of a run with adapters")
+    _add_base_out(convert, "adapter folder to write")
+
+    export = _command(
+        commands,
+        "export-lora",
+        _export_lora,
+        "write an adapter as a LoRA adapter that PEFT and LoRA servers load",
+        "runs/reviews/adapter HuggingFaceTB/SmolLM2-135M-Instruct lora",
+    )
+    _add_adapter_base_out(export, "LoRA adapter folder to write")
+    export.add_argument("--rank", type=int, help="lower the rank to this (default: exact, the adapter's rank)")
+
+    imported = _command(
+        commands,
+        "import-lora",
+        _import_lora,
+        "make an adapter folder of kind LoRA from a LoRA adapter that PEFT wrote, without loss",
+        "lora HuggingFaceTB/SmolLM2-135M-Instruct adapter",
+    )
+    imported.add_argument("lora", metavar="LORA", help="LoRA adapter folder in PEFT's format")
+    _add_base_out(imported, "adapter folder to write")
+
+    merge = _command(
+        commands,
+        "merge",
+        _merge,
+        "merge an adapter into its base and write a Hugging Face model folder",
+        "runs/reviews/adapter HuggingFaceTB/SmolLM2-135M-Instruct merged --dtype float32",
+    )
+    _add_adapter_base_out(merge, "model folder to write")
+    merge.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights (default: the base's own)"
+    )
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], None], what: str, example: str
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=what, description=what[0].upper() + what[1:] + ".", epilog=f"example: genlora {name} {example}"
+    )
+    parser.set_defaults(command=run)
+    return parser
+
+
+def _add_adapter_base_out(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    _add_base_out(parser, out)
+
+
+def _add_base_out(parser: argparse.ArgumentParser, out: str) -> None:
+    parser.add_argument("base", metavar="BASE", help="the base model's folder, or its name on the Hugging Face Hub")
+    parser.add_argument("out", metavar="OUT", help=out)
+    parser.add_argument("--task", choices=list(TASKS), help="what the model is for (default: as the base says)")
+    parser.add_argument("--num-labels", type=int, help="labels of a sequence classification model")
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from genlora_lightning.artifacts.inspection import describe_adapter
+
+    description = describe_adapter(options.path)
+    print(json.dumps(description.to_dict(), indent=2) if options.json else description)
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from genlora_lightning.artifacts.inspection import verify_adapter
+
+    report = verify_adapter(options.path)
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from genlora_lightning.artifacts.loading import convert_checkpoint, read_checkpoint
+
+    stored = set(read_checkpoint(options.checkpoint)["state_dict"])
+    base = _load_base(options, {name.partition(".")[2] for name in stored} | stored)
+    print(f"The adapter is in {convert_checkpoint(options.checkpoint, base, options.out)}.")
+
+
+def _export_lora(options: argparse.Namespace) -> None:
+    from genlora_lightning.interop.lora_export import export_lora
+
+    print(export_lora(_load_adapted(options), options.out, rank=options.rank))
+
+
+def _merge(options: argparse.Namespace) -> None:
+    import torch
+
+    from genlora_lightning.artifacts.merged_model import save_merged
+    from genlora_lightning.injection.merging import MergeRoundingWarning
+
+    warnings.simplefilter("always", MergeRoundingWarning)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    print(save_merged(_load_adapted(options), options.out, dtype=dtype))
+
+
+def _import_lora(options: argparse.Namespace) -> None:
+    from genlora_lightning.artifacts.adapter_io import save_adapter
+    from genlora_lightning.interop.lora_files import read_lora
+    from genlora_lightning.interop.lora_import import import_lora
+
+    model = _load_base(options, set(read_lora(options.lora).saved))
+    print(import_lora(model, options.lora).summary())
+    print(f"The adapter is in {save_adapter(model, options.out)}.")
+
+
+def _load_adapted(options: argparse.Namespace) -> nn.Module:
+    from safetensors import safe_open
+
+    from genlora_lightning.artifacts.adapter_folder import WEIGHTS_FILE, read_adapter_config
+    from genlora_lightning.artifacts.adapter_io import load_adapter
+
+    read_adapter_config(options.adapter)
+    try:
+        with safe_open(Path(options.adapter) / WEIGHTS_FILE, framework="pt") as file:
+            names = set(file.keys())
+    except Exception:  # `load_adapter` finds it again, and says what is wrong
+        names = set()
+    model = _load_base(options, names)
+    load_adapter(model, options.adapter)
+    return model.eval()
+
+
+def _load_base(options: argparse.Namespace, adapter_tensors: set[str]) -> nn.Module:
+    """Load the base in its own dtype; weights that neither it nor the adapter has are an error."""
+    import transformers
+
+    from genlora_lightning.backbone.architectures import task_of
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    config = transformers.AutoConfig.from_pretrained(options.base)
+    task = options.task or task_of(config, options.base)
+    changes = {} if options.num_labels is None else {"num_labels": options.num_labels}
+    model, info = getattr(transformers, TASKS[task]).from_pretrained(
+        options.base, dtype="auto", output_loading_info=True, **changes
+    )
+    tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
+    absent = sorted({str(key) for key in info["missing_keys"]} - adapter_tensors - tied)
+    if absent:
+        raise ValueError(
+            f"{options.base} lacks weights that a model for {task} needs ({', '.join(absent[:3])}), and the adapter "
+            "does not have them either. Give the base the adapter was trained on, or another --task."
+        )
+    return model  # type: ignore[no-any-return]
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"genlora: warning: {' '.join(str(message).split())}", file=sys.stderr)

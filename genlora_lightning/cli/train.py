@@ -1,0 +1,279 @@
+"""The command line: `fit`, `validate`, `test`, `predict` from YAML files and flags, with errors one can act on."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from typing_extensions import override
+
+from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
+from genlora_lightning.callbacks.predictions import PredictionWriter
+from genlora_lightning.callbacks.progress import default_progress_bar
+from genlora_lightning.callbacks.throughput import TokensPerSecond
+from genlora_lightning.cli.adapter import adapter_options, config_of
+from genlora_lightning.cli.errors import find_user_error, leave, one_line
+from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
+from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
+from genlora_lightning.storage.checkpoint_file import verify_checkpoint
+from genlora_lightning.training.callback import GenLoRAFinetuning
+from genlora_lightning.training.last_checkpoint import last_good_checkpoint
+
+# A class is known by its short name once its module is imported.
+SHORT_NAMES = (CausalLMModule, SequenceClassificationModule, InstructionDataModule, TextClassificationDataModule)
+TRACEBACK_VARIABLE = "GENLORA_TRACEBACK"
+AUTO = "auto"
+# The callback's arguments that are settings of the command line; types and defaults are the callback's own.
+_CALLBACK_HELP = {
+    "adapter_dir": "Where fit saves the adapter folder; `adapter` in the log directory if not given.",
+    "save_adapter": "Whether fit saves the adapter folder.",
+    "train_mode": "Whether fit puts the whole model into train mode, in which its dropout acts.",
+    "check_finite_every_n_steps": "Check the gradients for NaN and infinity this often, in optimizer steps; 0: never.",
+    "adapter_sharding": "On several GPUs: whole adapters on each of them, or sharded with the base.",
+    "check_ranks_every_n_steps": "For debugging: compare the adapters of all processes this often; 0: at the end only.",
+    "generate": "With accumulate_grad_batches: generate the adapters' matrices in each forward, or once per step.",
+}
+_CALLBACK_DEFAULTS = {
+    name: inspect.signature(GenLoRAFinetuning.__init__).parameters[name].default for name in _CALLBACK_HELP
+}
+_SPECIAL_CHECKPOINTS = (AUTO, "best", "last", "hpc", "registry")
+_USAGE_ERROR = 2
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class GenLoRACLI(LightningCLI):
+    """LightningCLI with what fine-tuning wants by default.
+
+    - Any LightningModule and LightningDataModule by ``class_path``; those of this package by their names alone.
+    - ``data.init_args.tokenizer`` and ``data.init_args.label_names``, where the class has them and they are not set,
+      are ``model.init_args.model`` and ``model.init_args.label_names``.
+    - A checkpoint gives weights, not settings: the configuration and the command line always win over the
+      hyperparameters stored in it.
+    - ``fit --ckpt_path auto`` goes on from the newest good checkpoint of the run's directory, or starts a new run.
+    - Metrics go to CSV files below ``trainer.default_root_dir``; the configuration is saved beside them.
+    - A progress bar on a terminal, lines elsewhere; tokens per second; ``predict`` writes JSON lines.
+
+    Args:
+        args: The command line as a list; ``sys.argv`` if ``None``.
+    """
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            parser_class=_Parser,
+            save_config_kwargs={"overwrite": True},
+            seed_everything_default=42,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument(
+            "--adapter",
+            type=adapter_options() | None,
+            default=None,
+            help="Kind of adapter, and what to adapt, in any model; for this package's modules GenLoRA if not given.",
+        )
+        types = get_type_hints(GenLoRAFinetuning.__init__)
+        for name, text in _CALLBACK_HELP.items():
+            parser.add_argument(f"--{name}", type=types[name], default=_CALLBACK_DEFAULTS[name], help=text)
+        for source, target in (("model", "tokenizer"), ("label_names", "label_names")):
+            parser.link_arguments(
+                (f"model.init_args.{source}", "data"),
+                f"data.init_args.{target}",
+                compute_fn=partial(_given_or_linked, target),
+            )
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            parser.add_argument(
+                "--predictions_path",
+                type=str | None,
+                default=None,
+                help="JSON-lines file for the predictions; predictions.jsonl in the log directory if not given.",
+            )
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(args)  # the original warns where a program with a command line gives `args`
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Not done: the hyperparameters in a checkpoint would replace what the user gave, and need not be arguments."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        path = self.config[self.subcommand].get("ckpt_path")
+        if self.subcommand != "fit" and str(path) == AUTO:
+            raise ValueError(f"`--ckpt_path {AUTO}` is for `fit`; for `{self.subcommand}` give a checkpoint.")
+        _check_checkpoint_path(path)
+
+    def before_fit(self) -> None:
+        """Called by Lightning before it fits: find what ``ckpt_path: auto`` stands for."""
+        settings = self.config_init["fit"]
+        if str(settings.ckpt_path) != AUTO:
+            return
+        path, skipped = last_good_checkpoint(_checkpoint_folders(self.trainer))
+        for line in skipped:
+            rank_zero_warn(line)
+        rank_zero_info(f"Going on from {path}." if path else f"`ckpt_path: {AUTO}`: no checkpoint yet, a new run.")
+        settings.ckpt_path = path
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self.config_init[self.subcommand]
+        settings = config.trainer
+        callbacks: list[Callback] = settings.callbacks or []
+        callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
+        callbacks += self._adapter_callback(config)
+        if self.subcommand == "predict" and (config.predictions_path or not _any(BasePredictionWriter, callbacks)):
+            callbacks.append(PredictionWriter(config.predictions_path))
+        if not settings.barebones:
+            if self.subcommand == "fit" and not _any(TokensPerSecond, callbacks):
+                callbacks.append(TokensPerSecond())
+            if settings.enable_progress_bar is not False and not _any(ProgressBar, callbacks):
+                callbacks.append(default_progress_bar())
+            kwargs.setdefault("logger", _default_logger(settings.logger, settings.default_root_dir))
+        return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _adapter_callback(self, config: Any) -> list[Callback]:
+        """The callback that the `adapter…` settings ask for; without them the trainer's or the module's own does."""
+        settings = {name: config[name] for name in _CALLBACK_DEFAULTS}
+        if config.adapter is None and settings == _CALLBACK_DEFAULTS:
+            return []
+        adapter = self.model.adapter if isinstance(self.model, GenLoRAModule) else None
+        if config.adapter is not None:
+            adapter = config_of(config.adapter)
+        return [GenLoRAFinetuning(adapter, **settings)]
+
+
+def main(args: list[str] | None = None) -> GenLoRACLI:
+    """Run the command line; Python code may give it as a list, ``main(["fit", "--config", "my.yaml"])``.
+
+    Args:
+        args: The arguments; ``sys.argv`` if ``None``.
+
+    Returns:
+        The finished command line, with its ``trainer``, ``model`` and ``datamodule``.
+
+    Raises:
+        SystemExit: Code 0 after ``--help`` and ``--print_config``, 2 for arguments that do not parse, 1 for an error
+            that this package or Lightning raised to tell the user something, 130 after Ctrl-C. The message is then
+            one line; with ``GENLORA_TRACEBACK=1`` in the environment errors are raised as they are.
+        Exception: Any other error is raised as it is: its traceback is needed to find the fault.
+    """
+    try:
+        with _quiet():
+            return GenLoRACLI(args)
+    except KeyboardInterrupt:
+        leave("interrupted", _INTERRUPTED)
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):  # the trainer handled it, and saved what there was
+            raise SystemExit(_INTERRUPTED) from None
+        raise
+    except Exception as error:
+        user_error = find_user_error(error)
+        if user_error is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+            raise
+        leave(f"error: {user_error} (set {TRACEBACK_VARIABLE}=1 for the traceback)", 1, error)
+
+
+# What users of this command line can do nothing about.
+_IRRELEVANT_WARNINGS = (
+    ".*treespec, LeafSpec",  # Lightning's use of torch
+    ".*does not have many workers",  # our data are tokenized before training starts
+    "The dirpath has changed from",  # each run has a log directory, and checkpoints, of its own
+)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
+    with warnings.catch_warnings():
+        for message in _IRRELEVANT_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        yield
+
+
+class _Parser(LightningArgumentParser):
+    """A parser whose errors are one line each, and whose dumps hold all that a later run needs."""
+
+    @override
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        # A value that is linked to the model's may have been given by the user all the same.
+        text: str = super().dump(*args, **{**kwargs, "skip_link_targets": False})
+        return text
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        program = parser.prog.replace(" [options]", "")
+        trainer = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
+        options = [
+            *(action.dest for action in parser._actions),
+            *trainer,
+            "model",
+            "data",
+            "adapter",
+            *_CALLBACK_DEFAULTS,
+        ]
+        text = one_line(message, [short.__name__ for short in SHORT_NAMES], options)
+        leave(f"error: {text} See `{program} --help`.", _USAGE_ERROR, ex)
+
+
+def _any(kind: type[Callback], callbacks: list[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _given_or_linked(name: str, linked: Any, data: Any) -> Any:
+    """What ``data.init_args.<name>`` becomes: what the user gave, or else the model's."""
+    given = data.get("init_args", {}).get(name) if data else None
+    return linked if given is None else given
+
+
+def _check_checkpoint_path(path: str | Path | None) -> None:
+    name = str(path or "")
+    if not name or name.partition(":")[0] in _SPECIAL_CHECKPOINTS or "://" in name:
+        return
+    if not Path(name).exists():
+        raise FileNotFoundError(f"There is no checkpoint {name!r} (`--ckpt_path`).")
+    if is_adapter_folder(Path(name)):
+        raise ValueError(
+            f"`--ckpt_path` {name!r} is an adapter folder; a checkpoint is a file, such as last.ckpt. To use the "
+            "folder, load it in Python with `load_module` or `load_adapter`."
+        )
+    if Path(name).is_file():
+        verify_checkpoint(name)
+
+
+def _checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """Where this run and those before it with the same directories have put their checkpoints."""
+    savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
+    folders = [Path(saver.dirpath) for saver in savers if saver.dirpath is not None]
+    if not trainer.loggers:
+        return [*folders, Path(trainer.default_root_dir) / "checkpoints"]
+    logger = trainer.loggers[0]  # as ModelCheckpoint does
+    place = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
+    return [*folders, *sorted(place.glob("*/checkpoints"))]
+
+
+def _default_logger(logger: Any, root: Any) -> Logger | list[Logger] | bool:
+    """CSV files unless something is chosen: they need no further package, and any tool reads them."""
+    return CSVLogger(save_dir=root or os.getcwd(), name="logs") if logger in (None, True) else logger

@@ -1,0 +1,1 @@
+"""Trained tensors on several processes: gathered from their shards, and kept equal."""

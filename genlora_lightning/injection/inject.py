@@ -1,0 +1,279 @@
+"""Injection: put adapters into a model, freeze the rest, and merge, switch off or remove them again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from genlora_lightning.adapters.base import adapter_modules
+from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.adapters.low_rank import RankKind, effective_rank
+from genlora_lightning.injection.full_training import stop_training_in_full, train_in_full, trained_modules
+from genlora_lightning.injection.report import CoverageReport, CoverageRow
+from genlora_lightning.injection.targets import match_modules, select_targets
+from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
+from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.sharing import share_generation, stop_sharing_generation
+from genlora_lightning.layers.sites import adapt, matrix_shape
+
+_FAST_PATH_MARK = "_genlora_fast_path"
+_SKIPPED_MARK = "_genlora_left_alone"
+
+
+def adapter_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers of a model by name, each once; empty if the model has none."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+
+
+def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by their full names, without those of modules trained in full."""
+    return {
+        f"{layer_name}.{name}" if layer_name else name: parameter
+        for layer_name, layer in adapter_layers(model).items()
+        for name, parameter in layer.adapter_parameters().items()
+    }
+
+
+def adapter_config(model: nn.Module) -> AdapterConfig:
+    """The configuration the model's adapters were made with.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    return next(iter(require_adapters(model).values())).config
+
+
+def require_adapters(model: nn.Module) -> dict[str, AdaptedLayer]:
+    """Like :func:`adapter_layers`, but a model without adapters is an error."""
+    layers = adapter_layers(model)
+    if not layers:
+        raise ValueError(
+            f"This {type(model).__name__} has no adapters. Call `inject_adapters(model, config)` first; with "
+            "Lightning the GenLoRAFinetuning callback does so when `trainer.fit` starts."
+        )
+    return layers
+
+
+def check_configuration(model: nn.Module, config: AdapterConfig) -> None:
+    """Check that a model's adapters, if it has any, were made with a configuration; their dropout may differ.
+
+    Raises:
+        ValueError: With another one; the message says how they differ.
+    """
+    if not adapter_layers(model):
+        return
+    differences = adapter_config(model).differences(config)
+    if differences:
+        listed = ", ".join(f"{key}: {here!r} there, {asked!r} asked for" for key, (here, asked) in differences.items())
+        raise ValueError(
+            f"The model already has adapters made with another configuration ({listed}). "
+            "Call `remove_adapters(model)` first."
+        )
+
+
+@torch.no_grad()
+def effective_ranks(model: nn.Module, kind: RankKind = "entropy") -> dict[str, float]:
+    """Measure the effective rank of the update of each adapted layer, by module name.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    return {name: effective_rank(*layer.factors(), kind=kind) for name, layer in require_adapters(model).items()}
+
+
+def inject_adapters(
+    model: nn.Module, config: AdapterConfig, *, generator: torch.Generator | None = None
+) -> CoverageReport:
+    """Freeze a model and put an adapter on each linear that the configuration names, in place.
+
+    Nothing is changed if an error is raised. A second call with an equal configuration changes nothing and reports
+    again. A linear that stands in several places gets one adapter; weights that are tied stay tied.
+
+    Args:
+        model: Any module whose linears are ``nn.Linear`` or transformers' ``Conv1D``.
+        config: Which linears are adapted, and how. ``"all-linear"`` leaves out output heads (what a transformers model
+            has outside its ``base_model``, and linears tied to an embedding), modules trained in full, and linears
+            whose module reads their weight without calling them (``nn.MultiheadAttention``'s ``out_proj``).
+        generator: Random number generator for the initial values; torch's default one if ``None``.
+
+    Returns:
+        What was adapted, trained in full, and left alone.
+
+    Raises:
+        ValueError: A name matches nothing (the message lists names that are near), the model has no linear at all, a
+            named module is no linear, there are more groups than entries, or other adapters are already there.
+
+    Note:
+        In a process group, every rank must start from the same values: use the same seed, or broadcast afterwards
+        (the GenLoRAFinetuning callback sees to it).
+    """
+    existing = adapter_layers(model)
+    if existing:
+        check_configuration(model, config)
+        present = adapter_config(model)
+        if present.dropout != config.dropout:  # a matter of this run, not of the adapter
+            changed = replace(present, dropout=config.dropout)
+            for layer in existing.values():
+                layer.set_dropout(changed)
+        _set_trainable(model)
+        return _report(model, getattr(model, _SKIPPED_MARK, {}))
+    if matrix_shape(model) is not None:
+        raise ValueError("The model is itself a linear layer, which cannot be replaced in place: put it into a module.")
+
+    linears = {name: module for name, module in model.named_modules() if matrix_shape(module) is not None}
+    if not linears:
+        raise ValueError(
+            f"This {type(model).__name__} has no nn.Linear or Conv1D to adapt. If its backbone is built later "
+            "(`configure_model`), inject after that."
+        )
+    trained = match_modules(model, config.modules_to_train, "modules_to_train")
+    targets, skipped = select_targets(model, linears, config, trained)
+    for name, module in targets.items():
+        shape = matrix_shape(module)
+        assert shape is not None
+        config.check_shape(shape, name)
+
+    config = replace(config)  # the caller may go on to change the lists of theirs
+    model.requires_grad_(False)
+    replacements = {id(module): adapt(module, config, generator) for module in targets.values()}
+    _replace(model, replacements)
+    train_in_full(model, list(trained.values()))
+    _disable_fast_paths(model)
+    share_generation(model)
+    setattr(model, _SKIPPED_MARK, skipped)
+    return _report(model, skipped)
+
+
+def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
+    """Take the adapters off a model, in place: its linears are the ones it had. All parameters stay frozen.
+
+    Modules trained in full keep what they learned, rounded to the dtype they had. If :func:`merge_adapters` has cast
+    the model to another dtype, that is taken back with the merge, or kept with it.
+
+    Args:
+        model: A model with adapters.
+        keep_merged: Leave merged weights in the model (what one wants after :func:`merge_adapters`), instead of
+            restoring the original ones.
+
+    Raises:
+        ValueError: The model has no adapters, or ``keep_merged`` is asked for and a layer is not merged.
+    """
+    layers = require_adapters(model)
+    unmerged = [name for name, layer in layers.items() if not layer.merged]
+    if keep_merged and unmerged:
+        raise ValueError(
+            f"`keep_merged` needs merged adapters, but {len(unmerged)} are not merged, {unmerged[0]} among them. "
+            "Call `merge_adapters(model)` first."
+        )
+    if keep_merged:
+        forget_dtypes(model)
+    else:
+        for layer in layers.values():
+            layer.unmerge()
+        restore_dtypes(model)
+    stop_sharing_generation(model)
+    _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
+    for module in trained_modules(model).values():
+        stop_training_in_full(module)
+    for module in model.modules():
+        for name, value in getattr(module, _FAST_PATH_MARK, {}).items():
+            setattr(module, name, value)
+        if hasattr(module, _FAST_PATH_MARK):
+            delattr(module, _FAST_PATH_MARK)
+        vars(module).pop(_SKIPPED_MARK, None)  # also of a part that the adapters were put into
+
+
+@contextmanager
+def adapters_disabled(model: nn.Module) -> Iterator[None]:
+    """Context manager in which the model computes as if it had no adapters, merged ones included.
+
+    Modules trained in full keep their trained weights.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    layers = list(require_adapters(model).values())
+    before = [(layer.enabled, layer.merged) for layer in layers]
+    try:
+        for layer in layers:
+            layer.unmerge()
+            layer.enabled = False
+        yield
+    finally:
+        for layer, (enabled, merged) in zip(layers, before, strict=True):
+            layer.enabled = enabled
+            if merged:
+                layer.merge()
+
+
+def _set_trainable(model: nn.Module) -> None:
+    """Freeze all but the adapters and the modules trained in full, whatever was done to the flags meanwhile."""
+    model.requires_grad_(False)
+    for owner in adapter_modules(model):
+        for name, parameter in owner.named_parameters(recurse=False):
+            parameter.requires_grad_(owner.is_trained(name))
+    for module in trained_modules(model).values():
+        module.requires_grad_(True)
+
+
+def _replace(model: nn.Module, replacements: dict[int, Any]) -> None:
+    """Put modules in the place of others (by id), wherever they stand, also in several places."""
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and id(child) in replacements:
+                parent._modules[name] = replacements[id(child)]
+
+
+def _disable_fast_paths(model: nn.Module) -> None:
+    """Make torch's transformer layers call their linears.
+
+    In evaluation they hand the linears' weights to one fused kernel, which would leave out the adapters, silently.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            off: dict[str, Any] = {"activation_relu_or_gelu": 0}
+        elif isinstance(module, nn.TransformerEncoder):
+            off = {"use_nested_tensor": False}
+        else:
+            continue
+        if adapter_layers(module):
+            setattr(module, _FAST_PATH_MARK, {name: getattr(module, name) for name in off})
+            for name, value in off.items():
+                setattr(module, name, value)
+
+
+def _report(model: nn.Module, skipped: dict[str, str]) -> CoverageReport:
+    adapted = tuple(
+        CoverageRow(
+            module=name,
+            kind=type(layer.base_layer).__name__,
+            shape=f"({layer.out_features}, {layer.in_features})",
+            trainable_parameters=sum(p.numel() for p in layer.adapter_parameters().values() if p.requires_grad),
+            lora_parameters=layer.config.rank * (layer.in_features + layer.out_features),
+        )
+        for name, layer in adapter_layers(model).items()
+    )
+    trained = tuple(
+        CoverageRow(
+            module=name,
+            kind=type(module).__name__,
+            shape="trained in full",
+            trainable_parameters=sum(p.numel() for p in module.parameters()),
+            lora_parameters=0,
+        )
+        for name, module in trained_modules(model).items()
+    )
+    return CoverageReport(
+        title=adapter_config(model).title,
+        adapted=adapted,
+        trained=trained,
+        skipped=skipped,
+        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        total_parameters=sum(p.numel() for p in model.parameters()),
+        lora_parameters=sum(row.lora_parameters for row in adapted),
+    )

@@ -1,0 +1,94 @@
+"""The coverage report: which modules an injection adapted, trained in full, or left alone."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from genlora_lightning.injection.targets import NEW_HEAD, STACK
+from genlora_lightning.text import text_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverageRow:
+    """One line of a :class:`CoverageReport`: an adapted linear or a module trained in full."""
+
+    module: str
+    kind: str
+    shape: str
+    trainable_parameters: int
+    lora_parameters: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoverageReport:
+    """What :func:`inject_adapters` did; ``print`` it for a table.
+
+    Args:
+        title: The name of the kind of adapter.
+        adapted: The adapted linears.
+        trained: The modules that are trained in full.
+        skipped: Linears that were left alone, with the reason.
+        trainable_parameters: Number of trainable values in the whole model.
+        total_parameters: Number of all values in the model, adapters included; tied weights count once.
+        lora_parameters: What LoRA of the same rank would train in place of the adapters.
+    """
+
+    title: str
+    adapted: tuple[CoverageRow, ...]
+    trained: tuple[CoverageRow, ...]
+    skipped: dict[str, str]
+    trainable_parameters: int
+    total_parameters: int
+    lora_parameters: int
+
+    @property
+    def adapter_parameters(self) -> int:
+        """Trainable values of the adapters alone, without modules trained in full."""
+        return sum(row.trainable_parameters for row in self.adapted)
+
+    def summary(self) -> str:
+        """The report in one or two lines."""
+        share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
+        text = f"{self.title} adapts {len(self.adapted)} linears with {self.adapter_parameters:,} parameters"
+        if self.adapter_parameters != self.lora_parameters:
+            text += f" (LoRA of the same rank: {self.lora_parameters:,})"
+        text += ". "
+        if self.trained:
+            names = ", ".join(row.module for row in self.trained)
+            text += f"Trained in full: {names} ({sum(r.trainable_parameters for r in self.trained):,}). "
+        for reason in (NEW_HEAD, STACK):
+            names = _some([name for name, given in self.skipped.items() if given == reason])
+            text += f"Left alone: {names} ({reason}). " if names else ""
+        return text + f"Trainable: {self.trainable_parameters:,} of {self.total_parameters:,} ({share:.3f} %)."
+
+    def table(self, *, collapse: bool = True) -> str:
+        """The report as a table.
+
+        Args:
+            collapse: Put modules that differ only in numbers (the layers of a transformer) into one line.
+        """
+        groups: dict[tuple[str, str, str], list[CoverageRow]] = {}
+        for row in (*self.adapted, *self.trained):
+            name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$|^\d+$", "*", row.module) if collapse else row.module
+            groups.setdefault((name, row.kind, row.shape), []).append(row)
+        lines = []
+        for (name, kind, shape), rows in groups.items():
+            own, lora = sum(r.trainable_parameters for r in rows), sum(r.lora_parameters for r in rows)
+            lines.append((name, kind, str(len(rows)), shape, f"{own:,}", f"{lora:,}" if lora else "-"))
+        header = ("module", "kind", "count", "shape (out, in)", "parameters", "LoRA would have")
+        text = [text_table(header, lines, left=2)]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in self.skipped.items():
+            by_reason.setdefault(reason, []).append(name)
+        for reason, names in by_reason.items():
+            if reason not in (NEW_HEAD, STACK):  # which the summary tells
+                text.append(f"left alone: {_some(names)} ({reason})")
+        return "\n".join([*text, self.summary()])
+
+    def __str__(self) -> str:
+        return self.table()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,164 @@
+"""Targets: which modules a configuration names, and clear errors for names that match nothing."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
+from genlora_lightning.layers.sites import matrix_shape
+
+# Reasons for leaving a module alone that its user should know of.
+NEW_HEAD = "output head; if it is new, name it in `modules_to_train`"
+STACK = "several matrices in one parameter, as in a mixture of experts, are no nn.Linear"
+
+
+def _named(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a module's name is one of the given names or ends with one (at a dot)."""
+    return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
+
+
+def _all_names(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each module (by id): one for each place it stands in."""
+    names: dict[int, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def match_modules(model: nn.Module, patterns: list[str], field: str) -> dict[str, nn.Module]:
+    """The modules whose names are among the patterns or end with one; a pattern without a match is an error.
+
+    A module that stands in several places matches by each of its names, and comes back under its first.
+    """
+    names = _all_names(model)
+    for pattern in patterns:
+        if not any(_named(name, [pattern]) for several in names.values() for name in several):
+            if any(_named(name, [pattern]) for name, _ in model.named_parameters()):
+                raise ValueError(
+                    f"`{field}` names {pattern!r}, which is a parameter. Name the module that holds it, or put it into "
+                    "a module of its own."
+                )
+            modules = dict(model.named_modules(remove_duplicate=False))
+            raise ValueError(f"`{field}` names {pattern!r}, which no module matches. {_near(pattern, modules)}")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if any(_named(alias, patterns) for alias in names[id(module)])
+    }
+
+
+def select_targets(
+    model: nn.Module, linears: dict[str, nn.Module], config: AdapterConfig, trained: dict[str, nn.Module]
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """Choose the linears to adapt; what "all-linear" leaves out comes back with the reason."""
+    excluded = match_modules(model, config.exclude_modules, "exclude_modules")
+    inside_excluded = {id(m) for module in excluded.values() for m in module.modules()}
+    inside_trained = {id(m) for module in trained.values() for m in module.modules()}
+    uncalled = {
+        id(child)
+        for module in model.modules()
+        if isinstance(module, nn.MultiheadAttention)
+        for child in module.modules()
+    }
+    names = _all_names(model)
+    candidates: dict[str, nn.Module] = {}
+    skipped: dict[str, str] = {}
+    heads = _output_heads(model) if config.target_modules == ALL_LINEAR else {}
+    for name, module in linears.items():
+        if id(module) in inside_trained:
+            skipped[name] = "trained in full"
+        elif id(module) in inside_excluded:
+            skipped[name] = "in `exclude_modules`"
+        elif id(module) in uncalled:
+            skipped[name] = "nn.MultiheadAttention reads its weight without calling it"
+        elif id(module) in heads:
+            skipped[name] = heads[id(module)]
+        else:
+            candidates[name] = module
+
+    if config.target_modules == ALL_LINEAR:
+        targets = candidates
+        skipped |= _stacks_of_matrices(model, inside_trained | inside_excluded)
+    elif isinstance(config.target_modules, str):
+        expression = re.compile(config.target_modules)
+        targets = {
+            name: module
+            for name, module in candidates.items()
+            if any(expression.fullmatch(alias) for alias in names[id(module)])
+        }
+        skipped = {name: reason for name, reason in skipped.items() if expression.fullmatch(name)}
+    else:
+        for pattern in config.target_modules:
+            if not any(_named(alias, [pattern]) for module in candidates.values() for alias in names[id(module)]):
+                raise ValueError(_unmatched_target(model, pattern, candidates, skipped))
+        targets = {
+            name: module
+            for name, module in candidates.items()
+            if any(_named(alias, config.target_modules) for alias in names[id(module)])
+        }
+        skipped = {name: reason for name, reason in skipped.items() if _named(name, config.target_modules)}
+    if not targets:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
+        raise ValueError(
+            f"`target_modules` {config.target_modules!r} matches none of the {len(linears)} linears."
+            + (f" Left out were {reasons}." if reasons else "")
+            + f" {_near(str(config.target_modules), linears)}"
+        )
+    return targets, skipped
+
+
+def _unmatched_target(model: nn.Module, pattern: str, candidates: dict[str, nn.Module], skipped: dict[str, str]) -> str:
+    for name, reason in skipped.items():
+        if _named(name, [pattern]):
+            return f"`target_modules` names {pattern!r}, but {name} cannot be adapted: {reason}."
+    for name, module in model.named_modules():
+        if name and _named(name, [pattern]):
+            inner = sorted({n.rsplit(".", 1)[-1] for n in candidates if n.startswith(f"{name}.")})
+            hint = f" Name its linears: {inner}." if inner else ""
+            return f"`target_modules` names {pattern!r}, but {name} is a {type(module).__name__}, not a linear.{hint}"
+    return f"`target_modules` names {pattern!r}, which no linear matches. {_near(pattern, candidates)}"
+
+
+def _near(pattern: str, modules: dict[str, nn.Module]) -> str:
+    """A sentence with the names that come nearest to one that matched nothing."""
+    last_parts = {name.rsplit(".", 1)[-1]: name for name in modules}
+    close = difflib.get_close_matches(pattern.rsplit(".", 1)[-1], last_parts, n=3, cutoff=0.5)
+    close += [name for name in difflib.get_close_matches(pattern, modules, n=3, cutoff=0.6) if name not in close]
+    if close:
+        return f"Near matches: {', '.join(close)}."
+    names = sorted(name for name in last_parts if not name.isdigit())
+    return f"There are: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
+
+
+def _stacks_of_matrices(model: nn.Module, settled: set[int]) -> dict[str, str]:
+    """Modules that hold several matrices in one parameter, as the experts of a mixture do: nothing we can adapt."""
+    found = {}
+    for name, module in model.named_modules():
+        if id(module) in settled or isinstance(module, _ConvNd):
+            continue
+        for parameter in module.parameters(recurse=False):
+            if parameter.dim() > 2 and parameter.shape[0] > 1 and min(parameter.shape[-2:]) > 1:
+                found[name] = STACK
+    return found
+
+
+def _output_heads(model: nn.Module) -> dict[int, str]:
+    """The linears that are output heads (by id), with the reason why they are taken for one."""
+    heads: dict[int, str] = {}
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for module in model.modules():
+        if matrix_shape(module) is not None and id(module.weight) in embeddings:
+            heads[id(module)] = "output head, tied to an embedding"
+        # A transformers model says by itself what its body is; asked by attribute, so that we need not import it.
+        body = getattr(module, "base_model", None) if hasattr(module, "base_model_prefix") else None
+        if isinstance(body, nn.Module) and body is not module:
+            inside = {id(m) for m in body.modules()}
+            for child in module.modules():
+                if matrix_shape(child) is not None and id(child) not in inside:
+                    heads.setdefault(id(child), NEW_HEAD)
+    return heads

@@ -1,0 +1,239 @@
+"""Export: a model's generated adapters as a standard LoRA adapter, in PEFT's format.
+
+Shapes: R rank of the generated adapter, r rank of the exported one, I in_features, O out_features.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from genlora_lightning.adapters.low_rank import truncate_factors
+from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from genlora_lightning.backbone.identity import base_model_name
+from genlora_lightning.backbone.tasks import class_tasks, is_transformers_model, transformers_base
+from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.injection.inject import adapter_config, adapter_layers, require_adapters
+from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.linear import is_conv1d
+from genlora_lightning.layers.sites import matrix_shape
+from genlora_lightning.storage.folders import check_replaceable, write_folder
+from genlora_lightning.text import text_table
+
+_PREFIX = "base_model.model."
+_MARK = "genlora_export"
+# The values that vLLM accepts for `--max-lora-rank`.
+_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# PEFT trains and loads these modules in full whenever it is told the task, named or not.
+_IMPLIED_HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportRow:
+    """One adapted linear of a :class:`LoRAExport`: exported rank, share of ‖ΔW‖² that is kept, bytes of its A and B."""
+
+    module: str
+    rank: int
+    energy_kept: float
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAExport:
+    """What :func:`export_lora` wrote; ``print`` it for a table.
+
+    Args:
+        folder: The folder.
+        rank: Rank of every layer, PEFT's ``r`` and ``lora_alpha``.
+        rows: The adapted linears.
+        modules_to_save: Modules that were trained in full and are saved with the adapter.
+        task_type: PEFT's name of the task, if it is known.
+    """
+
+    folder: Path
+    rank: int
+    rows: tuple[ExportRow, ...]
+    modules_to_save: tuple[str, ...]
+    task_type: str | None
+
+    @property
+    def served_rank(self) -> int | None:
+        """What vLLM's ``--max-lora-rank`` must be at least; ``None`` if it serves no such rank."""
+        return next((rank for rank in _SERVED_RANKS if rank >= self.rank), None)
+
+    def server_hint(self) -> str:
+        """What a LoRA server must be told for this adapter."""
+        if self.modules_to_save:
+            names = ", ".join(self.modules_to_save)
+            return (
+                f"vLLM serves no adapter with modules trained in full ({names}): load it with PEFT, or merge it into "
+                "the base."
+            )
+        if self.served_rank is None:
+            return (
+                f"vLLM serves ranks up to {_SERVED_RANKS[-1]}, not {self.rank}: export with a lower `rank`, or merge "
+                "the adapter into the base."
+            )
+        return f"vLLM: --enable-lora --max-lora-rank {self.served_rank}"
+
+    def __str__(self) -> str:
+        rows = [(row.module, str(row.rank), f"{row.energy_kept:.6f}", f"{row.bytes:,}") for row in self.rows]
+        total = sum(row.bytes for row in self.rows)
+        saved = f" Trained in full: {', '.join(self.modules_to_save)}." if self.modules_to_save else ""
+        return "\n".join(
+            [
+                text_table(("module", "rank", "energy kept", "bytes"), rows),
+                f"LoRA adapter of rank {self.rank} for {len(self.rows)} linears, {total:,} bytes, in {self.folder}."
+                + saved,
+                self.server_hint(),
+            ]
+        )
+
+
+@torch.no_grad()
+def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int | None = None) -> LoRAExport:
+    """Write a model's adapters as a LoRA adapter that PEFT, and every server that reads its format, loads.
+
+    The export is exact: A and B are generated once, the scaling is multiplied into B, and ``lora_alpha`` equals ``r``.
+    All tensors are float32. Modules trained in full become PEFT's ``modules_to_save``. Names are relative to the
+    transformers model, if ``model`` is or holds one.
+
+    Args:
+        model: A model with adapters, merged or not.
+        folder: Where to write; replaced if it holds an earlier export.
+        rank: Lower the rank to this one: of each update the largest singular values are kept, which is the best
+            approximation of that rank. The report says which share of ‖ΔW‖² each layer keeps. ``None``: exact.
+
+    Returns:
+        Rank, energy kept and bytes of each layer, and the flag that a server needs.
+
+    Raises:
+        ValueError: The model has no adapters, ``rank`` is not in 1 … the adapter's rank, a value is not finite, or an
+            adapted linear stands in several places of the model, which the format cannot say.
+        FileExistsError: ``folder`` exists and is not an export of ours.
+        OSError: It cannot be written; then nothing is left behind.
+    """
+    require_adapters(model)
+    full_rank = adapter_config(model).rank
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full_rank):
+        raise ValueError(f"`rank` must be an integer from 1 to the adapter's rank {full_rank}, got {rank!r}.")
+    check_replaceable(Path(folder), _is_export, "LoRA adapter")
+    base = transformers_base(model) or model
+    layers = adapter_layers(base)
+    _check_places(base)
+
+    state: dict[str, Tensor] = {}
+    rows = []
+    for name, layer in layers.items():
+        A, B, energy = _exported_factors(layer, rank if rank is not None else full_rank)
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise ValueError(f"The update of {name} holds NaN or infinite values; nothing was exported.")
+        state[f"{_PREFIX}{name}.lora_A.weight"] = A
+        state[f"{_PREFIX}{name}.lora_B.weight"] = B
+        rows.append(ExportRow(module=name, rank=A.shape[0], energy_kept=energy, bytes=4 * (A.numel() + B.numel())))
+    trained = _outermost(trained_modules(base))
+    for name, module in trained.items():
+        for key, tensor in module.state_dict().items():
+            stored = tensor.float() if tensor.is_floating_point() else tensor
+            state[f"{_PREFIX}{name}.{key}"] = stored
+    state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    task = _task_type(base, list(layers), list(trained))
+    config = _peft_config(base, layers, list(trained), task, rows[0].rank)
+
+    def write(staging: Path) -> None:
+        save_file(state, staging / WEIGHTS_FILE, metadata={"format": "pt", _MARK: "1"})
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    path = write_folder(folder, write, _is_export, "LoRA adapter")
+    return LoRAExport(folder=path, rank=rows[0].rank, rows=tuple(rows), modules_to_save=tuple(trained), task_type=task)
+
+
+def _exported_factors(layer: AdaptedLayer, rank: int) -> tuple[Tensor, Tensor, float]:
+    A, B = layer.factors()
+    is_whole = rank == layer.config.rank
+    if not (is_whole and layer.config.lora_settings()):
+        B = layer.scaling * B
+    if is_whole or not (A.isfinite().all() and B.isfinite().all()):
+        return A, B, 1.0
+    return truncate_factors(A, B, rank)
+
+
+def _peft_config(
+    base: nn.Module, layers: dict[str, AdaptedLayer], trained: list[str], task: str | None, rank: int
+) -> dict[str, Any]:
+    # PEFT takes a name also as the end of a longer name; linears that it would adapt beside ours are excluded.
+    others = [
+        name
+        for name, module in base.named_modules()
+        if matrix_shape(module) is not None
+        and not name.endswith(".base_layer")
+        and any(name.endswith(f".{own}") for own in layers)
+    ]
+    settings = adapter_config(base).lora_settings() if rank == adapter_config(base).rank else None
+    return {
+        "peft_type": "LORA",
+        "task_type": task,
+        "base_model_name_or_path": base_model_name(base),
+        "r": rank,
+        **(settings or {"lora_alpha": rank}),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
+        "target_modules": list(layers),
+        "exclude_modules": others or None,
+        "modules_to_save": trained or None,
+        "inference_mode": True,
+    }
+
+
+def _task_type(base: nn.Module, adapted: list[str], trained: list[str]) -> str | None:
+    if not is_transformers_model(base):
+        return None
+    for task in class_tasks(type(base).__name__):
+        implied = _IMPLIED_HEADS.get(task)
+        if implied is None:
+            return task
+        # PEFT would miss the tensors of a head that we did not train, and leave the adapters in one that it trains.
+        heads = {name for name, _ in base.named_modules() if any(name == i or name.endswith(f".{i}") for i in implied)}
+        if heads <= set(trained) and not any(a.startswith(f"{head}.") for a in adapted for head in heads):
+            return task
+    return None
+
+
+def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    return {
+        name: module for name, module in modules.items() if not any(name.startswith(f"{other}.") for other in modules)
+    }
+
+
+def _check_places(base: nn.Module) -> None:
+    first: dict[int, str] = {}
+    for name, module in base.named_modules(remove_duplicate=False):
+        if not isinstance(module, AdaptedLayer):
+            continue
+        if id(module) in first:
+            raise ValueError(
+                f"{name} and {first[id(module)]} are one adapted linear in two places. A LoRA adapter would adapt only "
+                "one of them; nothing was exported. Merge the adapter into the base instead."
+            )
+        first[id(module)] = name
+
+
+def _is_export(folder: Path) -> bool:
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            return _MARK in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False

@@ -1,0 +1,182 @@
+"""Read LoRA adapters in PEFT's format, with every tensor and every setting accounted for."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from genlora_lightning.text import natural_key
+
+# PEFT's names; that ours are the same is our choice and not a need.
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+
+_PREFIX = "base_model.model."
+# Settings that make a LoRA more, or something else, than base + scaling · B · A.
+_UNSUPPORTED = {
+    "use_dora": "DoRA's magnitudes",
+    "lora_bias": "biases of B",
+    "layer_replication": "replicated layers",
+    "trainable_token_indices": "trained tokens",
+    "target_parameters": "adapted parameters outside of linears",
+    "alora_invocation_tokens": "adapters that wait for invocation tokens",
+    "use_qalora": "QALoRA's pooled inputs",
+    "use_bdlora": "block-diagonal factors",
+    "arrow_config": "Arrow routing",
+    "velora_config": "VeLoRA",
+    "kasa_config": "KaSA's singular values",
+    "monteclora_config": "MonteCLoRA's sampling",
+}
+# These change the base's weights before training; the saved A and B belong to the changed ones.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class LoRALayer(NamedTuple):
+    """The LoRA of one linear: ``ΔW = scaling · B @ A``.
+
+    Args:
+        A: ``(r, in)``, in float32.
+        B: ``(out, r)``, in float32.
+        alpha: PEFT's ``lora_alpha`` for this layer.
+        scaling: ``alpha / r``, or ``alpha / √r`` where it is rank-stabilised.
+    """
+
+    A: Tensor
+    B: Tensor
+    alpha: float
+    scaling: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRAFiles:
+    """A LoRA adapter as it was read.
+
+    Args:
+        layers: The LoRA of each linear, by the linear's name in the base model.
+        use_rslora: Whether the scalings are rank-stabilised.
+        dropout: PEFT's ``lora_dropout``.
+        saved: Tensors of the modules that are saved in full, by their names in the base model.
+        modules_to_save: The names of those modules.
+        base_model: Name or folder of the base model.
+    """
+
+    layers: dict[str, LoRALayer]
+    use_rslora: bool
+    dropout: float
+    saved: dict[str, Tensor]
+    modules_to_save: tuple[str, ...]
+    base_model: str | None
+
+
+def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
+    """Read a LoRA adapter folder.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: A file is damaged, or the adapter is not a plain LoRA; the message says what is in the way.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    try:
+        tensors = load_file(_existing(folder / WEIGHTS_FILE))
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or incomplete: {error}.") from error
+    factors: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, tensor in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
+        if found and name != key and tensor.dim() == 2:
+            factors.setdefault(found[1], {})[found[2]] = tensor.float()
+        elif name == key or "lora_" in name:
+            raise ValueError(f"{folder} holds {key} {tuple(tensor.shape)}, which is no LoRA of a linear layer.")
+        else:
+            saved[name] = tensor.float() if tensor.is_floating_point() else tensor
+    layers = {}
+    for name in sorted(factors, key=natural_key):
+        pair = factors[name]
+        if set(pair) != {"A", "B"} or pair["A"].shape[0] != pair["B"].shape[1]:
+            shapes = {letter: tuple(tensor.shape) for letter, tensor in pair.items()}
+            raise ValueError(f"{folder} holds no matching A and B for {name}: {shapes}.")
+        A, B = pair["A"], pair["B"]
+        alpha = _alpha(config, name)
+        scaling = alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])
+        if not (A.isfinite().all() and B.isfinite().all()):
+            raise ValueError(f"The LoRA of {name} in {folder} holds NaN or infinite values.")
+        layers[name] = LoRALayer(A, B, alpha, scaling)
+    if not layers:
+        raise ValueError(f"{folder} holds no LoRA of any linear layer.")
+    return LoRAFiles(
+        layers=layers,
+        use_rslora=bool(config.get("use_rslora")),
+        dropout=float(config.get("lora_dropout") or 0.0),
+        saved=saved,
+        modules_to_save=_saved_modules(config, saved, folder),
+        base_model=config.get("base_model_name_or_path") or None,
+    )
+
+
+def _existing(path: Path) -> Path:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} is no LoRA adapter folder: it has no {path.name}.")
+    return path
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = _existing(folder / CONFIG_FILE)
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise ValueError(
+            f"{path} describes {f'a PEFT adapter of type {kind}' if kind else 'no PEFT adapter'}, not a LoRA."
+        )
+    for name, what in _UNSUPPORTED.items():
+        if config.get(name):
+            raise ValueError(f"{path} has `{name}`: {what} are more than a plain LoRA's ΔW = s·B·A.")
+    if config.get("bias", "none") != "none":
+        raise ValueError(
+            f"{path} has `bias` {config['bias']!r}: trained biases cannot be kept. Train with bias 'none'."
+        )
+    start = config.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
+        raise ValueError(
+            f"{path} has `init_lora_weights` {start!r}, whose A and B belong to changed base weights. Convert it to a "
+            "plain LoRA first (PEFT: `save_pretrained(..., path_initial_model_for_weight_conversion=...)`)."
+        )
+    assert isinstance(config, dict)
+    return config
+
+
+def _alpha(config: dict[str, Any], name: str) -> float:
+    alpha = float(config.get("lora_alpha", 8))
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", name):
+            alpha = float(value)
+            break
+    return alpha
+
+
+def _saved_modules(config: dict[str, Any], saved: dict[str, Tensor], folder: Path) -> tuple[str, ...]:
+    """The full names of the modules saved in full, from the names that the configuration gives and the tensors."""
+    wanted = config.get("modules_to_save") or []
+    modules: dict[str, None] = {}
+    for name in saved:
+        parts = name.split(".")
+        prefixes = [".".join(parts[:i]) for i in range(1, len(parts))]
+        own = [p for p in prefixes if any(p == w or p.endswith(f".{w}") for w in wanted)]
+        if not own:
+            raise ValueError(f"{folder} holds {name}, which is of no module in its `modules_to_save` {wanted}.")
+        modules[own[0]] = None
+    return tuple(modules)

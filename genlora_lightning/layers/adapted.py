@@ -1,0 +1,198 @@
+"""Hold a frozen layer and the update of its weight: switch it on and off, merge it and take it out again."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, WeightUpdate
+from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.layers.factors import FactorStore
+
+
+class AdaptedLayer(nn.Module, ABC):
+    r"""A frozen layer and the update :math:`\Delta W` of its weight, of whatever kind.
+
+    This is a site: where a matrix stands in a module. A subclass says which modules it adapts, how their parameter
+    stores the matrix, and what a forward is. The kind of the update is the configuration's matter.
+
+    Args:
+        base_layer: The layer to adapt. It is kept, not copied, and frozen.
+        config: The kind, its rank, scaling, dropout, …
+        generator: Random number generator for the initial values.
+
+    Raises:
+        TypeError: ``base_layer`` is no layer of this site.
+        ValueError: The configuration does not fit the matrix.
+    """
+
+    def __init__(self, base_layer: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        shape = self.matrix_shape(base_layer)
+        if shape is None:
+            raise TypeError(f"{type(self).__name__} cannot adapt a {type(base_layer).__name__}.")
+        self.shape = shape
+        self.out_features, self.in_features = shape
+        self.config = config
+        self.base_layer = base_layer.requires_grad_(False)
+        self.update: WeightUpdate = config.make(shape, device=self.weight.device, generator=generator)
+        self.set_dropout(config)
+        self.enabled = True
+        # Whether functions with backwards of their own compute it; else plain autograd, which they are compared with.
+        self.fused = True
+        self.store = FactorStore()
+        self.train(base_layer.training)  # dropout follows the mode of the model it is put into
+        # The weight as it was before `merge`, kept out of the module's parameters so that no state dict holds it.
+        self._unmerged_weight: tuple[nn.Parameter, ...] = ()
+
+    # -- what a site says ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abstractmethod
+    def matrix_shape(cls, module: nn.Module) -> MatrixShape | None:
+        """The sizes of the matrix of a module that can be adapted; ``None`` for any other module."""
+
+    @abstractmethod
+    def to_stored(self, delta: Tensor) -> Tensor:
+        """Lay out ``ΔW (out_features, in_features)`` as the base layer stores its weight."""
+
+    @abstractmethod
+    def wanted_dtype(self) -> torch.dtype | None:
+        """The dtype in which a forward would use A and B here and now; ``None`` if it would not."""
+
+    # -- the update ---------------------------------------------------------------------------------------------------
+
+    @property
+    def pair(self) -> tuple[Factor, Factor] | None:
+        """The factors A and B, if the update is a product of two."""
+        # Asked of hundreds of layers in each forward, and a module's own lookup is slow.
+        update = self._modules["update"]
+        if not isinstance(update, FactorPair):
+            return None
+        return update._modules["A"], update._modules["B"]  # type: ignore[return-value]
+
+    @property
+    def scaling(self) -> float:
+        """The factor s in ``ΔW = s · B @ A``."""
+        return self.update.scaling
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight, for code that reads a linear's dtype or device; merged if the layer is merged."""
+        weight = self.base_layer.weight
+        assert isinstance(weight, Tensor)
+        return weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base layer's bias."""
+        bias = self.base_layer.bias
+        assert bias is None or isinstance(bias, Tensor)
+        return bias
+
+    @property
+    def merged(self) -> bool:
+        """Whether the update is added into the base layer's weight at present."""
+        return bool(self._unmerged_weight)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether a forward adds the update to what the base layer gives."""
+        return self.enabled and not self._unmerged_weight
+
+    @property
+    def base_weight(self) -> Tensor:
+        """The base layer's weight without the update, also while the layer is merged."""
+        return self._unmerged_weight[0] if self._unmerged_weight else self.weight
+
+    def set_dropout(self, config: AdapterConfig) -> None:
+        """Take over a configuration that differs in its dropout at most."""
+        self.config = config
+        self.dropout = nn.Dropout(config.dropout).train(self.training) if config.dropout else nn.Identity()
+
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
+        """The adapter's parameters by their names in this layer; fixed ones are among them."""
+        return {f"update.{name}": parameter for name, parameter in self.update.named_parameters()}
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """Compute ``A (rank, in_features)`` and ``B (out_features, rank)`` with ``ΔW = scaling · B @ A``."""
+        return self.update.factors()
+
+    def delta_weight(self) -> Tensor:
+        """Compute the update ``ΔW (out_features, in_features)`` in the parameters' dtype, float32."""
+        return self.update.delta_weight()
+
+    def stored_delta(self) -> Tensor:
+        """Compute the update in the layout of the base layer's weight."""
+        return self.to_stored(self.delta_weight())
+
+    # -- merging ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def merged_weight(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The original weight plus the update, as the base layer stores its weight; nothing is changed.
+
+        Args:
+            dtype: Of the result; the sum is computed in float32 or better and rounded once. The weight's own if
+                ``None``.
+
+        Raises:
+            ValueError: The weight is not stored as an ordinary matrix (quantized or sharded), or the update, or the
+                sum in ``dtype``, is not finite.
+        """
+        weight = self.base_weight
+        delta = self.stored_delta()
+        # A quantized or sharded weight may be of a subclass of Tensor that poses as an ordinary matrix.
+        is_plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
+        if not is_plain or weight.shape != delta.shape or weight.dtype.itemsize < 2:
+            raise ValueError(
+                f"Cannot merge into a {type(self.base_layer).__name__} whose weight is stored as "
+                f"{tuple(weight.shape)} {weight.dtype} ({type(weight.data).__name__}); merging needs "
+                f"{tuple(delta.shape)} floating point values. "
+                "The weight is probably quantized or sharded: load the model unquantized and whole, then merge."
+            )
+        compute_dtype = torch.promote_types(weight.dtype, torch.float32)
+        total = weight.to(delta.device, compute_dtype) + delta.to(compute_dtype)
+        merged = total.to(dtype or weight.dtype)
+        if not merged.isfinite().all():
+            what = "The update" if not delta.isfinite().all() else f"The merged weight in {merged.dtype}"
+            raise ValueError(f"{what} holds NaN or infinite values; nothing was merged.")
+        return merged
+
+    def merge(self, dtype: torch.dtype | None = None) -> None:
+        """Add the update into the base layer's weight, in float32 with one rounding, and keep the original aside.
+
+        The base layer gets a new parameter; the original one is untouched, so that another module that shares it (a
+        tied embedding) keeps what it had, and :meth:`unmerge` restores it bit for bit. Until then memory holds both.
+        Merging a merged layer does nothing.
+
+        Args:
+            dtype: Of the merged weight; the original's if ``None``. The layer's input must have the same.
+
+        Raises:
+            ValueError: As :meth:`merged_weight`; then nothing is merged.
+        """
+        if self.merged:
+            return
+        merged = self.merged_weight(dtype)
+        self._unmerged_weight = (self.base_layer.weight,)  # type: ignore[assignment]
+        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit. Unmerging a layer that is not merged does nothing."""
+        if not self._unmerged_weight:
+            return
+        (weight,) = self._unmerged_weight
+        current = self.weight
+        if (weight.device, weight.dtype) != (current.device, current.dtype):  # moved or cast while merged
+            weight = nn.Parameter(weight.to(current.device, current.dtype), requires_grad=weight.requires_grad)
+        self.base_layer.weight = weight
+        self._unmerged_weight = ()
+
+    @override
+    def extra_repr(self) -> str:
+        return f"scaling={self.scaling:.4g}, merged={self.merged}"

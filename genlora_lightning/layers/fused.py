@@ -1,0 +1,160 @@
+"""A frozen linear and its low-rank update as one function, with a backward that keeps little but what it is given.
+
+::
+
+    x ──┬── W, b ─────────────── y ◄─┐ added in place        forward: 3 matrix products
+        └── A ── h (R per token) ─ B ┘                       kept: x, A, B; W by reference; h if I > O
+    gradients: x ← g·W + (g·B)·A;  A ← (g·B)ᵀ·x;  B ← hᵀ·g: 5 matrix products, none for W; a 6th for h if not kept
+
+To compute h again takes I products per number, and to keep it one number: the linears that narrow keep theirs. (Stored
+LoRA keeps all h; what we keep of other things leaves room for some.)
+
+Shapes: R rank, I in_features, O out_features, T tokens; ``...`` any leading dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from genlora_lightning.adapters.autograd import is_ordinary, refuse_second_derivative
+
+
+def adapted_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor,
+    B: Tensor,
+    *,
+    dropout: float = 0.0,
+    transposed: bool = False,
+) -> Tensor:
+    """``y = x Wᵀ + b + (dropout(x) Aᵀ) Bᵀ``.
+
+    Args:
+        x: ``(..., I)``.
+        weight: The frozen ``W (O, I)``; it gets no gradient.
+        bias: The frozen ``b (O,)``.
+        A: ``(R, I)``, in :func:`compute_dtype`.
+        B: ``(R, O)``: transposed, as it is generated, and with the scaling in it; in :func:`compute_dtype`.
+        dropout: Probability of dropping an entry of the update's input; a mask of one byte per entry is kept then.
+        transposed: The weight is stored as ``(I, O)``.
+
+    Returns:
+        ``(..., O)``, in the dtype that ``F.linear`` gives.
+
+    Raises:
+        RuntimeError: In the backward, if it is to be differentiated itself (``create_graph=True``).
+    """
+    output = _AdaptedLinear.apply(x, weight, bias, A, B, dropout, transposed, compute_dtype(weight))  # type: ignore[no-untyped-call]
+    return cast("Tensor", output)
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which ``F.linear`` computes with a weight: autocast's inside of autocast, else the weight's own."""
+    device = weight.device.type
+    if weight.dtype != torch.float64 and _autocast_is_on(device):
+        return torch.get_autocast_dtype(device)
+    return weight.dtype
+
+
+def can_fuse(base: nn.Module, x: Tensor) -> bool:
+    """Whether a linear computes ``x Wᵀ + b`` from an ordinary weight of its own, frozen, and nothing else.
+
+    Not so for a quantized or wrapped linear, a sharded weight, or one with hooks: these are called.
+    """
+    weight: Any = base.weight
+    bias: Any = base.bias
+    if not (is_ordinary(weight) and is_ordinary(x) and (bias is None or is_ordinary(bias))):
+        return False
+    if _hooks(base) or "forward" in vars(base) or weight.ndim != 2 or not weight.is_floating_point():
+        return False
+    if weight.requires_grad or (bias is not None and bias.requires_grad) or not x.is_floating_point():
+        return False
+    return x.dtype == weight.dtype or _autocast_is_on(weight.device.type)
+
+
+def _autocast_is_on(device: str) -> bool:
+    return device != "meta" and torch.is_autocast_enabled(device)
+
+
+def _hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class _AdaptedLinear(torch.autograd.Function):
+    @staticmethod
+    @override
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A: Tensor,
+        B: Tensor,
+        dropout: float,
+        transposed: bool,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        # What autocast would do to them, done here, so that the backward can do the same again and nothing is kept.
+        rows, W = x.reshape(-1, x.shape[-1]).to(dtype), weight.to(dtype)
+        b = None if bias is None else bias.to(dtype)
+        output = F.linear(rows, W.T if transposed else W, b)
+        mask = None
+        if dropout:
+            rows, mask = torch.native_dropout(rows, dropout, True)
+        h = rows @ A.T
+        output.addmm_(h, B)
+        # To compute it again takes time with the inputs' number, to keep it is cheap beside an x of many inputs.
+        keeps = A.shape[1] > B.shape[1] and ctx.needs_input_grad[4]
+        ctx.save_for_backward(x, weight, A, B, mask, h if keeps else None)
+        ctx.dropout, ctx.transposed, ctx.dtype = dropout, transposed, dtype
+        # No view, as F.linear gives none: autograd forbids writing to one in place, and FSDP2 warns of it.
+        return cast("Tensor", torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]]))
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+        refuse_second_derivative("The adapted linear")
+        x, weight, A, B, mask, h = ctx.saved_tensors
+        # The backward may be called inside of autocast, which must not have a say in it.
+        with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
+            return (*_gradients(ctx, gradient, x, weight, A, B, mask, h), None, None, None)
+
+
+def _gradients(
+    ctx: Any,
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    A: Tensor,
+    B: Tensor,
+    mask: Tensor | None,
+    h: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    of_x = of_A = of_B = None
+    kept = 1 / (1 - ctx.dropout)
+    g = gradient.reshape(-1, gradient.shape[-1])
+    of_h = g @ B.T  # (T, R)
+    if ctx.needs_input_grad[0]:
+        W = weight.to(ctx.dtype)
+        of_x = g @ (W.T if ctx.transposed else W)
+        if mask is None:
+            of_x.addmm_(of_h, A)
+        else:
+            of_x += torch.ops.aten.native_dropout_backward(of_h @ A, mask, kept)
+        of_x = of_x.to(x.dtype).view(x.shape)
+    if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
+        rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+        if mask is not None:
+            rows = torch.ops.aten.native_dropout_backward(rows, mask, kept)
+        of_A = of_h.T @ rows
+        of_B = (rows @ A.T if h is None else h).T @ g
+    return of_x, None, None, of_A, of_B

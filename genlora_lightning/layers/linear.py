@@ -1,0 +1,105 @@
+"""Adapt a linear layer: the frozen linear plus the low-rank product, fused where that is possible.
+
+Shapes: R rank, I in_features, O out_features; ``...`` any leading dimensions (batch, tokens).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import override
+
+from genlora_lightning.adapters.base import MatrixShape
+from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.fused import adapted_linear, can_fuse, compute_dtype
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' ``Conv1D`` (GPT-2): a linear whose weight is stored as ``(in, out)``."""
+    # By name, so that neither transformers nor its torch-dependent pytorch_utils must be imported to adapt an MLP.
+    return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+class AdaptedLinear(AdaptedLayer):
+    r"""A frozen linear layer with an update of its weight.
+
+    .. math::
+        y = W x + b + \Delta W \, \mathrm{dropout}(x), \qquad \Delta W x = s \, B (A x)
+
+    The second form is that of kinds with two factors, ``A (rank, in_features)`` and ``B (out_features, rank)``, with
+    which ΔW is never formed. A new layer gives bit for bit the output of its base layer.
+
+    Args:
+        base_layer: The ``nn.Linear`` (or transformers ``Conv1D``) to adapt. It is kept, not copied, and frozen.
+        config: The kind, its rank, scaling, dropout, …
+        generator: Random number generator for the initial values.
+
+    Raises:
+        TypeError: ``base_layer`` is no linear layer.
+        ValueError: The configuration does not fit the matrix.
+    """
+
+    @classmethod
+    @override
+    def matrix_shape(cls, module: nn.Module) -> MatrixShape | None:
+        if isinstance(module, nn.Linear):
+            return MatrixShape(module.out_features, module.in_features)
+        if is_conv1d(module):
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            return MatrixShape(int(weight.shape[1]), int(weight.shape[0]))
+        return None
+
+    @override
+    def to_stored(self, delta: Tensor) -> Tensor:
+        return delta.T if is_conv1d(self.base_layer) else delta
+
+    @override
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the adapted layer.
+
+        Args:
+            x: ``(..., in_features)``.
+            args: Further arguments for a base layer whose class takes them. They are the base layer's alone: the update
+                is ``ΔW x`` whatever they are.
+            kwargs: The same by name.
+
+        Returns:
+            ``(..., out_features)``, in the dtype the base layer gives.
+        """
+        base = self.base_layer
+        if not self.is_active:
+            output: Tensor = base(x, *args, **kwargs)
+            return output
+        pair = self.pair
+        if pair is None:
+            output = base(x, *args, **kwargs)
+            return output + F.linear(self.dropout(x), self.update().to(compute_dtype(x)))
+        if not self.fused:
+            output = base(x, *args, **kwargs)
+            A, B = pair[0](plain=True), pair[1](plain=True).T
+            # The small A and B take x's dtype, never x theirs: a copy of x in float32 would be kept for the backward.
+            return output + F.linear(F.linear(self.dropout(x), A.to(x.dtype)), (self.scaling * B).to(x.dtype))
+        transposed = is_conv1d(base)
+        # A class that was derived from these may compute something else.
+        is_known = type(base).__name__ == "Conv1D" if transposed else type(base) is nn.Linear
+        if is_known and not args and not kwargs and can_fuse(base, x):
+            weight = self.weight
+            A, B = self.store.matrices(*pair, self.scaling, compute_dtype(weight))
+            rate = self.config.dropout if self.dropout.training else 0.0
+            return adapted_linear(x, weight, self.bias, A, B, dropout=rate, transposed=transposed)
+        output = base(x, *args, **kwargs)
+        A, B = self.store.matrices(*pair, self.scaling, compute_dtype(x))
+        return output + F.linear(F.linear(self.dropout(x), A), B.T)
+
+    @override
+    def wanted_dtype(self) -> torch.dtype | None:
+        pair = self.pair
+        if not self.is_active or not self.fused or pair is None:
+            return None
+        weight = self.weight
+        is_narrow = not weight.is_floating_point() or weight.dtype.itemsize < 2  # a quantized one says nothing of x
+        return pair[0].own_dtype if is_narrow else compute_dtype(weight)

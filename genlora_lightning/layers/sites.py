@@ -1,0 +1,41 @@
+"""List the sites: the layers that can be adapted, each by a class of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from genlora_lightning.adapters.base import MatrixShape
+from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.linear import AdaptedLinear
+
+# The first one that knows a module adapts it.
+SITES: list[type[AdaptedLayer]] = [AdaptedLinear]
+
+
+def matrix_shape(module: nn.Module) -> MatrixShape | None:
+    """The sizes of the matrix of a module that can be adapted; ``None`` for any other module."""
+    for site in SITES:
+        shape = site.matrix_shape(module)
+        if shape is not None:
+            return shape
+    return None
+
+
+def adapt(module: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> AdaptedLayer:
+    """Make the adapted layer that is to stand in the place of a module.
+
+    Args:
+        module: A module of which :func:`matrix_shape` knows the sizes.
+        config: The kind, its rank, scaling, dropout, …
+        generator: Random number generator for the initial values.
+
+    Raises:
+        TypeError: No site knows the module.
+        ValueError: The configuration does not fit the matrix.
+    """
+    for site in SITES:
+        if site.matrix_shape(module) is not None:
+            return site(module, config, generator)
+    raise TypeError(f"A {type(module).__name__} cannot be adapted; {', '.join(s.__name__ for s in SITES)} know none.")

@@ -1,0 +1,247 @@
+"""Memory of a training step, counted without data, weights or a device.
+
+The step runs on fake tensors (shapes and dtypes only), and every storage that an operator makes is counted from its
+making to its release, through forward, loss and backward. What is counted is what autograd keeps and what operators
+hand to each other: nothing of it is a formula for one architecture. Not seen are buffers inside a kernel and what a
+memory allocator keeps in reserve.
+
+A step has two moments that may be its peak. In the model's own pass, most is what its layers keep. When that is freed,
+the gradients of all matrices go back through the generators, where most is what the arithmetic hands on.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from genlora_lightning.adapters.base import Factor
+from genlora_lightning.backbone.architectures import repeated_blocks
+from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.layers.sharing import generated, sharing_modules
+
+_FEW = 2
+
+
+@dataclass(frozen=True)
+class StepMemory:
+    """Bytes of a training step at its peak, beside parameters and inputs.
+
+    Args:
+        activations: All that is alive at the peak: what the backward pass will read, and what is being computed.
+            Gradients that were already made for the adapters are among it.
+        factors: Of this, what was made inside the generators: A and B of all layers, from the forward's beginning to
+            their gradients, also with gradient checkpointing.
+    """
+
+    activations: int
+    factors: int
+
+
+def count_step(
+    model: nn.Module, batch: int, tokens: int, *, autocast: bool, num_labels: int | None = None
+) -> StepMemory:
+    """Count the memory of one forward and backward pass of a transformers model.
+
+    Of a model with many equal layers, two and three are counted: each further one adds the same. What is generated for
+    all layers at once is counted for all.
+
+    Args:
+        model: On any device, also the meta device; it is not changed. Its mode (training, gradient checkpointing) is
+            the one that is counted.
+        batch: Sequences.
+        tokens: Length of each; all of them are predicted, so that a run that learns from answers only needs less.
+        autocast: Whether matrix products are in bfloat16, as under ``precision="bf16-mixed"``.
+        num_labels: For a sequence classifier, its number of classes.
+    """
+    generation = _count_generation(model, autocast)
+    own = _count_pass(model, batch, tokens, autocast, num_labels)
+    return max(own, generation, key=lambda moment: moment.activations)
+
+
+def _count_pass(model: nn.Module, batch: int, tokens: int, autocast: bool, num_labels: int | None) -> StepMemory:
+    blocks = repeated_blocks(model)
+    count = len(blocks) if blocks is not None else 0
+    if blocks is None or count <= _FEW + 1:
+        return _count(_Step(model, autocast, num_labels), batch, tokens)
+    first, second = (_shortened(model, blocks, n, batch, tokens, autocast, num_labels) for n in (_FEW, _FEW + 1))
+    more = count - _FEW
+    return StepMemory(
+        first.activations + more * (second.activations - first.activations),
+        first.factors + more * (second.factors - first.factors),
+    )
+
+
+def _shortened(
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    count: int,
+    batch: int,
+    tokens: int,
+    autocast: bool,
+    num_labels: int | None,
+) -> StepMemory:
+    whole = blocks._modules
+    blocks._modules = dict(list(whole.items())[:count])
+    try:
+        return _count(_Step(model, autocast, num_labels), batch, tokens)
+    finally:
+        blocks._modules = whole
+
+
+def _count_generation(model: nn.Module, autocast: bool) -> StepMemory:
+    return _count(_Generation(model, autocast), 1, 1)
+
+
+def _count(step: _Step | _Generation, batch: int, tokens: int) -> StepMemory:
+    with FakeTensorMode():
+        fake: dict[str, Tensor] = {
+            name: torch.empty(p.shape, dtype=p.dtype, device="cpu").requires_grad_(p.requires_grad)
+            for name, p in step.named_parameters()
+        }
+        fake |= {name: torch.empty(b.shape, dtype=b.dtype, device="cpu") for name, b in step.named_buffers()}
+        ids = torch.zeros(batch, tokens, dtype=torch.long, device="cpu")
+        counter = _Counter([*fake.values(), ids])
+        with torch.device("cpu"), counter, step.attributed(counter):
+            torch.func.functional_call(step, fake, (ids,))
+    return StepMemory(counter.peak, counter.factors_at_peak)
+
+
+class _Step(nn.Module):
+    """Forward, loss and backward in one call, so that parameters are replaced in all of it."""
+
+    def __init__(self, model: nn.Module, autocast: bool, num_labels: int | None) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self.num_labels = num_labels
+
+    @override
+    def forward(self, ids: Tensor) -> None:
+        self._loss(ids).backward()  # type: ignore[no-untyped-call]
+
+    def attributed(self, counter: _Counter) -> AbstractContextManager[None]:
+        """Tell the counter when a generator computes."""
+        return _attributed(self.model, counter)
+
+    def _loss(self, ids: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast):
+            inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+            if self.num_labels is not None:
+                logits = self.model(**inputs).logits
+                return F.cross_entropy(logits.float(), torch.zeros(len(ids), dtype=torch.long))
+            # As CausalLMModule does: logits of the positions with an answer, then of the answer's tokens.
+            logits = self.model(**inputs, use_cache=False).logits.flatten(0, 1)
+            answer = logits.index_select(0, torch.arange(ids.numel()))
+            return F.cross_entropy(answer.float(), ids.flatten(), reduction="sum")
+
+
+class _Generation(nn.Module):
+    """Generation for all layers, and its backward when the gradients of all matrices are there."""
+
+    def __init__(self, model: nn.Module, autocast: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.autocast = autocast
+        self._counter: _Counter | None = None
+
+    @contextmanager
+    def attributed(self, counter: _Counter) -> Iterator[None]:
+        """Let the counter count all as the generators', but for the gradients that they are given."""
+        self._counter = counter
+        yield
+
+    @override
+    def forward(self, ids: Tensor) -> None:
+        assert self._counter is not None
+        self._counter.inside = True
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.autocast), generated(self.model) as matrices:
+            self._counter.inside = False
+            gradients = [torch.empty_like(matrix) for matrix in matrices]
+            self._counter.inside = True
+            torch.autograd.backward(matrices, gradients)
+
+
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the bytes of all storages that live, and of those made inside generators."""
+
+    def __init__(self, given: list[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now = self.peak = 0
+        self.factors_now = self.factors_at_peak = 0
+        self.inside = False
+        self.paused = False  # whether this is no moment to look for the peak
+        self._known: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+        for tensor in given:  # of which views are made
+            self._known[tensor.untyped_storage()] = True
+
+    @override
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = func(*args, **(kwargs or {}))
+        for result in tree_leaves(results):
+            if isinstance(result, Tensor):
+                self._add(result.untyped_storage())
+        return results
+
+    def _add(self, storage: Any) -> None:
+        if storage in self._known:
+            return
+        self._known[storage] = True
+        size = storage.nbytes()
+        factors = size if self.inside else 0
+        self.now += size
+        self.factors_now += factors
+        if self.now > self.peak and not self.paused:
+            self.peak, self.factors_at_peak = self.now, self.factors_now
+        weakref.finalize(storage, self._release, size, factors)
+
+    def _release(self, size: int, factors: int) -> None:
+        self.now -= size
+        self.factors_now -= factors
+
+
+@contextmanager
+def _attributed(model: nn.Module, counter: _Counter) -> Iterator[None]:
+    """Tell the counter when a generator computes, and when generation for all layers does, which is counted apart."""
+
+    def enter(*_: Any) -> None:
+        counter.inside = True
+
+    def leave(*_: Any) -> None:
+        counter.inside = False
+
+    def enter_all(*_: Any) -> None:
+        counter.inside = counter.paused = True
+
+    def leave_all(*_: Any) -> None:
+        counter.inside = counter.paused = False
+
+    def leave_and_watch(module: nn.Module, *_: Any) -> None:
+        leave_all()
+        given = [layer.store.given for layer in adapter_layers(module).values() if layer.store.is_served]
+        nodes = {matrix.grad_fn for one in given if one for matrix in (one.A, one.B) if matrix is not None}
+        for node in nodes:
+            if node is not None:
+                hooks.extend((node.register_prehook(enter_all), node.register_hook(leave_all)))
+
+    generators = [module for module in model.modules() if isinstance(module, Factor)]
+    hooks: list[Any] = [g.register_forward_pre_hook(enter) for g in generators]
+    hooks += [g.register_forward_hook(leave) for g in generators]
+    for module in sharing_modules(model):  # around the hook that generates for all of a module's layers
+        hooks.append(module.register_forward_pre_hook(enter_all, prepend=True))
+        hooks.append(module.register_forward_pre_hook(leave_and_watch))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

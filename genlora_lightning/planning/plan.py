@@ -1,0 +1,267 @@
+r"""What a run takes on each GPU, and what it sends, before there is a GPU: from a model's configuration alone.
+
+Notation: N GPUs; P values of the frozen base, of b bytes each (2 for bfloat16); T trainable values and A ≥ T values of
+the adapters (fixed centres and widths too) and of modules trained in full, all float32; m micro-batches per optimizer
+step. A *unit* is what FSDP shards and gathers at once: each of the model's repeated layers (of the encoder and of the
+decoder, if it has both), and the root, which holds all else (embedding, head, norm). U is the largest layer's bytes, E
+the root's, in the base's dtype.
+
+Memory of one GPU:
+
+=====================  ======================================================================================
+base                   b·P, or b·P/N with FSDP
+base, gathered         FSDP: E + 2·U: the root from its forward to its backward, a layer, and the next one, which is
+                       fetched while the first computes
+adapters               4·A, or 4·A/N with ``shard``
+gradients              4·T, or 4·T/N; the base has none
+optimizer              8·T, or 8·T/N: AdamW's two moments
+buckets                DDP and ``replicate``: 4·T, the flat buffer in which gradients are averaged; one GPU: 0
+activations            counted by running a step on fake tensors (:mod:`genlora_lightning.planning.activations`), all
+                       positions predicted; with gradient checkpointing and without. The generated A and B of all layers
+                       are among them, and live through the step with gradient checkpointing, too
+=====================  ======================================================================================
+
+Values in collectives, per optimizer step:
+
+=====================  ======================================================================================
+adapters               ``replicate`` and DDP: one all-reduce of T. ``shard``: in each unit an all-gather of A in forward
+                       and backward of each micro-batch, and a reduce-scatter of T in each backward
+base                   FSDP only: all-gathers in the forward and the backward of each micro-batch: 2·P, except that the
+                       root stays whole in between (1 × its part)
+=====================  ======================================================================================
+
+FSDP2 pads the first dimension of each parameter to a multiple of N; the values counted are the padded ones, exactly.
+FSDP1 pads units and aligns parameters, which is not counted: a few values per parameter more. *Sent* bytes are those
+that each GPU puts on the wire with ring algorithms: 2·(N−1)/N of an all-reduce's bytes, (N−1)/N of what an all-gather
+results in or a reduce-scatter starts from. LoRA's figures are those of the same rank on the same linears, with the same
+strategies; its base is gathered as ours is.
+
+Not counted: the device's context, buffers inside kernels and in the communication library, what a memory allocator
+keeps in reserve. A tenth of the GPU's memory is left for them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.backbone.architectures import build_on_meta, enable_gradient_checkpointing
+from genlora_lightning.injection.inject import inject_adapters
+from genlora_lightning.planning.activations import count_step
+from genlora_lightning.planning.traffic import (
+    FLOAT32,
+    Setup,
+    Sharding,
+    Sizes,
+    Traffic,
+    count_values,
+    model_sizes,
+    plan_traffic,
+)
+from genlora_lightning.text import text_table
+
+USABLE = 0.9  # of a GPU's memory; the rest is for what is not counted
+GIB = 2**30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one GPU; the module's docstring has the formulas. ``factors`` is a part of ``activations``."""
+
+    base: int
+    base_gathered: int
+    adapters: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    activations: int
+    activations_other_way: int
+    factors: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        parts = (self.base, self.base_gathered, self.adapters, self.gradients, self.optimizer, self.buckets)
+        return sum(parts) + self.activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a run takes and sends; ``print`` it for a table.
+
+    Args:
+        model: The model's name and class.
+        config: The adapters' configuration.
+        setup: The GPUs and the step.
+        linears: Number of adapted linears.
+        total_parameters: Of the model with adapters.
+        trainable_parameters: T.
+        lora_parameters: What LoRA of the same rank would train.
+        memory: Bytes on one GPU.
+        traffic: By name (``"genlora replicate"``, …): what is sent per optimizer step.
+        layers: The number of FSDP units beside the root.
+    """
+
+    model: str
+    config: AdapterConfig
+    setup: Setup
+    linears: int
+    total_parameters: int
+    trainable_parameters: int
+    lora_parameters: int
+    memory: Memory
+    traffic: dict[str, Traffic]
+    layers: int
+
+    @property
+    def fits(self) -> bool:
+        """Whether the sum stays below 90 % of a GPU's memory."""
+        return self.memory.total <= USABLE * self.setup.gpu_memory * GIB
+
+    @property
+    def overlay(self) -> str | None:
+        """The configuration file to add for the strategy; ``None`` for one GPU."""
+        return None if self.setup.strategy == "single" else f"configs/strategy/{self.setup.strategy}.yaml"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as JSON values; memory in bytes."""
+        return {
+            **dataclasses.asdict(self),
+            "memory": {**dataclasses.asdict(self.memory), "total": self.memory.total},
+            "fits": self.fits,
+            "overlay": self.overlay,
+        }
+
+    def __str__(self) -> str:
+        return _text(self)
+
+
+def make_plan(
+    model_config: Any,
+    name: str,
+    task: str,
+    config: AdapterConfig,
+    setup: Setup,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Plan:
+    """Plan a run; the model is built on the meta device.
+
+    Args:
+        model_config: The model's transformers configuration.
+        name: What to call it.
+        task: ``"causal-lm"`` or ``"sequence-classification"``.
+        config: The adapters.
+        setup: The GPUs and the step.
+        dtype: Of the frozen base; the configuration's if ``None``.
+
+    Raises:
+        ValueError: The adapters' configuration does not fit the model.
+    """
+    model = build_on_meta(model_config, task, dtype)
+    report = inject_adapters(model, config)
+    sizes = model_sizes(model)
+    labels = model_config.num_labels if task == "sequence-classification" else None
+    model.train()
+    counts = {}
+    for checkpointing in (False, True):
+        if checkpointing:
+            enable_gradient_checkpointing(model)
+        step = count_step(model, setup.batch, setup.tokens, autocast=setup.autocast, num_labels=labels)
+        counts[checkpointing] = step
+    here = counts[setup.gradient_checkpointing]
+    cases: list[tuple[str, bool, Sharding]] = [
+        ("genlora replicate", False, "replicate"),
+        ("lora replicate", True, "replicate"),
+    ]
+    if setup.is_sharded:
+        cases += [("genlora shard", False, "shard"), ("lora shard", True, "shard")]
+    return Plan(
+        model=f"{name} ({type(model).__name__})",
+        config=config,
+        setup=setup,
+        linears=len(report.adapted),
+        total_parameters=report.total_parameters,
+        trainable_parameters=report.trainable_parameters,
+        lora_parameters=sizes.num_lora,
+        memory=_memory(
+            sizes, setup, here.activations, here.factors, counts[not setup.gradient_checkpointing].activations
+        ),
+        traffic={label: plan_traffic(sizes, setup, lora=lora, sharding=kind) for label, lora, kind in cases},
+        layers=len(sizes.base) - 1,
+    )
+
+
+def _memory(sizes: Sizes, setup: Setup, activations: int, factors: int, other_way: int) -> Memory:
+    size, n = sizes.base_itemsize, setup.gpus if setup.is_sharded else 1
+    whole = setup.adapter_sharding == "replicate" or not setup.is_sharded
+    root, *blocks = (count_values([unit]) for unit in sizes.base)
+
+    def share(values: int) -> int:
+        return values if whole else -(-values // n)
+
+    trainable = share(sizes.num_trainable)
+    return Memory(
+        base=size * -(-sizes.num_base // n),
+        base_gathered=size * (root + sum(sorted(blocks)[-2:])) if n > 1 else 0,
+        adapters=FLOAT32 * share(count_values(sizes.adapters)),
+        gradients=FLOAT32 * trainable,
+        optimizer=2 * FLOAT32 * trainable,
+        buckets=FLOAT32 * sizes.num_trainable if setup.gpus > 1 and whole else 0,
+        activations=activations,
+        activations_other_way=other_way,
+        factors=factors,
+    )
+
+
+def _text(plan: Plan) -> str:
+    setup, memory = plan.setup, plan.memory
+    sharded = setup.is_sharded
+    other = "without gradient checkpointing" if setup.gradient_checkpointing else "with gradient checkpointing"
+    rows = [
+        (f"base{f', 1/{setup.gpus} of it' if sharded and setup.gpus > 1 else ''}", memory.base),
+        ("base, gathered: root and two layers", memory.base_gathered),
+        (f"adapters{', sharded' if setup.adapter_sharding == 'shard' else ''}", memory.adapters),
+        ("gradients (adapters only)", memory.gradients),
+        ("optimizer: AdamW's two moments", memory.optimizer),
+        ("buckets of the all-reduce", memory.buckets),
+        (f"activations, {setup.batch} x {setup.tokens} tokens", memory.activations),
+        ("  of these, generated factors", memory.factors),
+        ("total", memory.total),
+    ]
+    kind = setup.strategy + (f", adapters {setup.adapter_sharding}d".replace("shardd", "sharded") if sharded else "")
+    lines = [
+        f"{plan.model}: {plan.total_parameters:,} parameters. {plan.config.title} of rank {plan.config.rank} trains "
+        f"{plan.trainable_parameters:,} on {plan.linears} linears; LoRA of that rank {plan.lora_parameters:,}.",
+        f"{setup.gpus} GPU{'s' * (setup.gpus > 1)}, {kind}; "
+        f"{'bfloat16 autocast' if setup.autocast else 'no autocast'}; "
+        f"{'with' if setup.gradient_checkpointing else 'without'} gradient checkpointing.",
+        "",
+        text_table(("each GPU holds", "GiB"), [(label, f"{value / GIB:.3f}") for label, value in rows]),
+        f"({other} activations take {memory.activations_other_way / GIB:.3f} GiB)",
+        "",
+    ]
+    if setup.gpus > 1:
+        lines += [
+            text_table(
+                ("each GPU sends per optimizer step (MB, ring)", "adapters", "frozen base"),
+                [(label, f"{t.sent / 1e6:,.3f}", f"{t.base_sent / 1e6:,.1f}") for label, t in plan.traffic.items()],
+            ),
+            "adapters: replicate, one all-reduce of the gradients; shard, gathered and scattered in each micro-batch",
+            "frozen base: gathered in forward and backward of each micro-batch; the same for LoRA",
+            "",
+        ]
+    limit = USABLE * setup.gpu_memory
+    verdict = "It fits" if plan.fits else "It does not fit"
+    lines.append(
+        f"{verdict}: {memory.total / GIB:.1f} of {limit:.1f} GiB (90 % of {setup.gpu_memory:g}; the rest is for what "
+        "is not counted)."
+    )
+    if plan.overlay:
+        sizes = "devices * num_nodes" + (" = data_parallel_size" if setup.strategy == "fsdp2" else "")
+        lines.append(f"Configuration: add --config {plan.overlay}, with {sizes} = {setup.gpus}.")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Fine-tune any LightningModule: the callback, and its optimizer, strategies, checks and resume."""

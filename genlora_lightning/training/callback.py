@@ -1,0 +1,480 @@
+"""The callback that fine-tunes any LightningModule with GenLoRA: inject, watch, and save only the adapters."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any, get_args
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+from torch.optim import Optimizer
+from typing_extensions import override
+
+from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.adapters.kinds import read_config
+from genlora_lightning.artifacts.adapter_io import write_adapter
+from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoint, upgrade
+from genlora_lightning.backbone.low_memory import weight_source
+from genlora_lightning.callbacks.reading import ReadingTimes
+from genlora_lightning.distributed.shards import whole_like
+from genlora_lightning.injection.inject import adapter_layers, inject_adapters
+from genlora_lightning.injection.report import CoverageReport
+from genlora_lightning.layers.sharing import cached_factors
+from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
+from genlora_lightning.training.checks import (
+    GradientWatch,
+    check_optimizers_hold,
+    check_writable,
+    prune_frozen,
+    set_train_mode,
+)
+from genlora_lightning.training.finite import FiniteWatch
+from genlora_lightning.training.resume import (
+    Resume,
+    keep_base_out_of_files,
+    release_loaders,
+    use_resumable_loaders,
+    write_content,
+)
+from genlora_lightning.training.step_generation import Generate, StepGeneration
+from genlora_lightning.training.strategies import check_averaging, check_strategy
+from genlora_lightning.training.sync import AdapterSharding, Ranks, describe_timeout
+
+_WRAPPED_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start")
+
+
+class NonFiniteGradientError(RuntimeError):
+    """A gradient is NaN or infinite; the step was not made, so the weights are the last good ones."""
+
+
+class GenLoRAFinetuning(Callback):
+    """Fine-tune a LightningModule with generated low-rank adapters.
+
+    Give it to the trainer; the module need not know of it. Before the optimizer is configured it freezes the model,
+    injects the adapters and, when training starts, sets train mode (normalisation layers with frozen running
+    statistics stay in evaluation mode: their statistics belong to the base, which is not saved). Checkpoints hold the
+    adapters, what else is trained, and what is needed to resume; never the base. A run resumed with ``ckpt_path`` goes
+    on as if it had not stopped, in the middle of an epoch and of gradient accumulation too: random states are restored,
+    and plain data loaders of the training are replaced by :class:`~genlora_lightning.ResumableDataLoader`. When fitting
+    ends, or is interrupted, an adapter folder is written.
+
+    What it checks: that the optimizer holds exactly the trainable parameters (frozen ones are taken out of it), that
+    the first step brings a gradient to the adapters, and that every step's gradient is finite.
+
+    The adapters go into ``pl_module.adapter_root()`` if the module has such a method
+    (:class:`~genlora_lightning.GenLoRAModule` has), else into the whole LightningModule. If it has a method
+    ``resolve_adapter_config(config)``, this may complete the configuration once the model is known.
+
+    Args:
+        config: What to adapt, and how, also as a dictionary; the defaults if ``None``.
+        adapter_dir: Where to save the adapter folder when fitting ends; ``<log dir>/adapter`` if ``None`` (without a
+            logger ``<default_root_dir>/adapter``, which the next run replaces). After an error or Ctrl-C it is
+            ``<adapter_dir>-interrupted``, so that a finished adapter is never replaced by an unfinished one.
+        save_adapter: Whether to save the folder. Checkpoints are Lightning's matter and not concerned.
+        train_mode: Whether to set the module to train mode when fitting starts (``from_pretrained`` returns models in
+            evaluation mode, in which their dropout does nothing).
+        check_finite_every_n_steps: How often gradients are checked to be finite, in optimizer steps; 0: never. A step
+            whose gradient is not finite is not made. On a GPU torch's fused Adam, AdamW and SGD (the modules' choice)
+            leave it out by themselves, and all steps after it: the run stops at the next of the steps after which the
+            trainer logs (``log_every_n_steps``), before a validation or a checkpoint, or at the end, with the last good
+            weights. Elsewhere the run stops at once; with another optimizer on a GPU each check waits for the device.
+        adapter_sharding: Where the base is sharded (FSDP1, FSDP2): ``"replicate"`` keeps the adapters whole on each
+            rank and averages their gradients in one message per optimizer step; ``"shard"`` shards them, too. Modules
+            trained in full are treated as the adapters are.
+        generate: With ``accumulate_grad_batches`` greater than 1: ``"forward"`` generates the low-rank matrices in each
+            micro-batch; ``"step"`` once for all micro-batches of an optimizer step, whose gradients go through the
+            generator as one sum (under DDP once more for the last micro-batch). Losses and gradients are equal to
+            rounding, also where a checkpoint inside of an accumulation window divides the sum. The adapters' parameters
+            have no gradient before the last backward; those of the matrices, as large as a stored LoRA's, wait for it.
+        check_ranks_every_n_steps: How often to compare the adapters between the ranks, in every bit, beside the end of
+            the run, where it is always done; 0: only there. To find a fault; it waits for the device.
+
+    Raises:
+        ValueError: From the trainer's run: given twice, a strategy it does not support, a configuration that does not
+            fit the model, a checkpoint that does not.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig | dict[str, Any] | None = None,
+        *,
+        adapter_dir: str | None = None,
+        save_adapter: bool = True,
+        train_mode: bool = True,
+        check_finite_every_n_steps: int = 1,
+        adapter_sharding: AdapterSharding = "replicate",
+        check_ranks_every_n_steps: int = 0,
+        generate: Generate = "forward",
+    ) -> None:
+        self.config = read_config(config)
+        self.adapter_dir = adapter_dir
+        self.save_adapter = save_adapter
+        self.train_mode = train_mode
+        self.check_finite_every_n_steps = check_finite_every_n_steps
+        if adapter_sharding not in get_args(AdapterSharding):
+            raise ValueError(
+                f"`adapter_sharding` must be one of {get_args(AdapterSharding)}, got {adapter_sharding!r}."
+            )
+        self.adapter_sharding: AdapterSharding = adapter_sharding
+        self.check_ranks_every_n_steps = check_ranks_every_n_steps
+        if generate not in get_args(Generate):
+            raise ValueError(f"`generate` must be one of {get_args(Generate)}, got {generate!r}.")
+        self.generate: Generate = generate
+        self.report: CoverageReport | None = None
+        self._folder: Path | None = None
+        self._saved_after_error = False
+        self._gradient_watch = GradientWatch()
+        self._finite: FiniteWatch | None = None
+        self._times: ReadingTimes | None = None
+        self._last_loss: Tensor | None = None
+        self._resume: Resume | None = None
+        self._ranks: Ranks | None = None
+        self._untrained = False
+        self._cache = ExitStack()  # while nothing is trained
+        self._steps: StepGeneration | None = None
+
+    # -- setting up -------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        callbacks = getattr(trainer, "callbacks", [])
+        if sum(isinstance(callback, GenLoRAFinetuning) for callback in callbacks) > 1:
+            raise ValueError(
+                "The trainer has more than one GenLoRAFinetuning callback. Give one: either in the trainer's "
+                "`callbacks`, or by the module's `adapter` argument."
+            )
+        check_strategy(trainer)
+        check_averaging(callbacks)
+        self._ranks = Ranks(trainer, self.adapter_sharding)
+        install_atomic_checkpoints(trainer)
+        self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
+        release_loaders(trainer)
+        self.report = None
+        self._folder = None  # of an earlier run
+        self._resume = None
+        self._untrained = False
+        self._wrap(trainer, pl_module)
+        keep_base_out_of_files(trainer)
+        if stage == "fit":
+            use_resumable_loaders(trainer)
+
+    def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Instance attributes, because the class is the user's. `functools.wraps` must not be used: Lightning looks
+        # through `__wrapped__` and would find that the hook is not overridden.
+        original_configure = pl_module.configure_model
+        original_save = pl_module.on_save_checkpoint
+        original_load = pl_module.on_load_checkpoint
+        original_start = pl_module.on_train_start
+
+        def configure_model() -> None:
+            original_configure()
+            self._inject(pl_module)
+            _load_waiting_weights(trainer, pl_module)
+
+        def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+            # Here and not in the callback's own hook, which Lightning skips with `save_weights_only=True`.
+            self._stop_if_not_finite(trainer, pl_module)
+            original_save(checkpoint)
+            write_content(trainer, pl_module, checkpoint)
+
+        def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+            upgrade(checkpoint)
+            original_load(checkpoint)
+            check_checkpoint(pl_module, checkpoint)
+            self._untrained = False
+            if trainer.state.fn == "fit":
+                self._resume = Resume(checkpoint)
+                if trainer.strategy.restore_checkpoint_after_setup:  # with the optimizers there
+                    self._resume.prepare(trainer, pl_module)
+
+        def on_train_start() -> None:
+            # After everybody else's, because the random state is restored here.
+            original_start()
+            if self._resume is not None:
+                self._resume.start(trainer, pl_module)
+                self._resume = None
+
+        for hook in (configure_model, on_save_checkpoint, on_load_checkpoint, on_train_start):
+            setattr(pl_module, hook.__name__, hook)
+        # Lightning must accept a checkpoint without the base; `check_checkpoint` is strict about all the rest.
+        self._strict_loading = pl_module._strict_loading
+        pl_module.strict_loading = False
+
+    def _unwrap(self, pl_module: LightningModule) -> None:
+        if "configure_model" in vars(pl_module):
+            for name in _WRAPPED_HOOKS:
+                vars(pl_module).pop(name, None)
+            pl_module._strict_loading = getattr(self, "_strict_loading", None)
+
+    def _inject(self, pl_module: LightningModule) -> None:
+        resolve: Callable[[AdapterConfig], AdapterConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
+        config = resolve(self.config) if resolve is not None else self.config
+        self._untrained = not adapter_layers(pl_module)
+        self.report = inject_adapters(adapter_root(pl_module), config)
+        waiting = weight_source(pl_module)
+        if waiting is not None:
+            waiting.start_trained()
+        self._of_run.prepare(pl_module)
+
+    @property
+    def _of_run(self) -> Ranks:
+        assert self._ranks is not None, "the callback's `setup` has not been called"
+        return self._ranks
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.report is None or not adapter_layers(pl_module):
+            raise RuntimeError(
+                "The adapters were not injected before fitting started: `configure_model` of "
+                f"{type(pl_module).__name__} was not called. Do not replace `configure_model` on the instance."
+            )
+        rank_zero_info(self.report.summary())
+        self._gradient_watch = GradientWatch()
+        self._finite = FiniteWatch(trainer.strategy.root_device, self._of_run.set_on_any_rank)
+        self._saved_after_error = False
+        self._last_loss = None
+        # The trainer's log directory is agreed between the ranks, so that each of them must ask here.
+        self._folder = self._choose_folder(trainer)
+        if self._folder is not None and trainer.is_global_zero:
+            check_writable(self._folder, needed=2 * _state_bytes(pl_module))
+        # Before the optimizer's state is restored: the state refers to parameters by their place in the groups.
+        pruned = prune_frozen(trainer.optimizers)
+        if pruned:
+            rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
+        check_optimizers_hold(trainer.optimizers, pl_module)
+        self._of_run.check_trainable(pl_module)
+        if self._resume is not None:
+            self._resume.prepare(trainer, pl_module)
+        if self.train_mode:
+            set_train_mode(pl_module)
+        self._steps = None
+        if self.generate == "step":
+            self._steps = StepGeneration(trainer, pl_module, sharded=self._of_run.inside)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_not_finite(trainer, pl_module)
+        if self._untrained and trainer.state.fn != "fit":
+            rank_zero_warn(
+                f"The adapters of this {type(pl_module).__name__} are new and untrained, and no `ckpt_path` is given: "
+                "what follows is the base model's result. Give `ckpt_path`, or load the adapter first (`load_module`). "
+                "Strategies that train in processes of their own (`ddp_spawn`, `ddp_fork`) leave the module in the "
+                "main one untrained."
+            )
+        self._cache.close()
+        self._cache.enter_context(cached_factors(pl_module))
+
+    on_test_start = on_validation_start
+    on_predict_start = on_validation_start
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._cache.close()
+
+    on_test_end = on_validation_end
+    on_predict_end = on_validation_end
+
+    def _choose_folder(self, trainer: Trainer) -> Path | None:
+        if not self.save_adapter or getattr(trainer, "fast_dev_run", False):
+            return None
+        if self.adapter_dir is not None:
+            return Path(self.adapter_dir)
+        return Path(trainer.log_dir or trainer.default_root_dir) / "adapter"
+
+    # -- while training ---------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._times = ReadingTimes(trainer)  # not earlier: a resumed run has its steps by now
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._steps is not None:
+            self._steps.before_batch()
+
+    @override
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        self._last_loss = loss.detach()
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._steps is not None:
+            self._steps.after_backward()
+        if not pl_module.automatic_optimization:  # it may clip before it steps
+            for optimizer in trainer.optimizers:
+                self._of_run.reduce(optimizer)
+
+    @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._steps is not None:
+            self._steps.after_backward()  # of a micro-batch that had none, because its `training_step` gave no loss
+        self._of_run.reduce(optimizer)
+        warning = self._gradient_watch.check(pl_module, optimizer, self._of_run.any_rank)
+        if warning is not None:
+            rank_zero_warn(warning)
+        # With a gradient scaler (float16) overflows are expected, and the scaler skips the step by itself.
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        every = self.check_finite_every_n_steps
+        if every and not scaled and trainer.global_step % every == 0:
+            assert self._finite is not None
+            place = {
+                "step": trainer.global_step + 1,
+                "epoch": trainer.current_epoch,
+                "batch": trainer.fit_loop.batch_idx,
+            }
+            if self._finite.check(optimizer, self._last_loss, **place):
+                self._stop_if_not_finite(trainer, pl_module)
+
+    def _stop_if_not_finite(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Read what the checks of the gradients have found; waits for the device. All ranks come here together."""
+        found = self._finite.read(pl_module) if self._finite is not None else None
+        # Gradients and not only the loss: after the reduction they are the same on all ranks, so that all ranks stop.
+        if found is None:
+            return
+        first = f" ({found.names[0]} first)" if found.names else ""  # others see it if this rank has pieces
+        # Not its value: a module may scale what it returns.
+        loss = {None: "unknown", True: "finite", False: "not finite"}[found.loss_was_finite]
+        later = "" if found.step > trainer.global_step else f", nor any after it until step {trainer.global_step}"
+        saved = self._save_after_error(trainer, pl_module, step=found.step - 1, on_all_ranks=True)
+        trainer.strategy.barrier()  # the first rank that raises has the others killed, rank 0 in the middle of saving
+        raise NonFiniteGradientError(
+            f"The gradient is NaN or infinite at optimizer step {found.step}, epoch {found.epoch}, batch "
+            f"{found.batch}, in {len(found.names)} tensors{first}; the last loss was {loss}. The step was not "
+            f"made{later}: the weights are those before it. {saved} Lower the learning rate, set `gradient_clip_val`, "
+            "or look at that batch."
+        )
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert self._times is not None
+        if self._times.due():
+            self._stop_if_not_finite(trainer, pl_module)
+        every = self.check_ranks_every_n_steps
+        if every and trainer.global_step % every == 0:
+            self._of_run.compare(pl_module, f"After step {trainer.global_step}")
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._steps is not None:  # left open where the epoch was cut short
+            self._steps.end()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_if_not_finite(trainer, pl_module)
+        self._of_run.compare(pl_module, f"At the end, after step {trainer.global_step},")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._folder is None or not (trainer.is_global_zero or self._of_run.inside):
+            return
+        content = self._of_run.content(pl_module)
+        if not trainer.is_global_zero:
+            return
+        try:
+            folder = write_adapter(content, self._folder, training=_facts(trainer, trainer.global_step))
+        except OSError as error:
+            # Hours of training must not end in a full disk: any other place is better than none.
+            rank_zero_warn(str(error))
+            folder = write_adapter(content, _spare_folder(), training=_facts(trainer, trainer.global_step))
+        rank_zero_info(f"The adapter is saved in {folder}.")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        hint = describe_timeout(trainer, exception)
+        if hint is not None:
+            print(hint, file=sys.stderr, flush=True)  # from whichever rank it is
+        if self._folder is not None and trainer.state.fn == "fit" and not self._saved_after_error:
+            step = self._last_good_step(trainer, pl_module)
+            saved = self._save_after_error(trainer, pl_module, step=step)
+            rank_zero_info(f"Stopped at step {step}. {saved}")
+        self._cache.close()
+        if self._steps is not None:  # a checkpoint may yet be written
+            with suppress(RuntimeError):  # must not hide the error that is being handled
+                self._steps.end()
+        self._end_watch()
+        self._unwrap(pl_module)
+        release_loaders(trainer)
+
+    def _last_good_step(self, trainer: Trainer, pl_module: LightningModule) -> int:
+        """How many steps the weights are of, where the last ones may have been left out and nobody knows it yet."""
+        found = None
+        with suppress(RuntimeError):  # a device that fails must not hide the error that is being handled
+            found = self._finite.read(pl_module) if self._finite is not None else None
+        if found is None:
+            return trainer.global_step
+        rank_zero_warn(f"The gradient was NaN or infinite at step {found.step}; it and those after it were not made.")
+        return found.step - 1
+
+    def _end_watch(self) -> None:
+        if self._finite is not None:
+            self._finite.end()
+            self._finite = None
+
+    def _save_after_error(
+        self, trainer: Trainer, pl_module: LightningModule, *, step: int, on_all_ranks: bool = False
+    ) -> str:
+        """Save what there is, without hiding the error that is being handled; returns a sentence on what was done."""
+        self._saved_after_error = True
+        if self._folder is None:
+            return "No adapter was saved (`save_adapter` is off)."
+        if step == 0:
+            return "No step had been made, so there is no adapter to save."
+        if self._of_run.inside and not on_all_ranks:
+            return "The adapter lies in pieces on several ranks and was not saved; go on from the last checkpoint."
+        if not (trainer.is_global_zero or self._of_run.inside):
+            return "The adapter is saved by rank 0."
+        content = self._of_run.content(pl_module)
+        if not trainer.is_global_zero:
+            return "The adapter is saved by rank 0."
+        folder = self._folder.with_name(f"{self._folder.name}-interrupted")
+        problems = []
+        for place in (folder, _spare_folder()):
+            try:
+                write_adapter(content, place, training=_facts(trainer, step))
+            except (OSError, ValueError) as error:
+                problems.append(str(error))
+            else:
+                return f"The adapter after {step} steps is saved in {place}."
+        return f"The adapter could not be saved: {' '.join(problems)}"
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._cache.close()
+        self._end_watch()
+        self._unwrap(pl_module)
+        release_loaders(trainer)
+
+
+def _load_waiting_weights(trainer: Trainer, pl_module: LightningModule) -> None:
+    """Read the base's weights, if the model was built without them; FSDP1 does it when it makes its units."""
+    waiting = weight_source(pl_module)
+    strategy = trainer.strategy
+    if waiting is not None and isinstance(strategy, FSDPStrategy):
+        strategy.kwargs["param_init_fn"] = waiting.for_fsdp1(strategy.root_device)
+    elif waiting is not None:
+        waiting.load(strategy.root_device)
+
+
+def _state_bytes(pl_module: LightningModule) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in whole_like(pl_module).values())
+
+
+def _spare_folder() -> Path:
+    return Path(tempfile.mkdtemp(prefix="genlora-adapter-"))
+
+
+def _facts(trainer: Trainer, step: int) -> dict[str, Any]:
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    return {
+        "global_step": step,
+        "epoch": trainer.current_epoch,
+        "metrics": {name: value for name, value in metrics.items() if value == value and abs(value) != float("inf")},
+    }

@@ -1,0 +1,147 @@
+"""Checks around a training run: the optimizer's parameters, the first gradients, the mode, the place to save."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import nn
+from torch.optim import Optimizer
+
+from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
+from genlora_lightning.distributed.shards import local_part
+from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.injection.inject import adapter_layers
+
+_AnyRank = Callable[[list[bool]], list[bool]]
+
+
+def check_writable(folder: Path, needed: int) -> None:
+    """Find out before the training, not after it, that the adapter cannot be saved."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise FileExistsError(f"The adapter is to be saved in {folder}, but {existing} is a file.")
+    if existing == folder.absolute() and not is_adapter_folder(existing):
+        raise FileExistsError(
+            f"The adapter is to be saved in {folder}, which exists and is no adapter folder. Give another folder."
+        )
+    if not os.access(existing, os.W_OK):
+        raise PermissionError(f"The adapter is to be saved in {folder}, but {existing} is not writable.")
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OSError(f"The adapter is to be saved in {folder}, which takes {needed:,} bytes; {free:,} are free.")
+
+
+def prune_frozen(optimizers: list[Optimizer]) -> int:
+    """Take frozen parameters out of the optimizers; returns how many.
+
+    A module that knows nothing of adapters gives its optimizer ``self.parameters()``, the frozen base included.
+    """
+    removed = 0
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            trainable = [p for p in group["params"] if p.requires_grad]
+            removed += len(group["params"]) - len(trainable)
+            group["params"] = trainable
+    return removed
+
+
+def check_optimizers_hold(optimizers: list[Optimizer], model: nn.Module) -> None:
+    """Check that each trainable parameter of the model is in an optimizer, and none that is not the model's.
+
+    Raises:
+        ValueError: A parameter would not be trained, or the optimizer trains one that nobody uses.
+    """
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    absent = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} trainable parameters, {absent[0]} among them, are in no optimizer and would not be "
+            "trained. `configure_optimizers` must collect the parameters when it is called, after the adapters are "
+            "injected, for example with `self.parameters()`; a list made in `__init__` does not know the adapters."
+        )
+    foreign = held - {id(p) for p in model.parameters()}
+    if foreign:
+        raise ValueError(
+            f"The optimizer holds {len(foreign)} parameters that the module does not have (any more). "
+            "`configure_optimizers` must collect the parameters when it is called."
+        )
+
+
+class GradientWatch:
+    """Watches the first optimizer steps of a run until the adapters have a gradient.
+
+    Args:
+        patience: Optimizer steps for which all gradients may be zero. They are so in sound runs: in the first step
+            behind a head that starts at zero, or for a batch whose hinge loss is zero.
+    """
+
+    def __init__(self, patience: int = 10) -> None:
+        self.patience = patience
+        self._zero_steps = 0
+        self._done = False
+
+    def check(self, model: nn.Module, optimizer: Optimizer, any_rank: _AnyRank = list) -> str | None:
+        """Look at the gradients before an optimizer step; costs nothing once they have been seen.
+
+        Args:
+            model: The model with the adapters.
+            optimizer: The optimizer that is about to step; adapters that it does not hold are not its matter.
+            any_rank: Says for a list of flags which are set on any rank; for ranks that see pieces of the gradients.
+
+        Returns:
+            A warning about adapters without a gradient, if some have one and some have not.
+
+        Raises:
+            RuntimeError: The backward pass reached no adapter, or brought only zeros for ``patience`` steps.
+        """
+        if self._done:
+            return None
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        layers = {
+            name: [p.grad for p in layer.adapter_parameters().values() if id(p) in held]
+            for name, layer in adapter_layers(model).items()
+        }
+        layers = {name: gradients for name, gradients in layers.items() if gradients}
+        if not layers:
+            return None
+        nonzero = [
+            any(g is not None and bool((local_part(g) != 0).any()) for g in gradients) for gradients in layers.values()
+        ]
+        reached, *nonzero = any_rank([any(g is not None for gs in layers.values() for g in gs), *nonzero])
+        without = [name for name, flag in zip(layers, nonzero, strict=True) if not flag]
+        if len(without) < len(layers):
+            self._done = True
+            if not without:
+                return None
+            return (
+                f"{len(without)} of {len(layers)} adapters got no gradient at first, {without[0]} among them. That is "
+                "right for modules that the batch did not use (experts); else name them in `exclude_modules`."
+            )
+        self._zero_steps += 1
+        if not reached or self._zero_steps >= self.patience:
+            found = "has a gradient" if not reached else f"had a gradient other than zero in {self._zero_steps} steps"
+            raise RuntimeError(
+                f"None of the {len(layers)} adapters {found}, so nothing would be trained. Likely causes: reentrant "
+                "gradient checkpointing over a frozen input (set `use_reentrant=False` or call "
+                "`model.enable_input_require_grads()`), a `torch.no_grad()` around the backbone, a `detach()`, or a "
+                "loss that does not depend on the backbone."
+            )
+        return None
+
+
+def set_train_mode(model: nn.Module) -> None:
+    """Set train mode, but leave frozen normalisation layers with running statistics in evaluation mode.
+
+    Their statistics belong to the base: they are not saved with the adapter, so they must not change.
+    """
+    model.train()
+    trained = {id(m) for module in trained_modules(model).values() for m in module.modules()}
+    for module in model.modules():
+        has_statistics = getattr(module, "running_mean", None) is not None
+        if has_statistics and id(module) not in trained:
+            module.eval()

@@ -1,0 +1,276 @@
+"""An exact resume: what a checkpoint needs beside Lightning's own, and where Lightning's is put right."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from genlora_lightning.artifacts.checkpoint import CHECKPOINT_KEY, keep_adapters_only, numbered_state, pack
+from genlora_lightning.distributed.collectives import mean_gradients
+from genlora_lightning.distributed.shards import is_sharded, part_of, plain_parameters, whole_gradients
+from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.layers.accumulation import pass_gradients
+from genlora_lightning.training.random_state import random_state, set_random_state
+from genlora_lightning.training.resumable import is_resumable, make_resumable, make_unnoticed
+
+RESUME_KEY = "resume"
+_OURS = "_genlora_keeps_base_out"
+_Progress = dict[str, Any]
+
+
+def use_resumable_loaders(trainer: Trainer) -> None:
+    """Let the strategy, which Lightning asks to process each data loader, make those of the training resumable.
+
+    Those of the validation are kept from changing the training's random numbers, so that a run does not depend on how
+    often it validates.
+    """
+    strategy = trainer.strategy
+    original = strategy.process_dataloader
+
+    def process_dataloader(dataloader: object) -> object:
+        dataloader = original(dataloader)
+        return make_resumable(dataloader) if trainer.training else make_unnoticed(dataloader)
+
+    vars(strategy)["process_dataloader"] = process_dataloader
+
+
+def release_loaders(trainer: Trainer) -> None:
+    """Undo :func:`use_resumable_loaders`."""
+    vars(trainer.strategy).pop("process_dataloader", None)
+
+
+# -- saving -----------------------------------------------------------------------------------------------------------
+
+
+def add_resume_state(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Add to a checkpoint what Lightning leaves out: random states, loaders, and a half-filled accumulation window.
+
+    With several processes this is a collective operation, like ``trainer.save_checkpoint`` itself.
+    """
+    if "optimizer_states" not in checkpoint:
+        return
+    loaders = _own_loaders(trainer)
+    mine = {
+        "random": random_state(trainer.strategy.root_device),
+        "loaders": [loader.state_dict() for loader in loaders],
+    }
+    progress = checkpoint["loops"]["fit_loop"]
+    checkpoint[CHECKPOINT_KEY][RESUME_KEY] = {
+        "ranks": _gathered(trainer, mine),
+        "gradients": _gradients(trainer, module, progress),
+        "window": _window(trainer, module),
+        "plateau": _plateau_metrics(trainer, progress),
+    }
+    if loaders and len(loaders) == len(progress["state_dict"].get("combined_loader", [])):
+        del progress["state_dict"]["combined_loader"]  # it is ours, and now among the ranks' states
+
+
+def _own_loaders(trainer: Trainer) -> list[Any]:
+    return [loader for loader in tree_leaves(trainer.train_dataloader) if is_resumable(loader)]
+
+
+def _gathered(trainer: Trainer, mine: dict[str, Any]) -> list[dict[str, Any]]:
+    if trainer.world_size == 1:
+        return [mine]
+    ranks: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(ranks, mine)
+    return ranks
+
+
+def _mid_window(trainer: Trainer, progress: _Progress) -> bool:
+    batches = progress["epoch_loop.batch_progress"]
+    return (
+        batches["current"]["processed"] % trainer.accumulate_grad_batches != 0
+        and not batches["is_last_batch"]
+        and trainer.lightning_module.automatic_optimization
+    )
+
+
+def _gradients(trainer: Trainer, module: LightningModule, progress: _Progress) -> dict[str, Tensor]:
+    """The gradients that the next optimizer step will add to, the mean of the ranks' own; else none.
+
+    Under manual optimization nobody but the module knows which these are, so that they are all kept.
+    """
+    if module.automatic_optimization and not _mid_window(trainer, progress):
+        return {}
+    pass_gradients(module)
+    sharded = whole_gradients(module)  # of all ranks already
+    parameters = {n: p for n, p in plain_parameters(module).items() if p.requires_grad and not is_sharded(p)}
+    own = mean_gradients(parameters.values()) if trainer.world_size > 1 else [p.grad for p in parameters.values()]
+    found = {name: grad for name, grad in zip(parameters, own, strict=True) if grad is not None}
+    gradients: dict[str, Tensor] = pack({**found, **sharded})
+    return gradients
+
+
+def _window(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+    """What a module keeps of the accumulation window so far (``window_state``), the mean of the ranks' own."""
+    find = getattr(module, "window_state", None)
+    state: dict[str, Tensor] = {} if find is None else find()
+    if trainer.world_size > 1:
+        state = {name: trainer.strategy.reduce(t.double(), reduce_op="mean") for name, t in state.items()}
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+def _plateau_metrics(trainer: Trainer, progress: _Progress) -> list[list[Any]]:
+    """What ReduceLROnPlateau is about to be told: Lightning saves at an epoch's end before it tells it."""
+    epoch = progress["epoch_progress"]["current"]
+    batches = progress["epoch_loop.batch_progress"]
+    before_the_end = epoch["processed"] == epoch["ready"] - 1 and batches["is_last_batch"] and _at_rest(batches)
+    at_the_end = epoch["processed"] == epoch["ready"] == epoch["completed"] + 1 and batches["is_last_batch"]
+    if not (before_the_end or at_the_end):
+        return []
+    return [
+        [index, trainer.callback_metrics[config.monitor].detach().cpu().clone()]
+        for index, config in enumerate(trainer.lr_scheduler_configs)
+        if config.reduce_on_plateau
+        and config.interval == "epoch"
+        and (trainer.current_epoch + 1) % config.frequency == 0
+        and config.monitor in trainer.callback_metrics
+    ]
+
+
+def _at_rest(batches: _Progress) -> bool:
+    return bool(batches["current"]["completed"] == batches["current"]["processed"])
+
+
+def write_content(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Turn what Lightning wants to save into what we save, in place; collective, like saving itself."""
+    keep_adapters_only(module, checkpoint, trainer.optimizers)
+    add_resume_state(trainer, module, checkpoint)
+
+
+def keep_base_out_of_files(trainer: Trainer) -> None:
+    """Have the strategy write adapters only, also after the run, when the module's hooks are its own again."""
+    strategy = trainer.strategy
+    mine = weakref.ref(trainer)  # which the strategy is not to keep
+    if hasattr(strategy.save_checkpoint, _OURS):
+        setattr(strategy.save_checkpoint, _OURS, mine)  # of an earlier trainer, if the user gave it the same strategy
+        return
+    original = strategy.save_checkpoint
+
+    def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        owner: Trainer | None = getattr(save_checkpoint, _OURS)()
+        module = None if owner is None else owner.lightning_module
+        if CHECKPOINT_KEY not in checkpoint and owner is not None and module is not None and adapter_layers(module):
+            write_content(owner, module, checkpoint)
+        original(checkpoint, *args, **kwargs)
+
+    setattr(save_checkpoint, _OURS, mine)
+    vars(strategy)["save_checkpoint"] = save_checkpoint
+
+
+# -- resuming ---------------------------------------------------------------------------------------------------------
+
+
+class Resume:
+    """What is left to do of a resume between the loading of a checkpoint and the first batch.
+
+    Args:
+        checkpoint: What Lightning has loaded, and goes on to read the optimizers' and loops' state from: it is changed
+            in place.
+    """
+
+    def __init__(self, checkpoint: dict[str, Any]) -> None:
+        self.checkpoint = checkpoint
+        self.state: dict[str, Any] = checkpoint[CHECKPOINT_KEY].get(RESUME_KEY, {})
+        self.new_epoch = False
+        self.epoch_is_over = False
+        self.uncounted_step = 0
+
+    def prepare(self, trainer: Trainer, module: LightningModule) -> None:
+        """Translate the optimizers' state and put the loops' counters right, before Lightning restores them."""
+        stored = self.checkpoint.get("optimizer_states", [])
+        if len(stored) not in (0, len(trainer.optimizers)):
+            raise ValueError(f"The checkpoint has {len(stored)} optimizers, this run {len(trainer.optimizers)}.")
+        if stored:
+            pairs = zip(stored, trainer.optimizers, strict=True)
+            self.checkpoint["optimizer_states"] = [numbered_state(module, state, opt) for state, opt in pairs]
+        if "loops" in self.checkpoint and self.state:
+            self._settle(self.checkpoint["loops"]["fit_loop"], trainer.accumulate_grad_batches)
+        self.checkpoint = {}
+
+    def _settle(self, progress: _Progress, window: int) -> None:
+        """Bring the counters into a form from which Lightning goes on as an uninterrupted run does.
+
+        It restarts in one of several ways, some of which leave out the rest of the epoch (a checkpoint written after
+        its last batch), or train it again (one written at its end, if the end of the run is given as ``max_steps``).
+        """
+        epoch, batches = progress["epoch_progress"], progress["epoch_loop.batch_progress"]
+        current = batches["current"]
+        seen = current["processed"]
+        late = not _at_rest(batches)  # written when a batch had ended, before what follows upon it
+        unfinished = current["ready"] - seen  # written in the middle of a batch, because of an error
+        for counters in (current, batches["total"]):
+            counters["completed"] = counters["started"] = counters["ready"] = counters["processed"]
+        if epoch["current"]["processed"] == epoch["current"]["ready"] and seen and not batches["is_last_batch"]:
+            # The run's end stopped the epoch half-way, and Lightning has counted it as a whole one.
+            for counters in (epoch["current"], epoch["total"]):
+                counters["processed"] -= 1
+                counters["completed"] = counters["processed"]
+        if epoch["current"]["processed"] == epoch["current"]["ready"]:
+            for counters in (epoch["current"], epoch["total"]):
+                counters["completed"] = counters["processed"]
+            self.new_epoch = True
+        else:
+            self.epoch_is_over = batches["is_last_batch"] and not late
+            if late and not unfinished:
+                self.uncounted_step = int(seen % window == 0 or batches["is_last_batch"])
+                # If a validation is due after this batch, it has not been done: say so.
+                validated = progress["epoch_loop.val_loop.batch_progress"]
+                validated["current"] = dict.fromkeys(validated["current"], 0)
+                validated["total"] |= {"ready": 1, "started": 1, "processed": 0, "completed": 0}
+        for rank in self.state["ranks"]:
+            for loader in rank["loaders"]:
+                if self.new_epoch:
+                    loader["batches"] = 0
+                elif len(rank["loaders"]) == 1:
+                    loader["batches"] = seen  # what was trained on, if something was fetched ahead
+                else:
+                    loader["batches"] -= unfinished
+
+    def start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Restore what the first batch depends on; the last thing before it."""
+        loop = trainer.fit_loop
+        if self.new_epoch:
+            loop.epoch_loop.restarting = False
+        elif self.uncounted_step and not loop.epoch_loop._should_check_val_fx(cast("Any", loop._data_fetcher)):
+            loop.epoch_loop._batches_that_stepped += 1  # else it is counted after the validation
+        if not self.epoch_is_over:
+            # Else schedulers that depend on a metric are left out at the end of the epoch. If the epoch is over but for
+            # its end, then the metrics were those of the run before, and are given below.
+            loop._restarting = False
+        if not self.state:
+            return
+        for index, metric in self.state["plateau"]:
+            module.lr_scheduler_step(trainer.lr_scheduler_configs[index].scheduler, metric)
+        parameters = plain_parameters(module) if self.state["gradients"] else {}
+        for name, gradient in self.state["gradients"].items():
+            parameter = parameters[name]
+            whole = gradient.to(parameter.device, parameter.dtype, copy=True)
+            parameter.grad = part_of(whole, parameter)
+        if self.state["window"]:
+            device = module.device
+            load: Any = module.load_window_state
+            load({name: t.to(device) for name, t in self.state["window"].items()})
+        ranks = self.state["ranks"]
+        if trainer.global_rank < len(ranks):
+            mine = ranks[trainer.global_rank]
+            self._load_loaders(trainer, mine["loaders"])
+            set_random_state(mine["random"], trainer.strategy.root_device)
+        else:  # more ranks than there were: the others are as far in the epoch as the first, with numbers of their own
+            self._load_loaders(trainer, ranks[0]["loaders"])
+
+    def _load_loaders(self, trainer: Trainer, states: list[dict[str, Any]]) -> None:
+        loaders = _own_loaders(trainer)
+        if len(loaders) != len(states):
+            raise ValueError(
+                f"The checkpoint holds the places of {len(states)} resumable data loaders, and this run has "
+                f"{len(loaders)}. Use the same data loaders to resume."
+            )
+        for loader, state in zip(loaders, states, strict=True):
+            loader.load_state_dict(state)

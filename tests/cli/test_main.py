@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import genlora_lightning
+from genlora_lightning import export_lora, load_adapter, save_adapter
+from genlora_lightning.artifacts.checkpoint import keep_adapters_only
+from genlora_lightning.cli.main import main
+from genlora_lightning.injection.inject import adapter_layers
+from tests.interop.test_lora_export import adapted, load_with_peft, logits
+from tests.models import tiny_bert, tiny_llama
+
+ROOT = Path(genlora_lightning.__file__).parents[1]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A base model's folder, an adapter of it, and the adapted model."""
+    model = adapted("llama")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    return tmp_path, model
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def failure(capsys, *arguments: object) -> str:
+    """The one line that a failing command prints."""
+    assert run(*arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("genlora: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_exported_lora_computes_what_the_adapter_computes(files, capsys):
+    folder, model = files
+    assert run("export-lora", folder / "adapter", folder / "base", folder / "lora") == 0
+    readable = 0o666 & ~current_umask()
+    assert {path.stat().st_mode & 0o777 for path in (folder / "lora").iterdir()} == {readable}
+    assert capsys.readouterr().out.endswith("vLLM: --enable-lora --max-lora-rank 8\n")
+    loaded = load_with_peft(tiny_llama().eval(), folder / "lora")
+    assert (logits(loaded) - logits(model)).abs().max() <= 1e-5
+    assert run("export-lora", folder / "adapter", folder / "base", folder / "lora", "--rank", 2) == 0
+    assert "LoRA adapter of rank 2 for 14 linears" in capsys.readouterr().out
+
+
+def test_merged_folder_computes_what_the_adapter_computes(files, capsys):
+    from transformers import AutoModelForCausalLM
+
+    folder, model = files
+    assert run("merge", folder / "adapter", folder / "base", folder / "merged") == 0
+    assert "Merged 14 linears" in capsys.readouterr().out
+    merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
+    assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+    assert run("merge", folder / "adapter", folder / "base", folder / "half", "--dtype", "bfloat16") == 0
+    assert json.loads((folder / "half" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_loss_by_rounding_is_a_warning_on_one_line(tmp_path, capsys):
+    model = adapted("llama", alpha=0.001)
+    tiny_llama().save_pretrained(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", tmp_path / "base", tmp_path / "half", "--dtype", "bfloat16") == 0
+    err = capsys.readouterr().err
+    assert err.startswith("genlora: warning: Rounding to bfloat16 changed the update of ")
+    assert err.count("\n") == 1
+
+
+def test_compressed_lora_is_an_adapter_folder(files, capsys):
+    folder, _ = files
+    model = adapted("llama", entry_signs=False)
+    export_lora(model, folder / "lora")
+    arguments = ["--rank", 8, "--num-groups", 4, "--steps", 100]
+    assert run("compress-lora", folder / "lora", folder / "base", folder / "small", *arguments) == 0
+    out = capsys.readouterr().out
+    assert "relative error of all updates together" in out
+    assert out.endswith(f"The adapter is in {folder / 'small'}.\n")
+    fresh = tiny_llama().eval()
+    load_adapter(fresh, folder / "small")
+    assert adapter_layers(fresh)["model.layers.0.mlp.up_proj"].config.num_groups_a == 4
+    before = (logits(tiny_llama().eval()) - logits(model)).norm()
+    assert (logits(fresh) - logits(model)).norm() < 0.5 * before
+
+
+def test_classifier_is_loaded_as_the_base_says_or_as_asked(tmp_path, capsys):
+    model = adapted("bert")
+    save_adapter(model, tmp_path / "adapter")
+    tiny_bert(num_labels=2).bert.save_pretrained(tmp_path / "encoder")  # as an encoder is published: without a head
+    message = failure(capsys, "merge", tmp_path / "adapter", tmp_path / "encoder", tmp_path / "merged")
+    assert "does not say what it is for" in message
+    assert "--task causal-lm or --task sequence-classification" in message
+    task = ["--task", "sequence-classification"]
+    message = failure(capsys, "merge", tmp_path / "adapter", tmp_path / "encoder", tmp_path / "merged", *task)
+    assert "classifier.weight: stored (3, 16), needed (2, 16)" in message
+    task += ["--num-labels", "3"]
+    assert run("merge", tmp_path / "adapter", tmp_path / "encoder", tmp_path / "merged", *task) == 0
+    merged = type(model).from_pretrained(tmp_path / "merged").eval()
+    assert (logits(merged) - logits(model)).abs().max() <= 1e-5
+    capsys.readouterr()
+    headless = adapted("bert", modules_to_train=[])
+    save_adapter(headless, tmp_path / "headless")
+    message = failure(capsys, "merge", tmp_path / "headless", tmp_path / "encoder", tmp_path / "other", *task)
+    assert (
+        "lacks weights that a model for sequence-classification needs (classifier.bias, classifier.weight)" in message
+    )
+
+
+def test_inspect_describes_folders_and_checkpoints_alike(files, capsys):
+    folder, model = files
+    assert run("inspect", folder / "adapter") == 0
+    text = capsys.readouterr().out
+    assert "GenLoRA adapter for" in text
+    assert "14 linears, mean effective rank" in text
+    assert run("inspect", folder / "adapter", "--json") == 0
+    described = json.loads(capsys.readouterr().out)
+    content = {"state_dict": dict(model.state_dict()), "global_step": 7, "epoch": 1}
+    keep_adapters_only(model, content, [])
+    torch.save(content, folder / "last.ckpt")
+    assert run("inspect", folder / "last.ckpt", "--json") == 0
+    checkpoint = json.loads(capsys.readouterr().out)
+    assert checkpoint["layers"] == described["layers"]
+    assert checkpoint["training"] == {"epoch": 1, "global_step": 7}
+    from genlora_lightning import effective_ranks
+
+    ranks = effective_ranks(model)
+    assert len(described["layers"]) == 14
+    for row in described["layers"]:
+        layer = adapter_layers(model)[row["module"]]
+        assert (row["in_features"], row["out_features"]) == (layer.in_features, layer.out_features)
+        assert row["parameters"] == sum(p.numel() for p in layer.adapter_parameters().values())
+        assert row["effective_rank"] == pytest.approx(ranks[row["module"]], rel=1e-4)
+
+
+def test_verify_accepts_what_is_whole_and_refuses_a_flipped_bit(files, capsys):
+    folder, _ = files
+    assert run("verify", folder / "adapter") == 0
+    assert capsys.readouterr().out
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-5] ^= 1
+    weights.write_bytes(data)
+    assert "adapter_model.safetensors" in failure(capsys, "verify", folder / "adapter")
+
+
+# --- errors and exit codes --------------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line_and_exit_code_1(files, capsys):
+    folder, _ = files
+    (folder / "text.ckpt").write_text("no checkpoint")
+    torch.save({"state_dict": {}}, folder / "plain.ckpt")
+    assert "There is no adapter folder" in failure(capsys, "inspect", folder / "nothing")
+    assert "(UnpicklingError): it is damaged" in failure(capsys, "inspect", folder / "text.ckpt")
+    assert "holds no adapters" in failure(capsys, "inspect", folder / "plain.ckpt")
+    export = ("export-lora", folder / "adapter", folder / "base")
+    assert "`rank` must be an integer from 1" in failure(capsys, *export, folder / "lora", "--rank", 99)
+    assert "is not a LoRA adapter as this library wrote it" in failure(capsys, *export, folder / "base")
+    assert "no adapter folder" in failure(capsys, "merge", folder / "base", folder / "base", folder / "out")
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-50])
+    assert "damaged" in failure(capsys, *export, folder / "lora")
+    assert sorted(os.listdir(folder)) == ["adapter", "base", "plain.ckpt", "text.ckpt"]
+
+
+def test_wrong_base_is_exit_code_1_and_writes_nothing(files, capsys):
+    folder, _ = files
+    tiny_llama(hidden_size=32).save_pretrained(folder / "wide")
+    for command in ("merge", "export-lora"):
+        assert "was trained on" in failure(capsys, command, folder / "adapter", folder / "wide", folder / "out")
+    assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["nonsense"], ["merge", "a"], ["merge", "a", "b", "c", "--dtype", "int8"]])
+def test_wrong_command_line_is_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: genlora" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["inspect", "export-lora", "compress-lora", "merge"])
+def test_help_of_every_command_shows_an_example(command, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert f"example: genlora {command} " in " ".join(capsys.readouterr().out.split())
+
+
+def test_help_needs_no_torch_and_the_script_is_installed(tmp_path):
+    code = "import sys\nfrom genlora_lightning.cli.main import main\n"
+    code += "try:\n    main(['--help'])\nexcept SystemExit:\n    pass\n"
+    code += "print('HEAVY', sorted({'torch', 'transformers', 'lightning'} & set(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True, env=environment
+    )
+    assert done.stdout.endswith("HEAVY []\n")
+    module = [sys.executable, "-m", "genlora_lightning", "inspect", str(tmp_path / "nothing")]
+    done = subprocess.run(module, capture_output=True, text=True, timeout=60, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.startswith("genlora: error: There is no adapter folder")
+    assert 'genlora = "genlora_lightning.cli.main:main"' in (ROOT / "pyproject.toml").read_text()

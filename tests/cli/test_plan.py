@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import yaml
+
+from genlora_lightning.adapters.genlora.config import GenLoRAConfig
+from genlora_lightning.cli.main import main
+from genlora_lightning.injection.inject import inject_adapters
+from tests.models import tiny_llama
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A folder with a configuration and no weights."""
+    config = tiny_llama().config
+    config.architectures = ["LlamaForCausalLM"]
+    config.save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+def test_plan_prints_what_json_holds(model, capsys):
+    arguments = ["plan", "--model", model, "--rank", "4", "--num-groups-b", "2", "--gpus", "4", "--seq", "16"]
+    assert main([*arguments, "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert main(arguments) == 0
+    text = capsys.readouterr().out
+    assert f"{plan['trainable_parameters']:,}" in text
+    assert plan["overlay"] in text
+    assert plan["setup"]["strategy"] == "fsdp2"
+    assert "lora shard" in text
+
+
+def test_plan_takes_names_or_an_expression_as_targets(model, capsys):
+    for targets, linears in ((["q_proj", "v_proj"], 4), (["q_proj"], 2), ([r".*\.mlp\..*"], 6), (["all-linear"], 14)):
+        assert (
+            main(
+                ["plan", "--model", model, "--num-groups-b", "2", "--seq", "8", "--json", "--target-modules", *targets]
+            )
+            == 0
+        )
+        assert json.loads(capsys.readouterr().out)["linears"] == linears
+
+
+def test_bad_plans_are_errors_of_one_line(model, capsys):
+    for arguments, message in (
+        (["--gpus", "2", "--strategy", "single"], "'single' is for one GPU"),
+        (["--num-groups-b", "64"], "`num_groups_b` is 64"),
+        (["--target-modules", "nonsense"], "no linear matches"),
+    ):
+        assert main(["plan", "--model", model, *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert message in error
+
+
+@pytest.mark.parametrize("rank", [2, 4])
+def test_budget_prints_a_section_that_gives_so_many_parameters(model, capsys, rank):
+    assert main(["budget", "--model", model, "--like-lora-rank", str(rank)]) == 0
+    text = capsys.readouterr().out
+    config = GenLoRAConfig(**yaml.safe_load(text)["adapter"])
+    adapted = tiny_llama()
+    report = inject_adapters(adapted, config)
+    assert f"# {report.adapter_parameters:,} parameters on 14 linears" in text
+    assert report.adapter_parameters == pytest.approx(report.lora_parameters / config.rank * rank, rel=0.15)
+
+
+def test_budget_of_parameters_and_its_errors(model, capsys):
+    assert main(["budget", "--model", model, "--parameters", "900", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] <= 945
+    assert main(["budget", "--model", model, "--parameters", "9"]) == 1
+    assert "The smallest adapter on these 14 linears" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["budget", "--model", model])

@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from genlora_lightning import LoRAConfig, adapter_parameters, export_lora, import_lora, inject_adapters, save_adapter
+from genlora_lightning.injection.inject import adapter_config, adapter_layers
+from tests.models import tiny_gpt2, tiny_llama
+
+IDS = torch.tensor([[3, 5, 7, 2, 9]])
+
+
+# PEFT asks transformers for it, which is going to rename it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+def untied_llama() -> nn.Module:
+    return tiny_llama(tie_word_embeddings=False)
+
+
+def write_lora(folder: Path, make=tiny_llama, **settings: object) -> torch.Tensor:
+    """Write a LoRA with PEFT, no tensor of which is zero; what the model gives with it."""
+    given = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "down_proj"], **settings}
+    model = get_peft_model(make(), LoraConfig(**given)).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    return logits(model)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> torch.Tensor:
+    output: torch.Tensor = model(input_ids=IDS).logits
+    return output
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"lora_dropout": 0.1}]
+)
+def test_lora_of_peft_comes_in_and_goes_out_again_with_every_bit(tmp_path, settings):
+    wanted = write_lora(tmp_path / "peft", untied_llama, **settings)
+    model = untied_llama()
+    import_lora(model, tmp_path / "peft")
+    model.eval()
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    config = adapter_config(model)
+    assert (config.kind, config.rank, config.alpha) == ("lora", 4, 12.0)
+    assert config.scaling == ("sqrt_rank" if settings.get("use_rslora") else "rank")
+    assert config.dropout == settings.get("lora_dropout", 0.0)
+
+    export_lora(model, tmp_path / "back")
+    before, after = tensors(tmp_path / "peft"), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    loaded = PeftModel.from_pretrained(untied_llama(), tmp_path / "back").eval()
+    torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=0)
+
+
+def test_lora_of_conv1d_comes_in(tmp_path):
+    wanted = write_lora(tmp_path / "peft", tiny_gpt2, target_modules=["c_attn"], fan_in_fan_out=True)
+    model = tiny_gpt2()
+    import_lora(model, tmp_path / "peft")
+    torch.testing.assert_close(logits(model.eval()), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_ranks_and_alphas_of_their_own_come_in_as_one_rank(tmp_path):
+    wanted = write_lora(tmp_path / "peft", rank_pattern={"v_proj": 2}, alpha_pattern={"down_proj": 3})
+    model = tiny_llama()
+    import_lora(model, tmp_path / "peft")
+    assert adapter_config(model).rank == 4
+    torch.testing.assert_close(logits(model.eval()), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_imported_lora_is_trained_on_and_saved(tmp_path):
+    write_lora(tmp_path / "peft")
+    model = tiny_llama()
+    import_lora(model, tmp_path / "peft")
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == set(adapter_parameters(model))
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(parameter.grad.abs().max() > 0 for parameter in adapter_parameters(model).values())
+    save_adapter(model, tmp_path / "adapter")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "`use_dora`: DoRA's magnitudes are more than a plain LoRA"),
+        ({"bias": "all"}, "trained biases"),
+        ({"init_lora_weights": "pissa"}, "changed base weights"),
+        ({"peft_type": "VERA"}, "a PEFT adapter of type VERA, not a LoRA"),
+    ],
+)
+def test_what_is_more_than_a_plain_lora_is_refused(tmp_path, change, message):
+    write_lora(tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        import_lora(tiny_llama(), tmp_path / "peft")
+
+
+def test_lora_of_another_base_leaves_the_model_as_it_was(tmp_path):
+    write_lora(tmp_path / "peft")
+    found = tensors(tmp_path / "peft")
+    name = next(name for name in found if "v_proj.lora_A" in name)
+    save_file({**found, name: torch.zeros(4, 99)}, tmp_path / "peft" / "adapter_model.safetensors")
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"have another shape .*\(4, 99\), needed \(4, 16\)"):
+        import_lora(model, tmp_path / "peft")
+    assert not adapter_layers(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_model_with_adapters_is_refused(tmp_path):
+    write_lora(tmp_path / "peft")
+    model = tiny_llama()
+    inject_adapters(model, LoRAConfig())
+    with pytest.raises(ValueError, match="already has adapters"):
+        import_lora(model, tmp_path / "peft")
