@@ -126,6 +126,8 @@ class Factor(AdapterModule, ABC):
     def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         """Make the matrix ``M (rank, num_entries)``, computed in the parameters' dtype, also under autocast.
 
+        It must not be a view of what stands in a parameter's place: FSDP1 frees that after the forward.
+
         Args:
             scale: A factor on it.
             dtype: Of the result; the parameters' if ``None``.

@@ -72,7 +72,7 @@ class AdapterConfig(ABC):
         check_integer("rank", self.rank, least=1)
         check_number("alpha", self.alpha)
         if self.alpha == 0:
-            raise ValueError("`alpha` must be finite and not zero, got 0: the update would always be zero.")
+            raise ValueError(f"`alpha` must be finite and not zero, got {self.alpha}: the update would always be zero.")
         check_choice("scaling", self.scaling, get_args(ScalingRule))
         check_number("dropout", self.dropout, least=0.0, below=1.0)
         self._check_module_names()

@@ -68,7 +68,9 @@ class StoredFactor(Factor):
     @override
     def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         matrix = self.matrix if scale == 1.0 else scale * self.matrix
-        return matrix if dtype is None else matrix.to(dtype)
+        matrix = matrix if dtype is None else matrix.to(dtype)
+        # Where FSDP1 shards the factor, it has put a view in the parameter's place, and frees it after this forward.
+        return matrix.clone() if matrix is self.matrix and not isinstance(matrix, nn.Parameter) else matrix
 
     @classmethod
     @override

@@ -15,8 +15,7 @@ from genlora_lightning.adapters.config import KINDS, AdapterConfig
 from genlora_lightning.adapters.kinds import DEFAULT_KIND, read_config
 
 
-def adapter_options() -> type:
-    """Make a dataclass with the fields of all kinds, each ``None`` where it is not given."""
+def _make_options() -> type:
     types: dict[str, Any] = {}
     texts: dict[str, str] = {}
     owners: dict[str, list[str]] = {}
@@ -38,11 +37,16 @@ def adapter_options() -> type:
         kw_only=True,
     )
     made.__doc__ = "\n".join(["Configure the adapter.", "", "Args:", *lines])
+    made.__module__ = __name__  # jsonargparse imports it by its name
     return made
 
 
+# A dataclass with the fields of all kinds, each ``None`` where it is not given.
+AdapterOptions: Any = _make_options()
+
+
 def config_of(options: Any) -> AdapterConfig:
-    """Make the configuration that options ask for: an instance of :func:`adapter_options`, or a namespace like one.
+    """Make the configuration that options ask for: an instance of ``AdapterOptions``, or a namespace like one.
 
     Raises:
         ValueError: A field that is given is not one of the kind's, or out of its range.

@@ -22,7 +22,7 @@ from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
 from genlora_lightning.callbacks.predictions import PredictionWriter
 from genlora_lightning.callbacks.progress import default_progress_bar
 from genlora_lightning.callbacks.throughput import TokensPerSecond
-from genlora_lightning.cli.adapter import adapter_options, config_of
+from genlora_lightning.cli.adapter import AdapterOptions, config_of
 from genlora_lightning.cli.errors import find_user_error, leave, one_line
 from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
@@ -81,7 +81,7 @@ class GenLoRACLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--adapter",
-            type=adapter_options() | None,
+            type=AdapterOptions | None,
             default=None,
             help="Kind of adapter, and what to adapt, in any model; for this package's modules GenLoRA if not given.",
         )

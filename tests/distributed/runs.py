@@ -98,6 +98,17 @@ class Record(Callback):
         self.state = {name: tensor.detach().clone() for name, tensor in whole_tensors(pl_module).items()}
 
 
+class SaveAt(Callback):
+    """Saves after so many batches of the run."""
+
+    def __init__(self, file: Path, batches: int) -> None:
+        self.file, self.batches = file, batches
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        if trainer.fit_loop.total_batch_idx + 1 == self.batches:
+            trainer.save_checkpoint(self.file)
+
+
 class RankedSeed(Callback):
     """Lets the ranks draw different initial values, as a script without a common seed does."""
 

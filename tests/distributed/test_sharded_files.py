@@ -16,7 +16,7 @@ from genlora_lightning import GenLoRAFinetuning, inject_adapters, load_adapter
 from genlora_lightning.distributed.collectives import RanksDifferError
 from genlora_lightning.injection.state import adapter_state_dict
 from tests.conftest import small_config
-from tests.distributed.runs import POLICIES, SHARDED, Halves, PlainLlama, fit, llama_loader, strategy
+from tests.distributed.runs import POLICIES, SHARDED, Halves, PlainLlama, SaveAt, fit, llama_loader, strategy
 from tests.distributed.traffic import Traffic
 from tests.models import tiny_llama
 from tests.plain import trainer
@@ -27,17 +27,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed"),
 ]
 PLACES = [("single", "replicate"), ("ddp", "replicate"), *((kind, policy) for kind in SHARDED for policy in POLICIES)]
-
-
-class SaveAt(Callback):
-    """Saves after so many batches of the run."""
-
-    def __init__(self, file: Path, batches: int) -> None:
-        self.file, self.batches = file, batches
-
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.fit_loop.total_batch_idx + 1 == self.batches:
-            trainer.save_checkpoint(self.file)
 
 
 def run(folder: Path, place: tuple[str, str], *callbacks: Callback, accumulate: int = 1, **settings: Any) -> Any:

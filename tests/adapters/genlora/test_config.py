@@ -28,8 +28,8 @@ from genlora_lightning.layers.linear import AdaptedLinear
         ({"alpha": float("nan")}, r"`alpha` must be finite"),
         ({"width": 0}, r"`width` must be finite and greater than 0, got 0"),
         ({"width": float("inf")}, r"`width` must be finite"),
-        ({"dropout": 1.0}, r"`dropout` must be at least 0 and less than 1, got 1.0"),
-        ({"dropout": -0.1}, r"`dropout` must be at least 0 and less than 1, got -0.1"),
+        ({"dropout": 1.0}, r"`dropout` must be finite and at least 0 and less than 1, got 1.0"),
+        ({"dropout": -0.1}, r"`dropout` must be finite and at least 0 and less than 1, got -0.1"),
         ({"kernel": "cubic"}, r"`kernel` must be one of 'gaussian', .*, got 'cubic'"),
         ({"init": "random"}, r"`init` must be one of 'zero_latent', 'zero_weight', got 'random'"),
         ({"scaling": "none"}, r"`scaling` must be one of 'sqrt_rank', 'rank', got 'none'"),
@@ -51,7 +51,7 @@ def test_value_out_of_range_is_an_error_that_names_it(changes, message):
         ({"rank": True}, r"`rank` must be an integer, got True"),
         ({"alpha": "2"}, r"`alpha` must be a number, got '2'"),
         ({"entry_signs": 1}, r"`entry_signs` must be true or false, got 1"),
-        ({"weight_gain": "8"}, r"`weight_gain` must be a number or null, got '8'"),
+        ({"weight_gain": "8"}, r"`weight_gain` must be a number, got '8'"),
         ({"learn_centers": 1}, r"`learn_centers` must be true or false, got 1"),
         ({"modules_to_train": "head"}, r"`modules_to_train` must be a list of module names, got 'head'"),
         ({"exclude_modules": [3]}, r"`exclude_modules` must hold non-empty module names, got 3"),
@@ -98,7 +98,9 @@ def test_copies_are_equal(copied):
 
 
 def test_unknown_field_is_an_error_that_lists_the_fields():
-    with pytest.raises(ValueError, match=r"Unknown GenLoRAConfig fields \['r'\]. The fields are \['rank'"):
+    with pytest.raises(
+        ValueError, match=r"Unknown GenLoRAConfig fields \['r'\]. PEFT's `r` is `rank` here. The fields are \['rank'"
+    ):
         GenLoRAConfig.from_dict({"r": 8})
     with pytest.raises(ValueError, match=r"\['num_groups'\]. `num_groups` is now `num_groups_a` and `num_groups_b`"):
         GenLoRAConfig.from_dict({"num_groups": 8})

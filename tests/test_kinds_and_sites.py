@@ -1,0 +1,444 @@
+"""Kinds and a site that are defined here alone keep every promise: nothing else has to know them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from typing_extensions import Self
+
+from genlora_lightning import (
+    GenLoRAFinetuning,
+    LoRAConfig,
+    OptimizerConfig,
+    adapters_disabled,
+    convert_checkpoint,
+    describe_adapter,
+    effective_ranks,
+    export_lora,
+    generated_once,
+    inject_adapters,
+    load_adapter,
+    load_module,
+    merge_adapters,
+    remove_adapters,
+    save_adapter,
+    unmerge_adapters,
+    verify_adapter,
+)
+from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, Role, WeightUpdate
+from genlora_lightning.adapters.config import KINDS, AdapterConfig, ScalingRule
+from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
+from genlora_lightning.injection.state import adapter_state_dict
+from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.sites import SITES
+from genlora_lightning.planning.plan import make_plan
+from genlora_lightning.planning.traffic import Setup
+from genlora_lightning.training.optim import parameter_groups
+from tests.conftest import perturb, small_config
+from tests.distributed.runs import POLICIES, PlainLlama, SaveAt, fit, llama_loader
+from tests.models import tiny_llama
+from tests.ranks import on_ranks
+
+
+class SinhFactor(Factor):
+    """M = sinh(p): a factor that is made of its parameter."""
+
+    ROLES: ClassVar = {"p": Role("toy")}
+
+    def __init__(self, num_entries: int, rank: int, zero: bool, device: Any, generator: Any) -> None:
+        super().__init__(rank, num_entries)
+        self.zero = zero
+        self.p = nn.Parameter(torch.empty(rank, num_entries, dtype=torch.float32, device=device))
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if not self.p.is_meta:
+            self.changed()
+            self.p.zero_() if self.zero else self.p.uniform_(-0.5, 0.5, generator=generator)
+
+    @property
+    def first_shape(self) -> tuple[int, ...]:
+        return self.rank, self.num_entries
+
+    def batch_key(self) -> Hashable:
+        return self.first_shape
+
+    def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        return (scale * torch.sinh(self.p)).to(dtype or self.p.dtype)
+
+    @classmethod
+    def make_many(
+        cls,
+        factors: Sequence[Self],
+        *,
+        scale: float,
+        dtype: torch.dtype | None,
+        when_differentiated: Callable[[], None] | None = None,
+    ) -> Sequence[Tensor]:
+        stacked = scale * torch.sinh(torch.stack([factor.p for factor in factors]))
+        return stacked.to(dtype or stacked.dtype).unbind()
+
+    @classmethod
+    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor], *, scale: float) -> None:
+        matrices = cls.make_many(factors, scale=scale, dtype=None)
+        torch.autograd.backward(matrices, [g.to(m.dtype) for g, m in zip(gradients, matrices, strict=True)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SinhConfig(AdapterConfig):
+    """A kind with two factors."""
+
+    kind: ClassVar[str] = "sinh"
+    title: ClassVar[str] = "Sinh"
+
+    rank: int = 2
+    alpha: float = 3.0
+    scaling: ScalingRule = "rank"
+    offset: float = 0.0
+
+    def make(self, shape: MatrixShape, *, device: Any = None, generator: Any = None) -> FactorPair:
+        A = SinhFactor(shape.in_features, self.rank, False, device, generator)
+        return FactorPair(A, SinhFactor(shape.out_features, self.rank, True, device, generator), self.scaling_factor)
+
+    def count_parameters(self, shape: MatrixShape) -> int:
+        return self.rank * sum(shape)
+
+
+class OuterUpdate(WeightUpdate):
+    """ΔW = s · left ⊗ right: an update that says nothing of factors."""
+
+    ROLES: ClassVar = {"left": Role("outer"), "right": Role("outer"), "fixed": Role("outer")}
+
+    def __init__(self, shape: MatrixShape, scale: float, device: Any, generator: Any) -> None:
+        super().__init__(shape)
+        self.scale = scale
+        self.left = nn.Parameter(torch.empty(shape.out_features, dtype=torch.float32, device=device))
+        self.right = nn.Parameter(torch.empty(shape.in_features, dtype=torch.float32, device=device))
+        self.fixed = nn.Parameter(torch.empty(2, dtype=torch.float32, device=device), requires_grad=False)
+        self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if not self.left.is_meta:
+            self.changed()
+            self.left.zero_()
+            self.right.uniform_(-0.5, 0.5, generator=generator)
+            self.fixed.fill_(0.5)
+
+    def is_trained(self, name: str) -> bool:
+        return name != "fixed"
+
+    @property
+    def rank(self) -> int:
+        return 1
+
+    def delta_weight(self) -> Tensor:
+        return self.scale * self.fixed.sum() * torch.outer(self.left, self.right)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OuterConfig(AdapterConfig):
+    """A kind without factors."""
+
+    kind: ClassVar[str] = "outer"
+    title: ClassVar[str] = "Outer"
+
+    rank: int = 1
+    alpha: float = 2.0
+    scaling: ScalingRule = "rank"
+
+    def make(self, shape: MatrixShape, *, device: Any = None, generator: Any = None) -> OuterUpdate:
+        return OuterUpdate(shape, self.scaling_factor, device, generator)
+
+    def count_parameters(self, shape: MatrixShape) -> int:
+        return sum(shape)
+
+
+ALL = {
+    "genlora": small_config(modules_to_train=["lm_head"]),
+    "lora": LoRAConfig(rank=3, alpha=5.0, modules_to_train=["lm_head"]),
+    "sinh": SinhConfig(modules_to_train=["lm_head"]),
+    "outer": OuterConfig(modules_to_train=["lm_head"]),
+}
+# PEFT asks transformers for it, which is going to rename it.
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+each = pytest.mark.parametrize("config", ALL.values(), ids=ALL)
+IDS = torch.tensor([[3, 5, 7, 2, 9, 4]])
+
+
+@pytest.fixture(autouse=True)
+def _known() -> Iterator[None]:
+    # The classes above were put there when this file was imported; another test may look at what the library brings.
+    yield
+    assert KINDS["sinh"] is SinhConfig
+
+
+def llama() -> nn.Module:
+    return tiny_llama(tie_word_embeddings=False).eval()
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    output: Tensor = model(input_ids=IDS).logits
+    return output
+
+
+def adapted(config: AdapterConfig) -> nn.Module:
+    model = llama()
+    inject_adapters(model, config)
+    perturb(model)
+    return model
+
+
+@each
+def test_new_adapter_changes_nothing_and_counts_what_it_trains(config):
+    model = llama()
+    before = logits(model)
+    report = inject_adapters(model, config)
+    assert torch.equal(logits(model), before)
+    trained = sum(p.numel() for p in adapter_parameters(model).values() if p.requires_grad)
+    assert trained == sum(config.count_parameters(layer.shape) for layer in adapter_layers(model).values())
+    assert report.adapter_parameters == trained
+    assert report.summary().startswith(f"{config.title} adapts 14 linears")
+    groups = parameter_groups(model, OptimizerConfig())
+    assert sum(p.numel() for g in groups if g["name"] != "head" for p in g["params"]) == trained
+
+
+@each
+def test_gradients_are_those_of_the_update_added_to_the_weight(config):
+    model = adapted(config)
+    model(input_ids=IDS, labels=IDS).loss.backward()
+    found = {name: p.grad.clone() for name, p in adapter_parameters(model).items() if p.requires_grad}
+    model.zero_grad()
+    from torch.func import functional_call
+
+    # The same model without adapters, whose weights are W + ΔW with ΔW's graph.
+    plain, weights = llama(), {}
+    for name, layer in adapter_layers(model).items():
+        weights[f"{name}.weight"] = layer.base_layer.weight + layer.delta_weight()
+    functional_call(plain, weights, kwargs={"input_ids": IDS, "labels": IDS}).loss.backward()
+    wanted = {name: p.grad for name, p in adapter_parameters(model).items() if p.requires_grad}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-3, atol=1e-4)
+        assert gradient.abs().max() > 0
+
+
+@each
+def test_merging_saving_loading_and_exporting_give_the_same_model(config, tmp_path):
+    model = adapted(config)
+    wanted = logits(model)
+    assert all(rank > 0 for rank in effective_ranks(model).values())
+    merge_adapters(model)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+    unmerge_adapters(model)
+    assert torch.equal(logits(model), wanted)
+    with adapters_disabled(model):
+        assert not torch.allclose(logits(model), wanted)
+
+    save_adapter(model, tmp_path / "adapter")
+    verify_adapter(tmp_path / "adapter")
+    described = describe_adapter(tmp_path / "adapter")
+    assert described.config == config.to_dict()
+    assert str(described).splitlines()[-1].startswith(f"{config.title} adapter for")
+    again = llama()
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(logits(again), wanted)
+
+    from peft import PeftModel
+
+    export_lora(model, tmp_path / "lora")
+    theirs = PeftModel.from_pretrained(llama(), tmp_path / "lora")
+    torch.testing.assert_close(logits(theirs), wanted, rtol=1e-3, atol=1e-4)
+    remove_adapters(model)
+    assert not adapter_parameters(model)
+
+
+@each
+def test_gradients_of_one_generation_per_step_are_those_of_one_per_micro_batch(config):
+    model = adapted(config)
+    batches = torch.randint(3, 64, (3, 2, 5))
+    for ids in batches:
+        model(input_ids=ids, labels=ids).loss.backward()
+    wanted = {name: p.grad.clone() for name, p in adapter_parameters(model).items() if p.requires_grad}
+    model.zero_grad()
+    with generated_once(model):
+        for ids in batches:
+            model(input_ids=ids, labels=ids).loss.backward()
+    for name, gradient in wanted.items():
+        torch.testing.assert_close(adapter_parameters(model)[name].grad, gradient, rtol=1e-4, atol=1e-6)
+
+
+@each
+def test_plan_counts_the_kind(config):
+    plan = make_plan(llama().config, "tiny", "causal-lm", config, Setup(gpus=2, strategy="ddp", batch=1, tokens=8))
+    model = llama()
+    inject_adapters(model, config)
+    assert plan.trainable_parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"{config.title} of rank {config.rank} trains" in str(plan)
+
+
+def run(place: tuple[str, str], folder: Path, config: AdapterConfig, *callbacks: Any, **settings: Any) -> Any:
+    strategy, policy = place
+    folder = folder / f"{config.kind}-{strategy}-{policy}"
+    callback = GenLoRAFinetuning(config, adapter_sharding=policy, adapter_dir=str(folder / "adapter"))
+    settings = {"loader": llama_loader(16), **settings}
+    return fit(strategy, policy, folder, PlainLlama("init", "adamw"), *callbacks, adapter=callback, **settings)
+
+
+PLACES = [("ddp", "replicate"), *((kind, policy) for kind in ("fsdp1", "fsdp2") for policy in POLICIES)]
+SINGLE = ("single", "replicate")
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
+@pytest.mark.filterwarnings("ignore:.* has both parameters with requires_grad=True and False:UserWarning")
+def test_every_kind_trains_and_resumes_the_same_under_every_strategy_and_policy(tmp_path):
+    configs = [config for name, config in ALL.items() if name != "genlora"]  # which has a file of its own
+    expected = {}
+    for config in configs:
+        run(SINGLE, tmp_path, config, SaveAt(tmp_path / f"{config.kind}.ckpt", 2))
+        expected[config.kind] = run(SINGLE, tmp_path, config)
+
+    def all_places() -> list[Any]:
+        found = []
+        for config in configs:
+            for place in PLACES:
+                whole = run(place, tmp_path, config, SaveAt(tmp_path / f"{config.kind}-{'-'.join(place)}.ckpt", 2))
+                resumed = whole
+                if config.kind == "lora":  # the toys are here for the strategies
+                    resumed = run(place, tmp_path, config, ckpt_path=tmp_path / f"{config.kind}.ckpt")
+                found.append((config.kind, place, whole.losses, whole.state, resumed.state))
+        return found
+
+    for kind, place, losses, state, resumed in on_ranks(all_places, seconds=240)[0]:
+        one = expected[kind]
+        torch.testing.assert_close(losses, one.losses, rtol=0, atol=1e-6, msg=lambda m, at=(kind, place): f"{at} {m}")
+        assert state.keys() == one.state.keys() == resumed.keys()
+        for name, tensor in one.state.items():
+            torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-6, msg=lambda m, at=place: f"{at} {m}")
+            torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6, msg=lambda m, at=place: f"{at} {m}")
+        module = PlainLlama()
+        load_adapter(module, tmp_path / f"{kind}-{'-'.join(place)}" / "adapter")
+        for name, tensor in adapter_state_dict(module).items():
+            assert torch.equal(tensor, resumed[name]), (kind, place, name)  # written by the later run
+        if kind != "lora":
+            continue
+        # A checkpoint of any place goes on in one process.
+        back = run(SINGLE, tmp_path, ALL[kind], ckpt_path=tmp_path / f"{kind}-{'-'.join(place)}.ckpt")
+        for name, tensor in one.state.items():
+            torch.testing.assert_close(back.state[name], tensor, rtol=0, atol=1e-6)
+
+
+@each
+def test_resumed_run_equals_an_uninterrupted_one_in_every_bit(config, tmp_path):
+    file = tmp_path / "half.ckpt"
+    whole = run(SINGLE, tmp_path, config, SaveAt(file, 3), accumulate_grad_batches=2, loader=llama_loader(32))
+    resumed = run(SINGLE, tmp_path, config, ckpt_path=file, accumulate_grad_batches=2, loader=llama_loader(32))
+    assert all(torch.equal(tensor, resumed.state[name]) for name, tensor in whole.state.items())
+    start = adapter_state_dict(load_module(PlainLlama(), file))
+    assert any(not torch.equal(start[name], tensor) for name, tensor in whole.state.items())
+    assert convert_checkpoint(file, PlainLlama(), tmp_path / "converted").is_dir()
+
+
+@each
+def test_configuration_goes_through_a_dictionary_and_is_told_from_other_kinds(config):
+    callback = GenLoRAFinetuning(config.to_dict())
+    assert callback.config == config
+    others = [other for other in ALL.values() if other.kind != config.kind]
+    assert all(config.differences(other) == {"kind": (config.kind, other.kind)} for other in others)
+    model = llama()
+    inject_adapters(model, config)
+    with pytest.raises(ValueError, match=rf"another configuration \(kind: '{config.kind}' there, '{others[0].kind}'"):
+        inject_adapters(model, others[0])
+
+
+def test_kind_that_nobody_knows_is_an_error():
+    with pytest.raises(ValueError, match=r"no kind of adapter 'loha'\. The kinds are 'genlora', 'lora', .*'sinh'"):
+        GenLoRAFinetuning({"kind": "loha"})
+    with pytest.raises(ValueError, match=r"Unknown SinhConfig fields \['r'\]\. PEFT's `r` is `rank` here"):
+        GenLoRAFinetuning({"kind": "sinh", "r": 3})
+
+
+def test_parameter_without_a_role_is_an_error():
+    model = adapted(ALL["sinh"])
+    adapter_layers(model)["model.layers.0.mlp.up_proj"].update.A.extra = nn.Parameter(torch.zeros(2))
+    with pytest.raises(ValueError, match="SinhFactor gives no role to its parameter 'extra'"):
+        parameter_groups(model, OptimizerConfig())
+
+
+# -- a site ------------------------------------------------------------------------------------------------------------
+
+
+class Table(nn.Module):
+    """Rows that are looked up, and nothing else of the library's."""
+
+    def __init__(self, num_rows: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(num_rows, width))
+        self.bias = None
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
+class AdaptedTable(AdaptedLayer):
+    """The site: ``W[ids] + (s B A)[ids]`` with W (num_rows, width)."""
+
+    @classmethod
+    def matrix_shape(cls, module: nn.Module) -> MatrixShape | None:
+        return MatrixShape(*module.weight.shape) if isinstance(module, Table) else None
+
+    def to_stored(self, delta: Tensor) -> Tensor:
+        return delta
+
+    def wanted_dtype(self) -> torch.dtype | None:
+        return None  # it makes what it needs by itself
+
+    def forward(self, ids: Tensor) -> Tensor:
+        output: Tensor = self.base_layer(ids)
+        return output + F.embedding(ids, self.update()) if self.is_active else output
+
+
+@pytest.fixture
+def site() -> Iterator[None]:
+    SITES.append(AdaptedTable)
+    yield
+    SITES.remove(AdaptedTable)
+
+
+def with_table() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(Table(10, 6), nn.Linear(6, 4))
+
+
+@pytest.mark.usefixtures("site")
+@pytest.mark.parametrize("config", [small_config(), LoRAConfig(rank=2), SinhConfig(), OuterConfig()], ids=ALL)
+def test_site_takes_every_kind(config, tmp_path):
+    model, ids = with_table(), torch.tensor([1, 3, 3, 9])
+    before = model(ids)
+    inject_adapters(model, config)
+    assert [type(layer).__name__ for layer in adapter_layers(model).values()] == ["AdaptedTable", "AdaptedLinear"]
+    assert torch.equal(model(ids), before)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    start = float((model(ids).detach() - 1).square().mean())
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = (model(ids) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < 0.7 * start
+    wanted = model(ids)
+    save_adapter(model, tmp_path / "adapter")
+    again = with_table()
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again(ids), wanted)
+    merge_adapters(model)
+    torch.testing.assert_close(model(ids), wanted, rtol=1e-4, atol=1e-5)
