@@ -37,7 +37,7 @@ def run(given: argparse.Namespace) -> int:
     gaps = []
     for stage in stages:
         limit = end - time.time()
-        if stage != stages[-1]:
+        if stage != stages[-1] and not given.tiny:  # that is for processors of any speed
             limit = min(limit, STAGES[stage])
         started = time.time()
         code = _in_process(stage, given, limit)
@@ -72,6 +72,8 @@ def stage(given: argparse.Namespace) -> int:
     from .rows import Rows
 
     end_with_parent()
+    if given.tiny and given.stage == "good":
+        assets.make_tiny(given.assets)
     assets.use(given.assets)
     # A measurement that begins must have a chance to end.
     rows = Rows(given.results, given.device, end=given.end - 3)
@@ -96,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (runs, one):
         command.add_argument("--device", help="torch's name of it (default: cuda; with --tiny: cpu)")
         command.add_argument("--tiny", action="store_true", help="all in small, to try it out")
-        command.add_argument("--assets", type=Path, default=ASSETS, help="folder that was unpacked to")
+        command.add_argument("--assets", type=Path, help=f"folder that was unpacked to (default: {ASSETS})")
     report = commands.add_parser("report", help="make tables and pictures from the rows")
     for command in (runs, one, report):
         text = "file of rows (default: %(default)s); those on quality go into quality.csv beside it"
@@ -105,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--images", type=Path, default=ROOT / "docs" / "images", help="folder of the pictures")
     pack = commands.add_parser("pack", help="gather what a machine without a network lacks")
     pack.add_argument("--to", type=Path, default=ROOT / ".gpu-pack", help="folder (default: %(default)s)")
-    pack.add_argument("--have", type=Path, help="names of the packages that are there, one a line (default: installed.txt)")
+    pack.add_argument("--have", type=Path, help="names of the packages there (default: installed.txt)")
     unpack = commands.add_parser("unpack", help="put what was carried where `run` finds it")
     unpack.add_argument("parts", nargs="+", type=Path, help="folders of the pack")
     unpack.add_argument("--to", type=Path, default=ASSETS, help="folder (default: %(default)s)")
@@ -118,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command in ("run", "stage"):
         given.device = given.device or ("cpu" if given.tiny else "cuda")
         given.results = given.results.resolve()
-        given.assets = given.assets.resolve()
+        given.assets = (given.assets or (given.results.parent / "tiny" if given.tiny else ASSETS)).resolve()
     if given.command == "run":
         return min(1, run(given))
     if given.command == "stage":

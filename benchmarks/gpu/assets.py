@@ -1,4 +1,4 @@
-"""What the language tasks need, in one folder: a model and tokenised questions; real ones, or tiny ones for trying out."""
+"""What the language tasks need, in one folder: a model and tokenised questions, real ones, or tiny ones to try."""
 
 from __future__ import annotations
 

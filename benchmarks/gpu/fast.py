@@ -1,4 +1,4 @@
-"""How fast: training steps, memory, kernels and decoding of one token at a time, beside PEFT's LoRA and the frozen base.
+"""How fast: training steps, memory, kernels, and decoding one token at a time, beside PEFT's LoRA and the frozen base.
 
 The models are Llama's shapes with random bfloat16 weights, made on the device. All arms share them and take turns.
 """

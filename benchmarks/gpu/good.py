@@ -97,9 +97,10 @@ def run(folder: Path, device: str, end: float, *, tiny: bool) -> bool:
             if time.time() >= end:
                 return False
     finally:
-        for process in [*(pool._processes or {}).values()]:
-            process.kill()
-        pool.shutdown(wait=False, cancel_futures=True)
+        if started:  # the time is over
+            for process in [*(pool._processes or {}).values()]:
+                process.kill()
+        pool.shutdown(cancel_futures=True)
 
 
 def _order(
@@ -129,5 +130,3 @@ def _spec(size: Size, arm: Arm, task: str, shapes: Shapes) -> Spec:
 
 def _loss(row: Row) -> float:
     return float(row["val_loss"]) if row["status"] == "ok" else math.inf
-
-
