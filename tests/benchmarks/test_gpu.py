@@ -47,8 +47,7 @@ def killed(tmp_path_factory):
         assert process.poll() is None
         time.sleep(0.05)
     process.kill()
-    process.wait()
-    time.sleep(2)  # its stage notices within a second
+    process.communicate(timeout=60)  # its stage, which has the same pipe, notices and ends
     before = path.read_text()
     with path.open("a") as file:
         file.write('{"key": "cut o')
