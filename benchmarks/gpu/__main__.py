@@ -66,12 +66,16 @@ def _in_process(stage: str, given: argparse.Namespace, limit: float) -> int:
 
 def stage(given: argparse.Namespace) -> int:
     """Measure what is missing of one stage."""
+    import torch
+
     from benchmarks.quality.runs import end_with_parent
 
     from . import assets, fast, good, right
     from .rows import Rows
 
     end_with_parent()
+    if given.tiny:
+        torch.set_num_threads(1)
     if given.tiny and given.stage == "good":
         assets.make_tiny(given.assets)
     assets.use(given.assets)

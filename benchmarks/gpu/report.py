@@ -180,6 +180,8 @@ def _fast(rows: dict[str, Row]) -> list[str]:
 
 def _label(arm: str) -> str:
     name, _, groups = arm.partition("-g")
+    if arm == "lora-bf16":
+        return "PEFT LoRA, bf16 adapters"  # all are on a bf16 base
     return f"{ARMS[name]}, {groups} groups" if groups.isdigit() else ARMS[arm]
 
 

@@ -9,6 +9,7 @@ import copy
 import logging
 import os
 import re
+import socket
 import subprocess
 import sys
 import tempfile
@@ -272,8 +273,11 @@ def _alone(device: str, tiny: bool, kind: str) -> Values:
             process_group_backend=backend,
             save_distributed_checkpoint=False,
         )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
     variables = {"RANK": 0, "LOCAL_RANK": 0, "GROUP_RANK": 0, "WORLD_SIZE": 1, "LOCAL_WORLD_SIZE": 1}
-    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29511, "TORCHELASTIC_RUN_ID": "one"}
+    variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "one"}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         expected = _trained(_fit(device, tiny, folder / "plain"))
