@@ -55,7 +55,8 @@ def plan(tiny: bool) -> list[Setting]:
         return [Setting(step, groups=True), Setting(decode), Setting(replace(step, checkpointing=True))]
 
     def step(size: str, rank: int, *, groups: bool = False, compiled: bool = False, checkpointing: bool = False) -> Any:
-        arms = tuple(arm for arm in STEP_ARMS if arm != "lora-bf16" or not (compiled or checkpointing))
+        is_short = compiled or checkpointing or rank > 64
+        arms = tuple(arm for arm in STEP_ARMS if arm != "lora-bf16" or not is_short)
         cell = Cell(
             kind="step",
             model=f"random-{size}",
