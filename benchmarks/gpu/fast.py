@@ -86,10 +86,11 @@ def plan(tiny: bool) -> list[Setting]:
         step("smollm2", 64, groups=True),
         decode("smollm2", 16),
         step("1b", 256),
-        step("1b", 64, compiled=True),
-        step("smollm2", 64, compiled=True),
-        step("8b", 64, compiled=True),
         step("1b", 64, checkpointing=True),
+        # Last, because to compile takes long.
+        step("1b", 64, compiled=True),
+        step("8b", 64, compiled=True),
+        step("smollm2", 64, compiled=True),
     ]
 
 

@@ -73,9 +73,9 @@ def commands(folder: Path) -> str:
     return "\n".join(
         [
             f"The files that git tracks have {files / 2**20:.1f} MiB, which travel with each part.",
-            "Call 1, from the repository's root on the machine; 300 s:",
+            "Call 1, from the repository's root on the machine; at most 300 s:",
             f"  {start}; {keep}; python3 -m benchmarks.gpu unpack {name}/1; {runs} --only right fast --seconds 250",
-            "Call 2, at once, on the same machine; 450 s:",
+            "Call 2, at once, on the same machine; at most 500 s:",
             f"  {start}; {keep}; python3 -m benchmarks.gpu unpack {name}/2; {runs} --seconds 380",
             "Copy gpu.jsonl and quality.csv from $OUT to benchmarks/gpu/results; then: python -m benchmarks.gpu report",
         ]
