@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 
 def bucketed(lengths: list[int], batch_size: int, seed: int, steps: int, window: int = 16) -> Iterator[list[int]]:
@@ -21,3 +22,8 @@ def bucketed(lengths: list[int], batch_size: int, seed: int, steps: int, window:
                     return
                 made += 1
                 yield batches[index]
+
+
+def on_device(batch: dict[str, Tensor], device: torch.device | str) -> dict[str, Tensor]:
+    """A batch's tensors on a device."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -80,7 +80,8 @@ class Planned:
     spec: Spec
 
 
-def _lora(rank: int, lr: float) -> Arm:
+def lora(rank: int, lr: float) -> Arm:
+    """LoRA of a rank, from a lowest rate on."""
     return Arm(name=f"LoRA r{rank}", method="lora", budget=rank, lr=lr)
 
 
@@ -89,7 +90,7 @@ def _genlora(name: str, budget: float, rank: int = 64, latents: tuple[int, int] 
     return Arm(name=name, method="genlora", budget=budget, fixed=sizes | fixed, lr=1e-3)
 
 
-def _groups_only(name: str, groups: int, latents: tuple[int, int] = (1, 1)) -> Arm:
+def groups_only(name: str, groups: int, latents: tuple[int, int] = (1, 1)) -> Arm:
     """GenLoRA without signs: the entries of a group share a direction."""
     return _genlora(name, 0, 16, latents, **_unsigned(groups))
 
@@ -99,7 +100,7 @@ def _unsigned(groups: int) -> dict[str, Any]:
     return {"num_groups_a": groups, "num_groups_b": groups, "entry_signs": False, "weight_gain": 1.0, **learned}
 
 
-LORAS = (_lora(1, 1e-3), _lora(2, 1e-3), _lora(4, 5e-4), _lora(8, 5e-4), _lora(16, 2.5e-4))
+LORAS = (lora(1, 1e-3), lora(2, 1e-3), lora(4, 5e-4), lora(8, 5e-4), lora(16, 2.5e-4))
 # Names say the budget: b2 has as many parameters as LoRA of rank 2.
 GENLORAS = (
     _genlora("GenLoRA b1", 1.05, rank=28),  # one latent for each factor is as much as LoRA of rank 1 already
@@ -107,7 +108,7 @@ GENLORAS = (
     _genlora("GenLoRA b2", 2.0, latents=(1, 2)),
     _genlora("GenLoRA b4", 4.0, rank=128, latents=(2, 2)),
 )
-GROUPS_ONLY = (_groups_only("groups only b1.28", 8), _groups_only("groups only b2", 10, (1, 2)))
+GROUPS_ONLY = (groups_only("groups only b1.28", 8), groups_only("groups only b2", 10, (1, 2)))
 # Rates: LoRA's are where it is known to live. The others' were placed so that ΔW after seven steps at the middle of the
 # range is about as long as that of LoRA r2 at the middle of its own.
 OTHERS = (
@@ -170,8 +171,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             _sized(16, 8),
             _sized(16, 8, (1, 2)),
             _sized(32, 24),
-            replace(_lora(2, 0), lr=2e-3),
-            replace(_lora(4, 0), lr=2e-3),
+            replace(lora(2, 0), lr=2e-3),
+            replace(lora(4, 0), lr=2e-3),
         ),
         tasks=("movies",),
         trials=1,
@@ -266,8 +267,8 @@ EXPERIMENTS: dict[str, Experiment] = {
             _signed(64, 4e-3, rbf=4.0, equal=True, b={"G": 8}),
             _packaged(64, 8),
             _signed(64, 4e-3, rbf=4.0, equal=True, signs="shifted", b={"G": 8}),
-            replace(_lora(2, 0), lr=2e-3),
-            replace(_lora(8, 0), lr=2e-3),
+            replace(lora(2, 0), lr=2e-3),
+            replace(lora(8, 0), lr=2e-3),
         ),
         tasks=("movies",),
         trials=1,
@@ -323,7 +324,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     # How wide the range of good rates is.
     "rates": Experiment(
         arms=(
-            *(replace(arm, lr=1.25e-4) for arm in (_lora(1, 0), _lora(2, 0), _lora(8, 0))),
+            *(replace(arm, lr=1.25e-4) for arm in (lora(1, 0), lora(2, 0), lora(8, 0))),
             *(replace(arm, lr=1.25e-4) for arm in GENLORAS),
         ),
         tasks=("movies",),

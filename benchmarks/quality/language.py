@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import data, questions
-from .batches import bucketed
+from .batches import bucketed, on_device
 from .questions import Encoded
 
 ATTENTION = "eager"
@@ -69,7 +69,7 @@ class QuestionTask:
         from transformers import AutoTokenizer
 
         self.name = name
-        self.splits = questions.splits(name, AutoTokenizer.from_pretrained(model_folder()))
+        self.splits = questions.stored(name) or questions.splits(name, AutoTokenizer.from_pretrained(model_folder()))
 
     def build(self, seed: int, *, full: bool = False) -> LanguageModel:
         """The model with a frozen bfloat16 base (float32 where all is trained)."""
@@ -105,9 +105,10 @@ class QuestionTask:
         for start in range(0, len(found), 16):
             part = found[start : start + 16]
             batch, owners = _all_answers(part, model.base.dtype)
+            batch = on_device(batch, model.base.device)
             logits = model(batch["input_ids"], batch["places"], **_arguments(batch))
-            losses = F.cross_entropy(logits, batch["targets"], reduction="none")
-            hits = logits.argmax(1) == batch["targets"]
+            losses = F.cross_entropy(logits, batch["targets"], reduction="none").cpu()
+            hits = (logits.argmax(1) == batch["targets"]).cpu()
             for index, question in enumerate(part):
                 mine = [owners == 1000 * index + answer for answer in range(len(question.answers))]
                 total += losses[mine[question.right]].sum().item()

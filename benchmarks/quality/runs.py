@@ -17,6 +17,9 @@ from typing import Any
 
 import torch
 
+import genlora_lightning
+
+from .batches import on_device
 from .methods import METHODS, deltas, linear_shapes, lora_unit
 from .ranks import mean_ranks
 from .tasks import make_task
@@ -59,8 +62,11 @@ class Spec:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def execute(spec: Spec, experiment: str, arm: str) -> dict[str, object]:
-    """Train and evaluate; returns the row. A loss that is not finite ends the run and is a result like others."""
+def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[str, object]:
+    """Train and evaluate; returns the row. A loss that is not finite ends the run and is a result like others.
+
+    Initial values are drawn on the CPU, whatever the device.
+    """
     warnings.filterwarnings("ignore")
     started = time.perf_counter()
     task = get_task(spec.task)
@@ -73,6 +79,8 @@ def execute(spec: Spec, experiment: str, arm: str) -> dict[str, object]:
     head = list(model.head.parameters()) if model.head is not None else []
     head_lr = spec.lr if spec.method == "frozen" else task.head_lr
     adapter_parameters = sum(p.numel() for group in groups for p in group["params"])
+    model.to(device)
+    before = before and {name: weight.to(device) for name, weight in before.items()}
 
     optimizer_groups = [
         {"params": g["params"], "peak": spec.lr * g["factor"], "weight_decay": spec.weight_decay} for g in groups
@@ -82,7 +90,7 @@ def execute(spec: Spec, experiment: str, arm: str) -> dict[str, object]:
     losses: list[float] = []
     trace: list[list[float]] = []
     points = {round(spec.steps * (i + 1) / spec.trace) for i in range(spec.trace)}
-    autocast = torch.autocast("cpu", torch.bfloat16, enabled=method.full)
+    autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=method.full)
     train_started = time.perf_counter()
     if optimizer_groups:
         optimizer = torch.optim.AdamW(optimizer_groups, lr=0.0, fused=True)
@@ -90,7 +98,7 @@ def execute(spec: Spec, experiment: str, arm: str) -> dict[str, object]:
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, spec.steps)
             with autocast:
-                loss = task.loss(model, batch)
+                loss = task.loss(model, on_device(batch, device))
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 break
@@ -142,7 +150,7 @@ def execute(spec: Spec, experiment: str, arm: str) -> dict[str, object]:
         "rank_trace": json.dumps(trace) if trace else "",
         "train_seconds": train_seconds,
         "seconds": time.perf_counter() - started,
-        "versions": versions(),
+        "versions": versions(device),
     }
 
 
@@ -150,6 +158,11 @@ def start_worker() -> None:
     """Keep a worker process to one thread, and end it soon after the command, also where that was killed."""
     # Here and not in the command's module: a spawned process does not import a package's `__main__`.
     torch.set_num_threads(1)
+    end_with_parent()
+
+
+def end_with_parent() -> None:
+    """End this process soon after the one that started it."""
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
@@ -166,7 +179,9 @@ def schedule(step: int, steps: int) -> float:
 
 
 @functools.cache
-def versions() -> str:
-    """Versions of what the numbers depend on."""
-    packages = ("genlora-lightning", "torch", "transformers", "peft")
-    return " ".join([f"python {platform.python_version()}", *(f"{name} {version(name)}" for name in packages)])
+def versions(device: str = "cpu") -> str:
+    """Versions of what the numbers depend on, and the card if they come from one."""
+    ours = f"genlora-lightning {genlora_lightning.__version__}"  # which need not be installed
+    others = [f"{name} {version(name)}" for name in ("torch", "transformers", "peft")]
+    card = [torch.cuda.get_device_name(device)] if torch.device(device).type == "cuda" else []
+    return " ".join([f"python {platform.python_version()}", ours, *others, *card])

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from . import data, questions
-from .batches import bucketed
+from .batches import bucketed, on_device
 from .classifier import Classifier
 from .language import QuestionTask
 from .vision import FashionTask
@@ -71,7 +71,7 @@ class SentimentTask:
         order = sorted(range(len(examples)), key=lambda index: len(examples.tokens[index]))
         total, right = 0.0, 0
         for start in range(0, len(order), 64):
-            batch = _pad(examples, order[start : start + 64])
+            batch = on_device(_pad(examples, order[start : start + 64]), model.base.device)
             logits = _logits(model, batch)
             total += F.cross_entropy(logits, batch["labels"], reduction="sum").item()
             right += int((logits.argmax(1) == batch["labels"]).sum())

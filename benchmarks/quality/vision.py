@@ -163,7 +163,7 @@ class FashionTask:
         images, labels = self.splits[split]
         total, right = 0.0, 0
         for start in range(0, len(images), 100):
-            logits = _logits(model, as_pixels(images[start : start + 100]))
+            logits = _logits(model, as_pixels(images[start : start + 100])).cpu()
             target = labels[start : start + 100]
             total += F.cross_entropy(logits, target, reduction="sum").item()
             right += int((logits.argmax(1) == target).sum())
@@ -171,7 +171,7 @@ class FashionTask:
 
 
 def _logits(model: Any, pixels: Tensor) -> Tensor:
-    logits: Tensor = model(pixel_values=pixels.to(model.base.dtype))
+    logits: Tensor = model(pixel_values=pixels.to(model.base.device, model.base.dtype))
     return logits
 
 

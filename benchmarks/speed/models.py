@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,7 @@ import transformers
 from torch import Tensor, nn
 
 from genlora_lightning import GenLoRAConfig, generated_once, inject_adapters
-from genlora_lightning.backbone.architectures import enable_gradient_checkpointing, repeated_blocks
+from genlora_lightning.backbone.architectures import enable_gradient_checkpointing, read_config, repeated_blocks
 
 from .plan import Cell
 
@@ -50,12 +51,27 @@ def _tiny_encoder(dtype: torch.dtype) -> Any:
     return transformers.BertModel(config, add_pooling_layer=False).to(dtype)
 
 
+_SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
+
+
+def _random(config: Any) -> Callable[[torch.dtype], Any]:
+    """A language model of random weights, made on the default device."""
+    return lambda dtype: transformers.AutoModelForCausalLM.from_config(config(), dtype=dtype)
+
+
 MODELS: dict[str, Callable[[torch.dtype], Any]] = {
     "smollm2": _smollm2,
     "minilm": _minilm,
     "tiny": _tiny,
     "tiny-encoder": _tiny_encoder,
+    # Of random weights: for what only depends on shapes, where no weights can be fetched.
+    "random-smollm2": _random(
+        lambda: transformers.LlamaConfig(**_SMOLLM2, num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True)
+    ),
+    "random-1b": _random(lambda: read_config("llama-1b")),
+    "random-8b": _random(lambda: read_config("llama-8b")),
 }
+_ENCODERS = ("minilm", "tiny-encoder")
 
 
 @lru_cache(maxsize=2)
@@ -67,7 +83,9 @@ def load_base(name: str, dtype: torch.dtype, device: str) -> Any:
     """
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(0)
-    model = MODELS[name](dtype).to(device).requires_grad_(False)
+    with torch.device(device) if name.startswith("random-") else nullcontext():
+        model = MODELS[name](dtype)
+    model = model.to(device).requires_grad_(False)
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     return model
@@ -92,7 +110,9 @@ def put_on(name: str, model: Any, rank: int) -> Any:
     names = targets(model)
     torch.manual_seed(0)
     if name.startswith("genlora"):
-        inject_adapters(model, GenLoRAConfig(rank=rank, target_modules=names))
+        groups = re.search(r"-g(\d+)$", name)
+        sizes = {"num_groups_b": int(groups[1])} if groups else {}
+        inject_adapters(model, GenLoRAConfig(rank=rank, target_modules=names, **sizes))
     elif name == "floor":
         model.enable_input_require_grads()
     elif name != "base":
@@ -120,7 +140,8 @@ def adapted_modules(model: Any, names: list[str]) -> list[nn.Module]:
 
 def base_of(name: str, cell: Cell, device: str) -> Any:
     """The frozen base that an arm's model is a copy of."""
-    return load_base(cell.model, torch.bfloat16 if name.endswith("-bf16") else torch.float32, device)
+    is_narrow = cell.precision == "bf16" or name.endswith("-bf16")
+    return load_base(cell.model, torch.bfloat16 if is_narrow else torch.float32, device)
 
 
 def make_model(name: str, cell: Cell, device: str) -> Any:
@@ -137,7 +158,7 @@ class Arm:
 
     Args:
         cell: The setting.
-        name: A key of :data:`~benchmarks.speed.plan.ARMS`.
+        name: A key of :data:`~benchmarks.speed.plan.ARMS`, or "genlora-g21" for 21 groups of B.
         model: What is called.
         batches: Token ids ``(batch, tokens)`` of a step's micro-batches.
         optimizer: ``None`` where nothing is trained.
@@ -178,7 +199,7 @@ def make_arm(name: str, cell: Cell, device: str) -> Arm:
 
 def make_batches(cell: Cell, device: str) -> list[Tensor]:
     """Random token ids, the same for every arm."""
-    vocabulary = load_base(cell.model, torch.float32, device).config.vocab_size
+    vocabulary = base_of("base", cell, device).config.vocab_size
     generator = torch.Generator().manual_seed(0)
     shape = (cell.accumulation, cell.batch, cell.tokens)
     return [*torch.randint(3, vocabulary, shape, generator=generator).to(device)]
@@ -195,9 +216,9 @@ def loss_of(cell: Cell, model: Any, ids: Tensor) -> Tensor:
 
 def is_language(cell: Cell) -> bool:
     """Whether the model has a head and can generate."""
-    return cell.model in ("smollm2", "tiny")
+    return cell.model not in _ENCODERS
 
 
 def autocast(cell: Cell, device: torch.device | str) -> torch.autocast:
     """The cell's precision."""
-    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cell.precision == "bf16-mixed")
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=cell.precision != "fp32")

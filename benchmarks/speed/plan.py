@@ -34,7 +34,8 @@ class Cell:
     Args:
         kind: What is measured.
         model: A key of :data:`benchmarks.speed.models.MODELS`.
-        precision: ``"fp32"``, or ``"bf16-mixed"``: float32 weights under autocast to bfloat16.
+        precision: ``"fp32"``; ``"bf16-mixed"``: float32 weights under autocast to bfloat16; ``"bf16"``: a base in
+            bfloat16, under autocast too.
         rank: Of all adapters.
         batch: Sequences in a micro-batch.
         tokens: In each sequence; of kind "generate": in the prompt.

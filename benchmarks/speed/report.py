@@ -256,7 +256,7 @@ def grid_of(results: Results) -> Grid:
 def markdown(results: Results) -> str:
     """The report of all results."""
     grid = grid_of(results)
-    parts = ["# Speed", *_conditions(results), "## Bars", _markdown_table(BARS_HEADER, bar_rows(results), left=1)]
+    parts = ["# Speed", *_conditions(results), "## Bars", markdown_table(BARS_HEADER, bar_rows(results), left=1)]
     for experiment in EXPERIMENTS:
         by_kind: dict[str, list[Cell]] = {}
         for cell in grid.cells(experiment):
@@ -264,7 +264,7 @@ def markdown(results: Results) -> str:
         for kind, cells in by_kind.items():
             header, rows = table(cells, results)
             if rows:
-                parts += [f"## {experiment.capitalize()}: {kind}", _markdown_table(header, rows, left=2)]
+                parts += [f"## {experiment.capitalize()}: {kind}", markdown_table(header, rows, left=2)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -301,6 +301,7 @@ def _joined(found: Sequence[dict[str, Any]], key: str) -> str:
     return ", ".join(sorted({str(one[key]) for one in found}))
 
 
-def _markdown_table(header: Row, rows: Sequence[Row], left: int) -> str:
+def markdown_table(header: Row, rows: Sequence[Row], left: int) -> str:
+    """A Markdown table whose first `left` columns are aligned to the left."""
     rule = ["---" if number < left else "---:" for number in range(len(header))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))

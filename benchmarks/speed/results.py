@@ -21,6 +21,7 @@ from .timing import Options
 
 _ROOT = Path(__file__).resolve().parents[2]
 _FORMAT = 1
+COMMIT_VARIABLE = "GENLORA_COMMIT"  # for a copy of the files without git's
 
 
 class Spread(NamedTuple):
@@ -126,6 +127,8 @@ def _processor() -> str:
 
 
 def _commit() -> str | None:
+    if given := os.environ.get(COMMIT_VARIABLE):
+        return given
     command = ["git", "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()

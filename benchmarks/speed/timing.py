@@ -45,11 +45,11 @@ def measure_steps(cell: Cell, options: Options) -> dict[str, Any]:
     """Seconds of each arm's training steps, and of the generator alone."""
     arms = {name: make_arm(name, cell, options.device) for name in cell.arms}
     tasks = {name: arm.step for name, arm in arms.items()}
-    tasks["generator"] = _generator_task(arms["genlora"])
+    tasks["generator"] = generator_task(arms["genlora"])
     return _seconds(interleave(tasks, options))
 
 
-def _generator_task(arm: Arm) -> Callable[[], Any]:
+def generator_task(arm: Arm) -> Callable[[], Any]:
     """What generation adds to a forward and its backward, without these."""
     parameters = [parameter for parameter in arm.model.parameters() if parameter.requires_grad]
     gradients: list[Tensor] = []

@@ -449,6 +449,8 @@ def convert_gguf(gguf_file: Path, target: Path) -> None:
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), backend.pre_tokenizer]
     )
+    for name in ("eos_token", "pad_token"):  # transformers 5.17 reads the one wrongly, and the other not at all
+        setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(getattr(config, f"{name}_id")))
     tokenizer.model_max_length = config.max_position_embeddings
     tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
     if not tied or not tokenizer.chat_template or tokenizer.eos_token != "<|im_end|>":

@@ -59,7 +59,7 @@ def check_adapter_state(expected: Mapping[str, Tensor], state: Mapping[str, Tens
         )
     raise ValueError(
         f"The adapter in {source} does not fit this model: {'; '.join(problems)}. It was probably trained on another "
-        "base model, or with other `target_modules`, `rank` or numbers of latents or groups. Nothing was loaded."
+        "base model, or with another kind of adapter, other `target_modules` or sizes. Nothing was loaded."
     )
 
 
