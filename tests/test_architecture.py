@@ -112,6 +112,29 @@ def test_private_names_stay_in_their_module(path):
             assert not node.attr.startswith("_"), f"{own} uses {node.value.id}.{node.attr}"
 
 
+# What each may know beyond the package of kinds: sizes for a budget and their flags, and what is LoRA's by its format.
+KNOWS_A_KIND = {"planning/budget.py", "cli/plan.py", "cli/adapter.py", "interop/lora_import.py", "artifacts/format1.py"}
+GENLORA_PARTS = re.compile(
+    r"\b(latents?|rbf\w*|RBFGenerator|num_(groups|latents|centers)\w*|entry_signs|weight_gain|log_widths|centers|generator_[AB])\b"
+)
+
+
+@each_file
+def test_only_named_files_know_a_kind(path):
+    own = str(path.relative_to(PACKAGE))
+    if own.startswith("adapters/") or own in KNOWS_A_KIND:
+        return
+    kinds = ("genlora_lightning.adapters.genlora", "genlora_lightning.adapters.lora")
+    assert not [module for module, _ in own_imports(path) if module.startswith(kinds)]
+    # Of the code itself; a docstring may give an example.
+    code = ast.parse(path.read_text())
+    for node in ast.walk(code):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            node.body = node.body[1:] or [ast.Pass()]
+    found = [match[0] for match in GENLORA_PARTS.finditer(ast.unparse(code))]
+    assert not found or own == "cli/main.py", f"{own} names GenLoRA's {sorted(set(found))}"
+
+
 def test_every_public_name_can_be_imported_and_is_documented():
     for name in genlora_lightning.__all__:
         value = getattr(genlora_lightning, name)

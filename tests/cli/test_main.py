@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import genlora_lightning
 from genlora_lightning import export_lora, load_adapter, save_adapter
@@ -86,20 +87,20 @@ def test_loss_by_rounding_is_a_warning_on_one_line(tmp_path, capsys):
     assert err.count("\n") == 1
 
 
-def test_compressed_lora_is_an_adapter_folder(files, capsys):
-    folder, _ = files
-    model = adapted("llama", entry_signs=False)
+def test_imported_lora_is_an_adapter_folder_and_goes_out_as_it_came_in(files, capsys):
+    folder, model = files
     export_lora(model, folder / "lora")
-    arguments = ["--rank", 8, "--num-groups", 4, "--steps", 100]
-    assert run("compress-lora", folder / "lora", folder / "base", folder / "small", *arguments) == 0
+    assert run("import-lora", folder / "lora", folder / "base", folder / "imported") == 0
     out = capsys.readouterr().out
-    assert "relative error of all updates together" in out
-    assert out.endswith(f"The adapter is in {folder / 'small'}.\n")
+    assert out.startswith("LoRA adapts 14 linears with ")
+    assert out.endswith(f"The adapter is in {folder / 'imported'}.\n")
     fresh = tiny_llama().eval()
-    load_adapter(fresh, folder / "small")
-    assert adapter_layers(fresh)["model.layers.0.mlp.up_proj"].config.num_groups_a == 4
-    before = (logits(tiny_llama().eval()) - logits(model)).norm()
-    assert (logits(fresh) - logits(model)).norm() < 0.5 * before
+    load_adapter(fresh, folder / "imported")
+    torch.testing.assert_close(logits(fresh), logits(model), rtol=1e-5, atol=1e-5)
+    assert run("export-lora", folder / "imported", folder / "base", folder / "again") == 0
+    before, after = (load_file(folder / name / "adapter_model.safetensors") for name in ("lora", "again"))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_classifier_is_loaded_as_the_base_says_or_as_asked(tmp_path, capsys):
@@ -197,7 +198,7 @@ def test_wrong_command_line_is_exit_code_2(arguments, capsys):
     assert "usage: genlora" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["inspect", "export-lora", "compress-lora", "merge"])
+@pytest.mark.parametrize("command", ["inspect", "export-lora", "import-lora", "merge"])
 def test_help_of_every_command_shows_an_example(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])

@@ -70,6 +70,18 @@ def test_budget_of_parameters_and_its_errors(model, capsys):
     assert main(["budget", "--model", model, "--parameters", "900", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] <= 945
     assert main(["budget", "--model", model, "--parameters", "9"]) == 1
-    assert "The smallest adapter on these 14 linears" in capsys.readouterr().err
+    assert "The smallest GenLoRA adapter on these 14 linears" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(["budget", "--model", model])
+
+
+def test_plan_and_budget_know_lora(model, capsys):
+    assert main(["plan", "--model", model, "--kind", "lora", "--rank", "4", "--seq", "8", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["trainable_parameters"] == plan["lora_parameters"]
+    assert main(["budget", "--model", model, "--kind", "lora", "--like-lora-rank", "3"]) == 0
+    text = capsys.readouterr().out
+    assert yaml.safe_load(text)["adapter"] == {"kind": "lora", "rank": 3, "alpha": 6.0}
+    assert "as many as LoRA of rank 3.00 has" in text
+    assert main(["plan", "--model", model, "--kind", "lora", "--num-groups-b", "4"]) == 1
+    assert "Unknown LoRAConfig fields ['num_groups_b']" in capsys.readouterr().err

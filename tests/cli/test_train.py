@@ -297,6 +297,26 @@ def test_later_configs_and_flags_win(config: Path, tmp_path: Path) -> None:
     assert cli.config["fit"]["seed_everything"] == 7
 
 
+def test_kind_of_a_file_stays_when_a_flag_gives_a_size(config: Path, tmp_path: Path) -> None:
+    lora = write_config(tmp_path / "lora.yaml", adapter={"kind": "lora", "rank": 2, "num_groups_a": None})
+    no_groups = ["--adapter.num_groups_b", "null"]
+    cli = main(["fit", "--config", str(config), "--config", str(lora), "--adapter.rank", "5", *no_groups])
+    adapter = next(m for m in cli.model.modules() if isinstance(m, AdaptedLinear))
+    assert (adapter.config.kind, adapter.config.rank, adapter.config.scaling) == ("lora", 5, "rank")
+    flags = ["--adapter.kind", "lora", "--adapter.rank", "3", "--adapter.num_groups_a", "null", *no_groups]
+    cli = main(["fit", "--config", str(config), *flags])
+    adapter = next(m for m in cli.model.modules() if isinstance(m, AdaptedLinear))
+    assert (adapter.config.kind, adapter.config.rank) == ("lora", 3)
+
+
+def test_field_of_another_kind_is_an_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="1"):
+        main(["fit", "--config", str(config), "--adapter.kind", "lora"])
+    message = capsys.readouterr().err
+    assert "Unknown LoRAConfig fields ['num_groups_a', 'num_groups_b']" in message
+    assert message.count("\n") == 1
+
+
 def test_own_tokenizer_wins_and_is_saved(config: Path, models: Path, tmp_path: Path) -> None:
     other = str(models / "bert")
     cli = main(["fit", "--config", str(config), "--data.tokenizer", other])
