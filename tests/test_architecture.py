@@ -19,6 +19,7 @@ ROOT = PACKAGE.parent
 # Each package (or module beside them) may import itself and those before it.
 ORDER = [
     "_version",
+    "overrides",
     "fields",
     "text",
     "storage",
@@ -110,6 +111,49 @@ def test_private_names_stay_in_their_module(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in bound:
             assert not node.attr.startswith("_"), f"{own} uses {node.value.id}.{node.attr}"
+
+
+@each_file
+def test_private_names_of_lightning_are_in_one_file(path):
+    own = path.relative_to(PACKAGE)
+    if own.parts[0] not in WITH_LIGHTNING or own.name == "lightning_internals.py":
+        return
+    code = ast.parse(path.read_text())
+    mine = {n.name for n in ast.walk(code) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    mine |= {n.attr for n in ast.walk(code) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    mine |= {n.id for n in ast.walk(code) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    used = {n.attr for n in ast.walk(code) if isinstance(n, ast.Attribute) and n.attr.startswith("_")}
+    foreign = {name for name in used if not name.endswith("__")} - mine - OTHER_INTERNALS
+    assert not foreign, f"{own} uses {sorted(foreign)}: if it is Lightning's, it belongs into lightning_internals.py"
+
+
+# Parts of torch, fsspec and argparse that have no public name.
+OTHER_INTERNALS = {
+    "_actions",
+    "_foreach_mul_",
+    "_foreach_norm",
+    "_fsdp_wrapped_module",
+    "_modules",
+    "_parameters",
+    "_run_policy",
+    "_strip_protocol",
+    "_version",
+}
+# Where an object of somebody else gets an attribute that is a parameter of its own, or that is our own object.
+SETS_ATTRIBUTES = {"overrides.py", "injection/full_training.py", "layers/sharing.py", "__init__.py"}
+
+
+@each_file
+def test_only_overrides_sets_attributes_on_what_is_not_ours(path):
+    if str(path.relative_to(PACKAGE)) in SETS_ATTRIBUTES:
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            assert node.func.id not in ("setattr", "delattr"), f"line {node.lineno}"
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, (ast.Store, ast.Del)):
+            inner = node.value
+            is_vars = isinstance(inner, ast.Call) and isinstance(inner.func, ast.Name) and inner.func.id == "vars"
+            assert not is_vars, f"line {node.lineno}"
 
 
 # What each may know beyond the package of kinds: sizes for a budget and their flags, and what is LoRA's by its format.

@@ -31,11 +31,12 @@ from typing_extensions import override
 
 from genlora_lightning.adapters.base import adapter_modules
 from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.overrides import forget, note, noted
 
 _MAPPED_BYTES = 32 * 2**20
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 # On a model whose weights are still in files.
-_SOURCE_MARK = "_genlora_weight_source"
+_SOURCE = "weight source"
 
 
 class WeightFiles:
@@ -131,7 +132,7 @@ class WeightSource:
                     self._names[name] = (key, tensor.dtype)
                 elif own_name in module._parameters and name == names[0]:
                     self.absent.append(name)
-        setattr(model, _SOURCE_MARK, self)
+        note(model, _SOURCE, self)
 
     # -- what is trained --------------------------------------------------------------------------------------------
 
@@ -175,7 +176,7 @@ class WeightSource:
                     while waiting and size < _MAPPED_BYTES:
                         size += self._load_one(file, waiting.pop(), device)
         self._load_buffers()
-        delattr(self.model, _SOURCE_MARK)
+        forget(self.model, _SOURCE)
         check_none_on_meta(self.model)  # what the files lack
 
     def _load_one(self, file: Any, users: list[tuple[nn.Module, str]], device: torch.device | str) -> int:
@@ -204,7 +205,7 @@ class WeightSource:
         }
         check_none_on_meta(self.model, unknown)
         self._load_buffers()
-        delattr(self.model, _SOURCE_MARK)
+        forget(self.model, _SOURCE)
         return partial(self._fill_module, device=device)
 
     @torch.no_grad()
@@ -257,7 +258,7 @@ class WeightSource:
 
 def weight_source(module: nn.Module) -> WeightSource | None:
     """The source of the weights of a model that was built without them; ``None`` if there is none in a module."""
-    return next((found for m in module.modules() if (found := getattr(m, _SOURCE_MARK, None)) is not None), None)
+    return next((found for m in module.modules() if (found := noted(m, _SOURCE)) is not None), None)
 
 
 def build_without_weights(auto_class: str, source: str, *, dtype: Any = "auto", **options: Any) -> Any:

@@ -18,10 +18,11 @@ from torch.optim import Optimizer
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_parameters
 from genlora_lightning.layers.sharing import forget_factors
+from genlora_lightning.overrides import note, noted
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # On an original parameter of FSDP1: the whole one's shape, and where in its flat values this rank's piece begins.
-_PIECE_MARK = "_genlora_piece"
+_SHARD = "shard"
 _Key = TypeVar("_Key")
 
 
@@ -79,12 +80,12 @@ def state_names(module: nn.Module) -> set[str]:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether this rank holds only a piece of a tensor."""
-    return is_dtensor(tensor) or hasattr(tensor, _PIECE_MARK)
+    return is_dtensor(tensor) or noted(tensor, _SHARD) is not None
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
     """The shape of the whole tensor that this one is, or is a piece of."""
-    mark: tuple[torch.Size, int] | None = getattr(tensor, _PIECE_MARK, None)
+    mark: tuple[torch.Size, int] | None = noted(tensor, _SHARD)
     return tensor.shape if mark is None else mark[0]
 
 
@@ -109,7 +110,7 @@ def mark_pieces(parameters: Iterable[nn.Parameter], shapes: Iterable[torch.Size]
     for index, (parameter, shape) in enumerate(zip(parameters, shapes, strict=True)):
         start = sum(rank[index] for rank in sizes[: distributed.get_rank()])
         assert sum(rank[index] for rank in sizes) == shape.numel(), "the ranks' pieces do not make up the parameter"
-        setattr(parameter, _PIECE_MARK, (shape, start))
+        note(parameter, _SHARD, (shape, start))
 
 
 def part_of(whole: Tensor, like: Tensor) -> Tensor:
@@ -121,7 +122,7 @@ def part_of(whole: Tensor, like: Tensor) -> Tensor:
         # No communication (`src_data_rank=None`): each rank has the whole, and takes its own.
         whole = whole.to(local_part(like).device)
         return distribute_tensor(whole, placed.device_mesh, placed.placements, src_data_rank=None)
-    mark = getattr(like, _PIECE_MARK, None)
+    mark = noted(like, _SHARD)
     if mark is None:
         return whole
     return whole.reshape(-1)[mark[1] : mark[1] + like.numel()]

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genlora_lightning.overrides import forget, note, noted, put_on, take_off
+
 # The mark goes where the module goes, while a name depends on the root that one starts from. It holds what is needed to
 # take the module out again.
-_MARK = "_genlora_trained_in_full"
+_MARK = "trained in full"
 _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
 def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that ``modules_to_train`` named, by name, each once."""
-    return {name: module for name, module in model.named_modules() if hasattr(module, _MARK)}
+    return {name: module for name, module in model.named_modules() if noted(module, _MARK)}
 
 
 def train_in_full(model: nn.Module, modules: Iterable[nn.Module]) -> None:
@@ -42,9 +44,9 @@ def train_in_full(model: nn.Module, modules: Iterable[nn.Module]) -> None:
         module.requires_grad_(True)
         if dtype is not None:
             module.float()
-        setattr(module, _MARK, (dtype, _cast_around(module, dtype)))
+        note(module, _MARK, (dtype, _cast_around(module, dtype)))
         # An instance attribute: a parent's `_apply`, which every cast and move goes through, calls its children's.
-        vars(module)["_apply"] = partial(_apply_but_keep_float32, module)
+        put_on(module, _apply=partial(_apply_but_keep_float32, module))
 
 
 def surround_with(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -58,26 +60,26 @@ def surround_with(module: nn.Module, dtype: torch.dtype | None) -> torch.dtype |
         What it was before, in the same terms.
     """
     before: torch.dtype | None
-    before, handles = getattr(module, _MARK)
+    before, handles = noted(module, _MARK)
     for handle in handles:
         handle.remove()
-    setattr(module, _MARK, (dtype, _cast_around(module, dtype)))
+    note(module, _MARK, (dtype, _cast_around(module, dtype)))
     return before
 
 
 def original_dtype(module: nn.Module) -> torch.dtype | None:
     """The 16-bit dtype that a module trained in full had in its base; ``None`` if it was not cast."""
-    dtype: torch.dtype | None = getattr(module, _MARK)[0]
+    dtype: torch.dtype | None = noted(module, _MARK)[0]
     return dtype
 
 
 def stop_training_in_full(module: nn.Module) -> None:
     """Undo :func:`train_in_full`: freeze the module and round its trained values to its original dtype."""
-    dtype, handles = getattr(module, _MARK)
+    dtype, handles = noted(module, _MARK)
     for handle in handles:
         handle.remove()
-    delattr(module, _MARK)
-    vars(module).pop("_apply", None)
+    forget(module, _MARK)
+    take_off(module, "_apply")
     module.requires_grad_(False)
     if dtype is not None:
         module.to(dtype)

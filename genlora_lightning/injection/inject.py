@@ -20,9 +20,14 @@ from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.sharing import share_generation, stop_sharing_generation
 from genlora_lightning.layers.sites import adapt, matrix_shape
+from genlora_lightning.overrides import forget, note, noted, put_on, take_off
 
-_FAST_PATH_MARK = "_genlora_fast_path"
-_SKIPPED_MARK = "_genlora_left_alone"
+# What torch's transformer layers are to be without their fused inference paths.
+_WITHOUT_FAST_PATH: tuple[tuple[type[nn.Module], str, Any], ...] = (
+    (nn.TransformerEncoderLayer, "activation_relu_or_gelu", 0),
+    (nn.TransformerEncoder, "use_nested_tensor", False),
+)
+_SKIPPED = "left alone"
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
@@ -121,7 +126,7 @@ def inject_adapters(
             for layer in existing.values():
                 layer.set_dropout(changed)
         _set_trainable(model)
-        return _report(model, getattr(model, _SKIPPED_MARK, {}))
+        return _report(model, noted(model, _SKIPPED, {}))
     if matrix_shape(model) is not None:
         raise ValueError("The model is itself a linear layer, which cannot be replaced in place: put it into a module.")
 
@@ -145,7 +150,7 @@ def inject_adapters(
     train_in_full(model, list(trained.values()))
     _disable_fast_paths(model)
     share_generation(model)
-    setattr(model, _SKIPPED_MARK, skipped)
+    note(model, _SKIPPED, skipped)
     return _report(model, skipped)
 
 
@@ -181,11 +186,8 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
     for module in trained_modules(model).values():
         stop_training_in_full(module)
     for module in model.modules():
-        for name, value in getattr(module, _FAST_PATH_MARK, {}).items():
-            setattr(module, name, value)
-        if hasattr(module, _FAST_PATH_MARK):
-            delattr(module, _FAST_PATH_MARK)
-        vars(module).pop(_SKIPPED_MARK, None)  # also of a part that the adapters were put into
+        take_off(module, *(name for _, name, _ in _WITHOUT_FAST_PATH))
+        forget(module, _SKIPPED)  # also of a part that the adapters were put into
 
 
 @contextmanager
@@ -235,16 +237,9 @@ def _disable_fast_paths(model: nn.Module) -> None:
     In evaluation they hand the linears' weights to one fused kernel, which would leave out the adapters, silently.
     """
     for module in model.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            off: dict[str, Any] = {"activation_relu_or_gelu": 0}
-        elif isinstance(module, nn.TransformerEncoder):
-            off = {"use_nested_tensor": False}
-        else:
-            continue
-        if adapter_layers(module):
-            setattr(module, _FAST_PATH_MARK, {name: getattr(module, name) for name in off})
-            for name, value in off.items():
-                setattr(module, name, value)
+        off = {name: value for kind, name, value in _WITHOUT_FAST_PATH if isinstance(module, kind)}
+        if off and adapter_layers(module):
+            put_on(module, **off)
 
 
 def _report(model: nn.Module, skipped: dict[str, str]) -> CoverageReport:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from genlora_lightning.injection.full_training import surround_with, trained_modules
+from genlora_lightning.overrides import forget, note, noted
 
-_MARK = "_genlora_dtypes_before_merge"
+_MARK = "dtypes before merging"
 
 
 class _Dtypes(NamedTuple):
@@ -40,16 +41,16 @@ def widen(model: nn.Module, dtype: torch.dtype) -> None:
     for name, tensor in floating.items():
         if torch.promote_types(tensor.dtype, dtype) != dtype:
             raise ValueError(f"`dtype` is {dtype}, which cannot hold the values of {name} ({tensor.dtype}) exactly.")
-    if _MARK not in vars(model):
+    if noted(model, _MARK) is None:
         around = {name: surround_with(module, None) for name, module in trained_modules(model).items()}
-        vars(model)[_MARK] = _Dtypes({name: tensor.dtype for name, tensor in floating.items()}, around)
+        note(model, _MARK, _Dtypes({name: tensor.dtype for name, tensor in floating.items()}, around))
     model.to(dtype)
 
 
 def restore_dtypes(model: nn.Module) -> None:
     """Take back :func:`widen`, also of parts of a model; a part that was exchanged meanwhile stays as it is."""
     for part in list(model.modules()):
-        before: _Dtypes | None = vars(part).pop(_MARK, None)
+        before: _Dtypes | None = forget(part, _MARK)
         if before is None:
             continue
         tensors = {**dict(part.named_parameters()), **dict(part.named_buffers())}
@@ -65,4 +66,4 @@ def restore_dtypes(model: nn.Module) -> None:
 def forget_dtypes(model: nn.Module) -> None:
     """Leave a model in the dtype that :func:`widen` gave it, for good."""
     for part in model.modules():
-        vars(part).pop(_MARK, None)
+        forget(part, _MARK)

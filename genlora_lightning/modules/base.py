@@ -18,6 +18,7 @@ from genlora_lightning.backbone.architectures import enable_gradient_checkpointi
 from genlora_lightning.backbone.pretrained import load_pretrained, load_tokenizer
 from genlora_lightning.callbacks.reading import is_for_bar
 from genlora_lightning.training.callback import GenLoRAFinetuning
+from genlora_lightning.training.lightning_internals import trainer_or_none
 from genlora_lightning.training.optim import OptimizerConfig, build_optimizer, build_scheduler
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -320,7 +321,7 @@ class GenLoRAModule(LightningModule):
 
     def _trainer_or_none(self) -> Trainer | None:
         """The trainer, or ``None`` if a step is called without one."""
-        return self._trainer
+        return trainer_or_none(self)
 
 
 def check_plain(name: str, value: Any) -> None:

@@ -26,6 +26,7 @@ from genlora_lightning.distributed.shards import whole_like
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.report import CoverageReport
 from genlora_lightning.layers.sharing import cached_factors
+from genlora_lightning.overrides import put_on, take_off
 from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.training.checks import (
     GradientWatch,
@@ -35,6 +36,7 @@ from genlora_lightning.training.checks import (
     set_train_mode,
 )
 from genlora_lightning.training.finite import FiniteWatch
+from genlora_lightning.training.lightning_internals import STRICT_LOADING
 from genlora_lightning.training.resume import (
     Resume,
     keep_base_out_of_files,
@@ -46,7 +48,7 @@ from genlora_lightning.training.step_generation import Generate, StepGeneration
 from genlora_lightning.training.strategies import check_averaging, check_strategy
 from genlora_lightning.training.sync import AdapterSharding, Ranks, describe_timeout
 
-_WRAPPED_HOOKS = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start")
+_OVERRIDDEN = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start", STRICT_LOADING)
 
 
 class NonFiniteGradientError(RuntimeError):
@@ -200,17 +202,18 @@ class GenLoRAFinetuning(Callback):
                 self._resume.start(trainer, pl_module)
                 self._resume = None
 
-        for hook in (configure_model, on_save_checkpoint, on_load_checkpoint, on_train_start):
-            setattr(pl_module, hook.__name__, hook)
-        # Lightning must accept a checkpoint without the base; `check_checkpoint` is strict about all the rest.
-        self._strict_loading = pl_module._strict_loading
-        pl_module.strict_loading = False
+        put_on(
+            pl_module,
+            configure_model=configure_model,
+            on_save_checkpoint=on_save_checkpoint,
+            on_load_checkpoint=on_load_checkpoint,
+            on_train_start=on_train_start,
+            # Lightning must accept a checkpoint without the base; `check_checkpoint` is strict about all the rest.
+            **{STRICT_LOADING: False},
+        )
 
     def _unwrap(self, pl_module: LightningModule) -> None:
-        if "configure_model" in vars(pl_module):
-            for name in _WRAPPED_HOOKS:
-                vars(pl_module).pop(name, None)
-            pl_module._strict_loading = getattr(self, "_strict_loading", None)
+        take_off(pl_module, *_OVERRIDDEN)
 
     def _inject(self, pl_module: LightningModule) -> None:
         resolve: Callable[[AdapterConfig], AdapterConfig] | None = getattr(pl_module, "resolve_adapter_config", None)

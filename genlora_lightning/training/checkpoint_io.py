@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.cloud_io import _is_local_file_protocol, get_filesystem
+from lightning.fabric.utilities.cloud_io import get_filesystem
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from genlora_lightning.storage.checkpoint_file import read_checkpoint, write_checkpoint
+from genlora_lightning.training.lightning_internals import is_local_file_protocol
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -56,7 +57,7 @@ def install_atomic_checkpoints(trainer: Trainer) -> None:
 
 
 def _local_path(path: Any) -> Path | None:
-    if not _is_local_file_protocol(path):
+    if not is_local_file_protocol(path):
         return None
     # `file://…` is a local path, too.
     return Path(get_filesystem(path)._strip_protocol(str(path)))

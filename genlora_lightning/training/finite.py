@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from genlora_lightning.distributed.shards import is_dtensor, local_part, plain_name
+from genlora_lightning.overrides import put_on, take_off
 
 # Fused kernels that skip their step where `found_inf` is 1; made for gradient scalers.
 _SKIPPING_OPTIMIZERS = (Adam, AdamW, SGD)
@@ -90,7 +91,7 @@ class FiniteWatch:
         self._unread.append(_Check(step, epoch, batch, parameters, norms, loss, flag))
         if not (waits_to_read(flag) and leaves_out_steps(optimizer)) or len(self._unread) >= _MOST_UNREAD:
             return True
-        optimizer.found_inf = flag  # type: ignore[attr-defined]
+        put_on(optimizer, found_inf=flag)
         if not any(optimizer is other for other in self._watched):
             self._watched.append(optimizer)
         return False
@@ -117,7 +118,7 @@ class FiniteWatch:
     def end(self) -> None:
         """Leave the optimizers as they were."""
         for optimizer in self._watched:
-            vars(optimizer).pop("found_inf", None)
+            take_off(optimizer, "found_inf")
         self._watched, self._unread, self._flag = [], [], None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, cast
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -15,11 +15,13 @@ from genlora_lightning.distributed.collectives import mean_gradients
 from genlora_lightning.distributed.shards import is_sharded, part_of, plain_parameters, whole_gradients
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.layers.accumulation import pass_gradients
+from genlora_lightning.overrides import note, noted, put_on, take_off
+from genlora_lightning.training.lightning_internals import count_step, end_restart, validation_is_due
 from genlora_lightning.training.random_state import random_state, set_random_state
 from genlora_lightning.training.resumable import is_resumable, make_resumable, make_unnoticed
 
 RESUME_KEY = "resume"
-_OURS = "_genlora_keeps_base_out"
+_OWNER = "trainer whose files hold adapters only"
 _Progress = dict[str, Any]
 
 
@@ -36,12 +38,12 @@ def use_resumable_loaders(trainer: Trainer) -> None:
         dataloader = original(dataloader)
         return make_resumable(dataloader) if trainer.training else make_unnoticed(dataloader)
 
-    vars(strategy)["process_dataloader"] = process_dataloader
+    put_on(strategy, process_dataloader=process_dataloader)
 
 
 def release_loaders(trainer: Trainer) -> None:
     """Undo :func:`use_resumable_loaders`."""
-    vars(trainer.strategy).pop("process_dataloader", None)
+    take_off(trainer.strategy, "process_dataloader")
 
 
 # -- saving -----------------------------------------------------------------------------------------------------------
@@ -148,20 +150,20 @@ def keep_base_out_of_files(trainer: Trainer) -> None:
     """Have the strategy write adapters only, also after the run, when the module's hooks are its own again."""
     strategy = trainer.strategy
     mine = weakref.ref(trainer)  # which the strategy is not to keep
-    if hasattr(strategy.save_checkpoint, _OURS):
-        setattr(strategy.save_checkpoint, _OURS, mine)  # of an earlier trainer, if the user gave it the same strategy
-        return
+    known = noted(strategy, _OWNER) is not None
+    note(strategy, _OWNER, mine)
+    if known:
+        return  # of an earlier trainer, if the user gave it the same strategy
     original = strategy.save_checkpoint
 
     def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        owner: Trainer | None = getattr(save_checkpoint, _OURS)()
+        owner: Trainer | None = noted(strategy, _OWNER)()
         module = None if owner is None else owner.lightning_module
         if CHECKPOINT_KEY not in checkpoint and owner is not None and module is not None and adapter_layers(module):
             write_content(owner, module, checkpoint)
         original(checkpoint, *args, **kwargs)
 
-    setattr(save_checkpoint, _OURS, mine)
-    vars(strategy)["save_checkpoint"] = save_checkpoint
+    put_on(strategy, save_checkpoint=save_checkpoint)
 
 
 # -- resuming ---------------------------------------------------------------------------------------------------------
@@ -238,12 +240,12 @@ class Resume:
         loop = trainer.fit_loop
         if self.new_epoch:
             loop.epoch_loop.restarting = False
-        elif self.uncounted_step and not loop.epoch_loop._should_check_val_fx(cast("Any", loop._data_fetcher)):
-            loop.epoch_loop._batches_that_stepped += 1  # else it is counted after the validation
+        elif self.uncounted_step and not validation_is_due(loop):
+            count_step(loop)  # else it is counted after the validation
         if not self.epoch_is_over:
             # Else schedulers that depend on a metric are left out at the end of the epoch. If the epoch is over but for
             # its end, then the metrics were those of the run before, and are given below.
-            loop._restarting = False
+            end_restart(loop)
         if not self.state:
             return
         for index, metric in self.state["plateau"]:

@@ -18,6 +18,7 @@ from genlora_lightning.layers.accumulation import (
     end_generating_once,
     pass_gradients,
 )
+from genlora_lightning.training.lightning_internals import should_accumulate
 
 Generate = Literal["forward", "step"]
 
@@ -53,7 +54,7 @@ class StepGeneration:
 
     def before_batch(self) -> None:
         """Before a micro-batch: begin, or end if the last one is not to belong to it."""
-        is_last = not self._trainer.fit_loop._should_accumulate()
+        is_last = not should_accumulate(self._trainer)
         if not is_last and not self._begun and not self._sharded:
             begin_generating_once(self._module)
             self._begun = True
@@ -62,7 +63,7 @@ class StepGeneration:
 
     def after_backward(self) -> None:
         """After a micro-batch's backward, or where it would have been: end if it was the last one."""
-        if self._begun and not self._trainer.fit_loop._should_accumulate():
+        if self._begun and not should_accumulate(self._trainer):
             self.end()
 
     def end(self) -> None:

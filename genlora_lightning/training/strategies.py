@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.strategies.fsdp import _move_torchmetrics_to_device, _setup_activation_checkpointing
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch import callbacks as lightning_callbacks
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -36,6 +35,13 @@ from genlora_lightning.distributed.shards import (
     whole_tensors,
 )
 from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.overrides import note, noted, put_on
+from genlora_lightning.training.lightning_internals import (
+    move_torchmetrics_to_device,
+    own_precision_plugin,
+    set_up_activation_checkpointing,
+    tensor_parallel_size,
+)
 
 FSDP_NAME = "genlora_fsdp"
 # WeightAveraging (and EMAWeightAveraging on it) came with Lightning 2.6.
@@ -45,7 +51,7 @@ _AVERAGING = tuple(
     if hasattr(lightning_callbacks, name)
 )
 # On a module that FSDP1 was wrapped around: the wrapper, for the next run with the same module.
-_WRAPPER_MARK = "_genlora_fsdp_root"
+_WRAPPER = "FSDP1's root"
 
 
 def check_strategy(trainer: Trainer) -> None:
@@ -57,7 +63,7 @@ def check_strategy(trainer: Trainer) -> None:
     strategy = trainer.strategy
     name = type(strategy).__name__
     if isinstance(strategy, ModelParallelStrategy):
-        size = strategy._tensor_parallel_size
+        size = tensor_parallel_size(strategy)
         if size != 1:
             raise ValueError(
                 f"GenLoRAFinetuning does not support tensor parallelism, and `tensor_parallel_size` is {size} "
@@ -141,7 +147,8 @@ def use_whole_files(trainer: Trainer) -> None:
             for optimizer, state in zip(strategy.optimizers, checkpoint.get("optimizer_states", ()), strict=False):
                 load_whole_optimizer_state(optimizer, state)
 
-    vars(strategy).update(
+    put_on(
+        strategy,
         lightning_module_state_dict=lambda: whole_tensors(strategy.lightning_module),
         optimizer_state=optimizer_state,
         save_checkpoint=save_checkpoint,
@@ -194,7 +201,7 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
     @property
     @override
     def precision_plugin(self) -> FSDPPrecision:
-        plugin = self._precision_plugin
+        plugin = own_precision_plugin(self)
         return plugin if isinstance(plugin, FSDPPrecision) else _Precision("32-true", self)
 
     @precision_plugin.setter
@@ -213,7 +220,7 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
     def _setup_model(self, model: nn.Module) -> nn.Module:
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        wrapper: nn.Module | None = vars(model).get(_WRAPPER_MARK)
+        wrapper: nn.Module | None = noted(model, _WRAPPER)
         if wrapper is not None:
             return wrapper
         if self.adapters_inside is None:
@@ -238,9 +245,9 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
         )
         if self.adapters_inside:
             mark_pieces(trained, shapes)
-        vars(model)[_WRAPPER_MARK] = wrapper
-        _move_torchmetrics_to_device(wrapper, self.root_device)
-        _setup_activation_checkpointing(wrapper, self._activation_checkpointing_kwargs)
+        note(model, _WRAPPER, wrapper)
+        move_torchmetrics_to_device(wrapper, self.root_device)
+        set_up_activation_checkpointing(self, wrapper)
         return wrapper
 
     def _wrap_policy(self, model: nn.Module) -> Any:

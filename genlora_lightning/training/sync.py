@@ -29,11 +29,12 @@ from genlora_lightning.distributed.shards import (
     whole_tensors,
 )
 from genlora_lightning.injection.inject import adapter_parameters
+from genlora_lightning.overrides import note, noted
 from genlora_lightning.storage.digests import sha256
 from genlora_lightning.training.strategies import FSDP_NAME, GenLoRAFSDPStrategy, shards_base, use_whole_files
 
 # On a module with a sharded base: what an adapter folder says of it, because later no rank has it whole.
-_CONTENT_MARK = "_genlora_content"
+_CONTENT = "adapter content"
 
 AdapterSharding = Literal["replicate", "shard"]
 
@@ -87,8 +88,8 @@ class Ranks:
                 f'This {type(module).__name__} is sharded already, with `adapter_sharding="{earlier}"`: by an earlier '
                 f'run, or by its own `configure_model`. `adapter_sharding="{self.policy}"` needs one that is not.'
             )
-        if _CONTENT_MARK not in vars(module):
-            vars(module)[_CONTENT_MARK] = self._describe(module)
+        if noted(module, _CONTENT) is None:
+            note(module, _CONTENT, self._describe(module))
         if earlier != "shard":
             trained = trained_tensors(module).values()
             if any(is_sharded(tensor) for tensor in trained):
@@ -169,7 +170,7 @@ class Ranks:
         root = adapter_root(module)
         if not self.base_is_sharded:
             return adapter_content(root)
-        recorded: AdapterContent = vars(module)[_CONTENT_MARK]
+        recorded: AdapterContent = noted(module, _CONTENT)
         prefix, whole = prefix_of(root, module), whole_tensors(module)
         return dataclasses.replace(recorded, state={name: whole[prefix + name] for name in recorded.state})
 
@@ -223,7 +224,7 @@ def _policy_of(module: nn.Module) -> AdapterSharding | None:
     from torch.distributed.fsdp import FullyShardedDataParallel  # here: builds without torch.distributed lack it
 
     fsdp1 = [type(part.module).__name__ for part in module.modules() if isinstance(part, FullyShardedDataParallel)]
-    if fsdp1 and _CONTENT_MARK not in vars(module):
+    if fsdp1 and noted(module, _CONTENT) is None:
         raise ValueError(
             f"{type(module).__name__} wraps parts of itself ({fsdp1[0]}) in FullyShardedDataParallel, before there are "
             f'adapters. Leave that to `strategy="{FSDP_NAME}"`; its `auto_wrap_policy` says which parts.'

@@ -1,0 +1,73 @@
+"""Name what is private in Lightning and used here: the one file to read when Lightning changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.fabric.strategies.fsdp import (
+    _move_torchmetrics_to_device as move_torchmetrics_to_device,
+)
+from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
+from lightning.fabric.utilities.cloud_io import _is_local_file_protocol as is_local_file_protocol
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loops.fit_loop import _FitLoop
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import nn
+
+__all__ = [
+    "STRICT_LOADING",
+    "count_step",
+    "end_restart",
+    "is_local_file_protocol",
+    "move_torchmetrics_to_device",
+    "own_precision_plugin",
+    "set_up_activation_checkpointing",
+    "should_accumulate",
+    "tensor_parallel_size",
+    "trainer_or_none",
+    "validation_is_due",
+]
+
+# The attribute behind a module's `strict_loading`, which can be read and set but not unset.
+STRICT_LOADING = "_strict_loading"
+
+
+def trainer_or_none(module: LightningModule) -> Trainer | None:
+    """The trainer that runs a module, or ``None``; ``module.trainer`` raises an error then."""
+    return module._trainer
+
+
+def should_accumulate(trainer: Trainer) -> bool:
+    """Whether the present micro-batch is not the last one of its optimizer step."""
+    return trainer.fit_loop._should_accumulate()
+
+
+def validation_is_due(loop: _FitLoop) -> bool:
+    """Whether a validation follows the batch that was trained on last."""
+    fetcher: Any = loop._data_fetcher
+    return loop.epoch_loop._should_check_val_fx(fetcher)
+
+
+def count_step(loop: _FitLoop) -> None:
+    """Count a batch that made an optimizer step, which schedulers and loggers go by."""
+    loop.epoch_loop._batches_that_stepped += 1
+
+
+def end_restart(loop: _FitLoop) -> None:
+    """Let the loop take the next epoch for an ordinary one, and not for the rest of one that was stopped."""
+    loop._restarting = False
+
+
+def tensor_parallel_size(strategy: ModelParallelStrategy) -> Any:
+    """What the user gave as ``tensor_parallel_size``: a number or "auto"."""
+    return strategy._tensor_parallel_size
+
+
+def own_precision_plugin(strategy: FSDPStrategy) -> Any:
+    """The precision plugin that a strategy was given, or ``None``."""
+    return strategy._precision_plugin
+
+
+def set_up_activation_checkpointing(strategy: FSDPStrategy, wrapper: nn.Module) -> None:
+    """Checkpoint the activations of the modules that a strategy's ``activation_checkpointing_policy`` names."""
+    _setup_activation_checkpointing(wrapper, strategy._activation_checkpointing_kwargs)
