@@ -22,7 +22,6 @@ from genlora_lightning import (
     describe_adapter,
     effective_ranks,
     export_lora,
-    generated_once,
     inject_adapters,
     load_adapter,
     load_module,
@@ -36,6 +35,7 @@ from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, Rol
 from genlora_lightning.adapters.config import KINDS, AdapterConfig, ScalingRule
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
 from genlora_lightning.injection.state import adapter_state_dict
+from genlora_lightning.layers.accumulation import generated_once
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.sites import SITES
 from genlora_lightning.planning.plan import make_plan

@@ -32,14 +32,13 @@ from benchmarks.speed.memory import ROOT
 from genlora_lightning import (
     GenLoRAConfig,
     GenLoRAFinetuning,
-    adapter_parameters,
     export_lora,
     inject_adapters,
     merge_adapters,
-    set_fused,
     unmerge_adapters,
 )
-from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
+from genlora_lightning.layers.sharing import set_fused
 
 from .rows import Rows
 

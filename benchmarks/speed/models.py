@@ -16,8 +16,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from genlora_lightning import GenLoRAConfig, generated_once, inject_adapters
+from genlora_lightning import GenLoRAConfig, inject_adapters
 from genlora_lightning.backbone.architectures import enable_gradient_checkpointing, read_config, repeated_blocks
+from genlora_lightning.layers.accumulation import generated_once
 
 from .plan import Cell
 

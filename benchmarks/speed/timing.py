@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from genlora_lightning import cached_factors, merge_adapters
-from genlora_lightning.layers.sharing import generated
+from genlora_lightning import merge_adapters
+from genlora_lightning.layers.sharing import cached_factors, generated
 
 from .models import Arm, autocast, make_arm, make_batches, make_model
 from .plan import Cell

@@ -64,7 +64,7 @@ class LayerDescription:
         out_features: Of the linear.
         in_features: Of the linear.
         rank: Highest rank that its update can have.
-        effective_rank: Entropy effective rank of its update; see :func:`~genlora_lightning.effective_rank`.
+        effective_rank: Entropy effective rank of its update; see :func:`effective_rank`.
         parameters: Values of its adapter.
     """
 

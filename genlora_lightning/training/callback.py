@@ -63,7 +63,7 @@ class GenLoRAFinetuning(Callback):
     statistics stay in evaluation mode: their statistics belong to the base, which is not saved). Checkpoints hold the
     adapters, what else is trained, and what is needed to resume; never the base. A run resumed with ``ckpt_path`` goes
     on as if it had not stopped, in the middle of an epoch and of gradient accumulation too: random states are restored,
-    and plain data loaders of the training are replaced by :class:`~genlora_lightning.ResumableDataLoader`. When fitting
+    and plain data loaders of the training are replaced by :class:`ResumableDataLoader`. When fitting
     ends, or is interrupted, an adapter folder is written.
 
     What it checks: that the optimizer holds exactly the trainable parameters (frozen ones are taken out of it), that

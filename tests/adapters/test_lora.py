@@ -11,15 +11,14 @@ from torch import nn
 from genlora_lightning import (
     LoRAConfig,
     OptimizerConfig,
-    adapter_parameters,
     effective_ranks,
-    generated_once,
     inject_adapters,
     merge_adapters,
-    set_fused,
     unmerge_adapters,
 )
-from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
+from genlora_lightning.layers.accumulation import generated_once
+from genlora_lightning.layers.sharing import set_fused
 from genlora_lightning.training.optim import build_optimizer, parameter_groups
 from tests.conftest import perturb
 from tests.models import tiny_llama

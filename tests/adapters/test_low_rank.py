@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from genlora_lightning import effective_rank, effective_ranks, inject_adapters
-from genlora_lightning.adapters.low_rank import singular_values
+from genlora_lightning import effective_ranks, inject_adapters
+from genlora_lightning.adapters.low_rank import effective_rank, singular_values
 from tests.conftest import perturb, small_config
 
 

@@ -13,8 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from genlora_lightning import (
-    DamagedFileError,
-    WrongBaseError,
     inject_adapters,
     load_adapter,
     merge_adapters,
@@ -24,10 +22,11 @@ from genlora_lightning import (
 )
 from genlora_lightning.artifacts import adapter_io
 from genlora_lightning.artifacts.adapter_folder import read_adapter, read_adapter_config
+from genlora_lightning.backbone.identity import WrongBaseError
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
 from genlora_lightning.storage import atomic
 from genlora_lightning.storage.atomic import find_folder
-from genlora_lightning.storage.digests import seal_json
+from genlora_lightning.storage.digests import DamagedFileError, seal_json
 from tests.conftest import perturb, small_config
 from tests.killing import kill_after, kill_before_step
 from tests.models import tiny_gpt2, tiny_llama

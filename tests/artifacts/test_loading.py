@@ -14,13 +14,13 @@ from torch import nn
 from genlora_lightning import (
     CausalLMModule,
     GenLoRAFinetuning,
-    cached_factors,
     convert_checkpoint,
     inject_adapters,
     load_adapter,
     load_module,
 )
 from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.layers.sharing import cached_factors
 from tests.conftest import perturb, small_config
 from tests.models import tiny_llama
 from tests.plain import PlainMLP, mlp_loader, trainer

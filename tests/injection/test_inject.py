@@ -1,20 +1,22 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from genlora_lightning import (
-    AdaptedLinear,
     GenLoRAConfig,
-    adapter_parameters,
     adapters_disabled,
     inject_adapters,
     merge_adapters,
     remove_adapters,
     unmerge_adapters,
 )
-from genlora_lightning.injection.inject import adapter_config, adapter_layers
+from genlora_lightning.adapters.base import MatrixShape
+from genlora_lightning.injection.inject import adapter_config, adapter_layers, adapter_parameters
+from genlora_lightning.layers.linear import AdaptedLinear
 from tests.conftest import perturb, small_config
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 
@@ -58,7 +60,7 @@ def test_injected_model_gives_the_same_bits_and_reports_what_it_did():
     assert torch.equal(model(IDS), expected)
     assert [row.module for row in report.adapted] == ["blocks.0.0", "blocks.0.2", "blocks.1.0", "blocks.1.2"]
     assert report.skipped == {"head": "in `exclude_modules`"}
-    assert report.adapter_parameters == report.trainable_parameters == 4 * config.count_parameters(8, 16)
+    assert report.adapter_parameters == report.trainable_parameters == 4 * config.count_parameters(MatrixShape(16, 8))
     assert report.total_parameters == total + report.trainable_parameters
     assert report.lora_parameters == 4 * 4 * (8 + 16)
     assert "blocks.*.*" in str(report)
@@ -279,6 +281,6 @@ def test_second_injection_sets_the_trainable_flags_again_and_takes_another_dropo
         again = inject_adapters(model, config)
         assert trainable(model) == before
         assert again == first
-    inject_adapters(model, small_config(**{**config.to_dict(), "dropout": 0.5}))
+    inject_adapters(model, dataclasses.replace(config, dropout=0.5))
     assert {layer.dropout.p for layer in adapter_layers(model).values()} == {0.5}
     assert {layer.config.dropout for layer in adapter_layers(model).values()} == {0.5}

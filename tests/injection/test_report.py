@@ -10,6 +10,7 @@ def row(name: str, shape: str = "(4, 4)") -> CoverageRow:
 
 def report(*adapted: CoverageRow, **changes: object) -> CoverageReport:
     values = {
+        "title": "GenLoRA",
         "adapted": adapted,
         "trained": (),
         "skipped": {},

@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from genlora_lightning import LoRAConfig, adapter_parameters, export_lora, import_lora, inject_adapters, save_adapter
-from genlora_lightning.injection.inject import adapter_config, adapter_layers
+from genlora_lightning import LoRAConfig, export_lora, import_lora, inject_adapters, save_adapter
+from genlora_lightning.injection.inject import adapter_config, adapter_layers, adapter_parameters
 from tests.models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[3, 5, 7, 2, 9]])

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from genlora_lightning import GenLoRAConfig, cached_factors, generated_once, inject_adapters
+from genlora_lightning import GenLoRAConfig, inject_adapters
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
-from genlora_lightning.layers.accumulation import is_generated_once, pass_gradients
+from genlora_lightning.layers.accumulation import generated_once, is_generated_once, pass_gradients
 from genlora_lightning.layers.factors import Held
-from genlora_lightning.layers.sharing import set_fused
+from genlora_lightning.layers.sharing import cached_factors, set_fused
 from tests.conftest import perturb, small_config
 from tests.layers.test_fused import Operators
 from tests.layers.test_sharing import RENAMED, adapted, assert_same_gradients, generations, gradients, loss_of

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genlora_lightning import AdaptedLinear
 from genlora_lightning.layers.fused import adapted_linear, can_fuse
+from genlora_lightning.layers.linear import AdaptedLinear
 from tests.conftest import perturb, small_config
 from tests.layers.test_linear import KINDS, base
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from genlora_lightning import AdaptedLinear
+from genlora_lightning.layers.linear import AdaptedLinear
 from tests.conftest import perturb, small_config
 
 

@@ -7,8 +7,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
-from genlora_lightning import AtomicCheckpointIO, DamagedFileError, GenLoRAFinetuning
+from genlora_lightning import GenLoRAFinetuning
 from genlora_lightning.storage.checkpoint_file import verify_checkpoint
+from genlora_lightning.storage.digests import DamagedFileError
+from genlora_lightning.training.checkpoint_io import AtomicCheckpointIO
 from tests.artifacts.test_adapter_io import flip
 from tests.conftest import small_config
 from tests.plain import PlainMLP, mlp_loader, trainer

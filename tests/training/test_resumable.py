@@ -13,8 +13,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from genlora_lightning import ResumableDataLoader
-from genlora_lightning.training.resumable import is_resumable, make_resumable, make_unnoticed
+from genlora_lightning.training.resumable import ResumableDataLoader, is_resumable, make_resumable, make_unnoticed
 
 DATA = TensorDataset(torch.arange(20))
 

@@ -25,7 +25,7 @@ class GenLoRAConfig(AdapterConfig):
 
     The update of a weight ``W (out, in)`` is ``ΔW = s · B · A`` with ``A (rank, in)`` and ``B (out, rank)``. Each of
     the two matrices is generated from one latent vector, or a few, by radial basis functions; see
-    :class:`~genlora_lightning.RBFGenerator` for the formula. One adapted linear has ``Q_A · in + Q_B · out`` entries of
+    :class:`RBFGenerator` for the formula. One adapted linear has ``Q_A · in + Q_B · out`` entries of
     latents (Q_A, Q_B: the numbers of latents) and ``rank · num_centers · (Q_A · G_A + Q_B · G_B)`` RBF weights (G_A,
     G_B: the numbers of groups), against LoRA's ``rank · (in + out)``. Learned centres or widths are ``rank ·
     num_centers · (Q_A + Q_B)`` more each.

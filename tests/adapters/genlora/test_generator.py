@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from genlora_lightning import RBFGenerator
 from genlora_lightning.adapters.genlora.generate import generate
+from genlora_lightning.adapters.genlora.generator import RBFGenerator
 from genlora_lightning.adapters.genlora.rbf import slope_at_zero
 from genlora_lightning.adapters.low_rank import effective_rank
 
