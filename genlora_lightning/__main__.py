@@ -1,4 +1,4 @@
-"""``python -m genlora_lightning``: the ``genlora`` command."""
+"""Run the ``genlora`` command as ``python -m genlora_lightning``."""
 
 import sys
 

@@ -1,3 +1,3 @@
-"""The version, where everything can read it without the package's face."""
+"""Hold the version, which everything can read without the package's face."""
 
 __version__ = "0.1.0"

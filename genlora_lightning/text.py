@@ -1,4 +1,4 @@
-"""Tables of text."""
+"""Format tables of text."""
 
 from __future__ import annotations
 

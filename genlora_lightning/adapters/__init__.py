@@ -1,1 +1,1 @@
-"""What an update of a weight is: its kinds, with their configurations and formulas, in plain torch."""
+"""Define the kinds of adapters: what an update of a weight is, its configuration and its formula, in plain torch."""

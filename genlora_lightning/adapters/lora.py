@@ -1,4 +1,4 @@
-"""Plain LoRA: two stored factors (Hu et al., arXiv 2106.09685), the baseline beside which all else stands."""
+"""Define plain LoRA: two stored factors (Hu et al., arXiv 2106.09685)."""
 
 from __future__ import annotations
 

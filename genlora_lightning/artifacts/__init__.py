@@ -1,1 +1,1 @@
-"""Adapters on disk: folders and checkpoints, saved, verified, loaded and described."""
+"""Save, verify, load and describe adapters on disk: folders, checkpoints and merged models."""

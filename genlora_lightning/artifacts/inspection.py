@@ -1,4 +1,4 @@
-"""Inspection: what an adapter folder is, by its files alone, without its base."""
+"""Describe and verify an adapter folder or a checkpoint by its files alone, without its base."""
 
 from __future__ import annotations
 

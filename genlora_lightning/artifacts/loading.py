@@ -1,4 +1,4 @@
-"""Models from checkpoints and adapter folders, and adapter folders from checkpoints; nothing here needs a trainer."""
+"""Load modules from checkpoints and adapter folders, and convert checkpoints to folders; no trainer is needed."""
 
 from __future__ import annotations
 

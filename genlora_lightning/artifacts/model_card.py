@@ -1,4 +1,4 @@
-"""The model card of an adapter folder: the facts of its manifest, for people."""
+"""Write the model card of an adapter folder from the facts of its manifest."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The frozen model: found, built, read piece by piece, and recognised."""
+"""Find, build, read and recognise the frozen model."""

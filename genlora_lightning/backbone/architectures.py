@@ -1,4 +1,4 @@
-"""Models from their configurations alone: built on the meta device, so that no weight is read or held."""
+"""Build transformers models from their configurations on the meta device, without reading a weight."""
 
 from __future__ import annotations
 

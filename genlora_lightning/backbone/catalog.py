@@ -1,4 +1,4 @@
-"""Names that commands offer: tasks, and the shapes of well-known models. Imports nothing, so that help is quick."""
+"""List the names that commands offer: tasks, and the shapes of well-known models. Imports nothing."""
 
 from __future__ import annotations
 

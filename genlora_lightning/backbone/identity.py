@@ -1,4 +1,4 @@
-"""The base's identity: its name and configuration, and a cheap fingerprint of its weights.
+"""Tell one base model from another: its name, its configuration and a cheap fingerprint of its weights.
 
 The fingerprint holds the number and a digest of all names and shapes, and a few values of each tensor, at fixed places.
 It reads some thousand numbers, whatever the model's size. It is the same with and without adapters, merged or not, and

@@ -1,4 +1,4 @@
-"""Big models without ever being whole in one process: built without weights, sharded, then read piece by piece.
+"""Build a model without weights, and read of its files what each process keeps once it is sharded.
 
 1. :func:`build_without_weights` makes a transformers model whose parameters are on the meta device. Its buffers are
    real: rotary frequencies, for example, are computed and not stored.

@@ -1,4 +1,4 @@
-"""Loading transformers models and tokenizers, with errors that say what to do."""
+"""Load transformers models and tokenizers, with errors that say what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The transformers model inside a module: where it is, what it is called and what task it is for."""
+"""Find the transformers model inside a module, and what task it is for."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Lightning callbacks that know nothing of adapters: throughput, progress, predictions."""
+"""Measure throughput, show progress and write predictions: Lightning callbacks that know nothing of adapters."""

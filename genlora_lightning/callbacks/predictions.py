@@ -1,4 +1,4 @@
-"""Writes predictions as JSON lines, in the order of the data, whatever the number of processes."""
+"""Write predictions as JSON lines, in the order of the data, whatever the number of processes."""
 
 from __future__ import annotations
 

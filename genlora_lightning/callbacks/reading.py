@@ -1,4 +1,4 @@
-"""Says when values may be read from the device, which makes Python wait for all that is queued there."""
+"""Decide when values are read from the device, which makes Python wait for all that is queued there."""
 
 from __future__ import annotations
 

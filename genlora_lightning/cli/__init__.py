@@ -1,1 +1,1 @@
-"""The command lines: `genlora` for plans and adapters, and training from YAML files and flags."""
+"""Run the command lines: `genlora` for plans and adapters, and training from YAML files and flags."""

@@ -1,4 +1,4 @@
-"""The ``genlora`` command: plan, and inspect, verify, convert, export, import and merge adapters.
+"""Run the ``genlora`` command: plan runs, and inspect, verify, convert, export, import and merge adapters.
 
 Exit codes: 0 done, 1 the input is bad or the work failed, 2 the command line is wrong.
 """

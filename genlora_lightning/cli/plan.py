@@ -1,4 +1,4 @@
-"""The commands ``genlora plan`` and ``genlora budget``: what a model needs, told from its configuration alone."""
+"""Run ``genlora plan`` and ``genlora budget``: say what a model needs from its configuration alone."""
 
 from __future__ import annotations
 

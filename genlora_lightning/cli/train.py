@@ -1,4 +1,4 @@
-"""The command line: `fit`, `validate`, `test`, `predict` from YAML files and flags, with errors one can act on."""
+"""Run ``fit``, ``validate``, ``test`` and ``predict`` from YAML files and flags, with errors one can act on."""
 
 from __future__ import annotations
 

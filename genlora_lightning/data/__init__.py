@@ -1,4 +1,4 @@
-"""Data modules: files in, checked and tokenized batches out."""
+"""Read data files, check them, and make tokenized batches: Lightning data modules."""
 
 from genlora_lightning.data._files import DataFileError
 from genlora_lightning.data.classification import TextClassificationDataModule

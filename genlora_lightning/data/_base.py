@@ -1,4 +1,4 @@
-"""The data module under both public ones: which file feeds which split, when it is read, and how batches come out."""
+"""Feed the splits of a data module: which file goes where, when it is read, and how batches come out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Turns conversations into token ids and a loss mask on the answers.
+"""Turn conversations into token ids and a loss mask on the answers.
 
 The chat template decides what text the model sees. The mask is found by rendering: what the template adds after "the
 conversation so far + generation prompt" is the answer and its end-of-turn token. This needs no `{% generation %}` marks

@@ -1,4 +1,4 @@
-"""Reads JSONL and CSV files record by record, checks them, and splits them without leakage.
+"""Read JSONL and CSV files record by record, check them, and split them without leakage.
 
 Nothing here knows of tokenizers, torch or Lightning. Every complaint names the file and the line it is about.
 """

@@ -1,4 +1,4 @@
-"""What both data modules need from other libraries: the tokenizer, a tokenized dataset, batches and their order."""
+"""Tokenize records, and group them into batches; what both data modules need of other libraries."""
 
 from __future__ import annotations
 

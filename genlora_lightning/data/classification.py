@@ -1,4 +1,4 @@
-"""Text classification data: one text and one label a record."""
+"""Load data for text classification: one text and one label a record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Instruction data: conversations, or prompts with completions, with the loss on the answers only."""
+"""Load conversations, or prompts with completions, for training on the answers only."""
 
 from __future__ import annotations
 

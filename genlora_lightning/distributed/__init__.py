@@ -1,1 +1,1 @@
-"""Trained tensors on several processes: gathered from their shards, and kept equal."""
+"""Gather trained tensors from their shards, and keep them equal, on several processes."""

@@ -1,4 +1,4 @@
-"""Trained tensors on several processes: kept equal by one message per step, or sharded with the base; compared.
+"""Average, broadcast, compare and shard what is trained on several processes.
 
 The frozen base may be sharded by FSDP1 or FSDP2. What is trained is tiny and either *replicated* (outside of the
 sharded groups, kept equal by :func:`broadcast_from_first` and :func:`reduce_gradients`) or *sharded* with the base.

@@ -1,4 +1,4 @@
-"""What is trained, whole, wherever it lies: by plain names, gathered from the pieces that FSDP1 and FSDP2 cut.
+"""Gather what is trained from the shards that FSDP1 and FSDP2 have made of it, by its plain names.
 
 A sharded tensor is cut, as the flat sequence of its values, into one piece per rank in the order of the ranks. That
 holds for FSDP1's original parameters and for FSDP2's tensors sharded along their first dimension, so that one way of

@@ -1,1 +1,1 @@
-"""Put adapters into a model, merge them, and take them out again; which modules, and a report."""
+"""Put adapters into a model, merge them, and take them out again; choose the modules, and report."""

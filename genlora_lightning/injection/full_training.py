@@ -1,4 +1,4 @@
-"""Modules trained in full beside the adapters: marked, and held in float32 inside a base of 16 bits."""
+"""Train modules in full beside the adapters, in float32 inside a base of 16 bits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Injection: put adapters into a model, freeze the rest, and merge, switch off or remove them again."""
+"""Put adapters into a model and freeze the rest; switch them off, or remove them again."""
 
 from __future__ import annotations
 

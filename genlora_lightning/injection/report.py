@@ -1,4 +1,4 @@
-"""The coverage report: which modules an injection adapted, trained in full, or left alone."""
+"""Report which modules an injection has adapted, trained in full, or left alone."""
 
 from __future__ import annotations
 

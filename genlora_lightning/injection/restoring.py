@@ -1,4 +1,4 @@
-"""Undo of a failed load: the model is what it was, whatever had been put into it."""
+"""Undo what a failed load has done to a model."""
 
 from __future__ import annotations
 

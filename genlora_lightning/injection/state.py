@@ -1,4 +1,4 @@
-"""The adapter's state: which tensors it consists of, by name, and how they are compared and loaded."""
+"""Collect, compare and load the tensors that an adapter consists of, by name."""
 
 from __future__ import annotations
 

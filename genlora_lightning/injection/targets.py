@@ -1,4 +1,4 @@
-"""Targets: which modules a configuration names, and clear errors for names that match nothing."""
+"""Find the modules that a configuration names, with clear errors for names that match nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Widening: a model cast to a wider dtype for as long as its adapters are merged, and back."""
+"""Cast a model to a wider dtype for as long as its adapters are merged, and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export: a model's generated adapters as a standard LoRA adapter, in PEFT's format.
+"""Export a model's adapters as a standard LoRA adapter in PEFT's format.
 
 Shapes: R rank of the generated adapter, r rank of the exported one, I in_features, O out_features.
 """

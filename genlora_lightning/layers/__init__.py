@@ -1,1 +1,1 @@
-"""Layers that add an update to a frozen base layer, and share the making of it across a model."""
+"""Add an update to a frozen base layer, and share the making of it across a model."""

@@ -1,4 +1,4 @@
-"""Gradient accumulation with one generation per optimizer step instead of one per micro-batch.
+"""Accumulate gradients with one generation per optimizer step instead of one per micro-batch.
 
 ::
 

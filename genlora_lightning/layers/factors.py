@@ -1,4 +1,4 @@
-"""Where an adapted linear takes its matrices from: generated for it alone, for the whole model at once, or kept.
+"""Give an adapted layer its factors: made for it alone, for the whole model at once, or kept.
 
 A matrix that was generated for the whole model belongs to one forward of it. The backward of activation checkpointing
 calls layers again, after that forward: without reentrance it must see tensors in number and kind as before, and uses

@@ -1,4 +1,4 @@
-"""A frozen linear and its low-rank update as one function, with a backward that keeps little but what it is given.
+"""Compute a frozen linear and its low-rank update as one function, whose backward keeps little.
 
 ::
 

@@ -1,4 +1,4 @@
-"""Generation for a whole model: all matrices of one shape at once, in each forward, or kept while nothing is trained.
+"""Make all factors of one shape in a model at once, in each forward, or keep them while nothing is trained.
 
 A forward of the model first generates what its layers need, in a number of operators that grows with the number of
 distinct shapes and not of layers. A layer that is called by itself, outside of such a forward, generates for itself; so

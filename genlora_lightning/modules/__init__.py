@@ -1,4 +1,4 @@
-"""LightningModules around transformers models, made for adapters."""
+"""Fine-tune transformers models: LightningModules made for adapters."""
 
 from genlora_lightning.modules.base import GenLoRAModule
 from genlora_lightning.modules.causal_lm import CausalLMModule

@@ -1,4 +1,4 @@
-"""The LightningModule around a transformers model: loading, optimizer, and losses weighted by tokens."""
+"""Wrap a transformers model as a LightningModule: loading, optimizer, and losses weighted by tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fine-tuning a causal language model on prompts and answers."""
+"""Fine-tune a causal language model on prompts and answers."""
 
 from __future__ import annotations
 

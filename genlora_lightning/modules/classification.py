@@ -1,4 +1,4 @@
-"""Fine-tuning a text classifier: an encoder or a decoder, its head trained with the adapters."""
+"""Fine-tune a text classifier: an encoder or a decoder, its head trained with the adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Metrics that are means over tokens or examples, not over batches."""
+"""Average metrics over tokens or examples, not over batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of a training step, counted without data, weights or a device.
+"""Count the memory of a training step without data, weights or a device.
 
 The step runs on fake tensors (shapes and dtypes only), and every storage that an operator makes is counted from its
 making to its release, through forward, loss and backward. What is counted is what autograd keeps and what operators

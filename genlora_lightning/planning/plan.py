@@ -1,4 +1,4 @@
-r"""What a run takes on each GPU, and what it sends, before there is a GPU: from a model's configuration alone.
+r"""Plan what a run takes on each GPU, and what it sends, from a model's configuration alone.
 
 Notation: N GPUs; P values of the frozen base, of b bytes each (2 for bfloat16); T trainable values and A ≥ T values of
 the adapters (fixed centres and widths too) and of modules trained in full, all float32; m micro-batches per optimizer

@@ -1,4 +1,4 @@
-"""Values in the collectives of an optimizer step, from parameter shapes; ``plan``'s docstring has the formulas."""
+"""Count the values in the collectives of an optimizer step from parameter shapes (formulas: ``plan``)."""
 
 from __future__ import annotations
 

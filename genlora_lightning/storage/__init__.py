@@ -1,1 +1,1 @@
-"""Files written whole or not at all, and proved when they are read; nothing here knows adapters."""
+"""Write files whole or not at all, and prove them when they are read; nothing here knows adapters."""

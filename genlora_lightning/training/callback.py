@@ -1,4 +1,4 @@
-"""The callback that fine-tunes any LightningModule with GenLoRA: inject, watch, and save only the adapters."""
+"""Fine-tune any LightningModule with adapters: inject, watch, and save nothing but what is trained."""
 
 from __future__ import annotations
 

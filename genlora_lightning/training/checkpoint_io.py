@@ -1,4 +1,4 @@
-"""A CheckpointIO plugin for Lightning whose checkpoints are written atomically and verified when they are loaded."""
+"""Write Lightning's checkpoints atomically, and verify them when they are loaded."""
 
 from __future__ import annotations
 

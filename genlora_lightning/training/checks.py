@@ -1,4 +1,4 @@
-"""Checks around a training run: the optimizer's parameters, the first gradients, the mode, the place to save."""
+"""Check a training run: the optimizer's parameters, the first gradients, the mode, the place to save."""
 
 from __future__ import annotations
 

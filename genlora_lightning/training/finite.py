@@ -1,4 +1,4 @@
-"""Finds gradients that are NaN or infinite before they spoil the weights, without waiting for the device.
+"""Find gradients that are NaN or infinite before they spoil the weights, without waiting for the device.
 
 ::
 

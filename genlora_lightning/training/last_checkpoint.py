@@ -1,4 +1,4 @@
-"""The checkpoint that a run which was stopped goes on from: the newest one that is as it was written."""
+"""Find the newest checkpoint of a stopped run that is as it was written."""
 
 from __future__ import annotations
 

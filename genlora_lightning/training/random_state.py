@@ -1,4 +1,4 @@
-"""The state of the random number generators of torch, numpy and Python, as values that load safely."""
+"""Save and restore the random number generators of torch, numpy and Python as values that load safely."""
 
 from __future__ import annotations
 

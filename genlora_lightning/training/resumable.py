@@ -1,4 +1,4 @@
-"""Data loaders that know their place: after a stop they go on with the batch that would have come next."""
+"""Make data loaders resumable: after a stop they go on with the batch that would have come next."""
 
 from __future__ import annotations
 

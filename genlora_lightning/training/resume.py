@@ -1,4 +1,4 @@
-"""An exact resume: what a checkpoint needs beside Lightning's own, and where Lightning's is put right."""
+"""Resume a run exactly: add to a checkpoint what Lightning leaves out, and restore it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the callback does for ``generate="step"``: which micro-batches of a run share what was generated.
+"""Share what was generated between the micro-batches of an optimizer step (``generate="step"``).
 
 They are the micro-batches of an optimizer step; with one there is nothing to share. Whether the last one is among them
 depends on who averages gradients. DDP does, in its backward: it generates for itself then, and what was summed up is

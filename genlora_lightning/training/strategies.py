@@ -1,4 +1,4 @@
-"""Which of Lightning's strategies run, and FSDP1 made right; the same one-file checkpoints under all of them."""
+"""Support Lightning's strategies: which of them run, FSDP1 for adapters, and one-file checkpoints under all."""
 
 from __future__ import annotations
 

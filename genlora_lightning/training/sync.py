@@ -1,4 +1,4 @@
-"""What the callback does about there being several ranks; nothing on a single device, little with DDP."""
+"""Synchronize the adapters of several processes: broadcast, shard, reduce, compare and gather."""
 
 from __future__ import annotations
 

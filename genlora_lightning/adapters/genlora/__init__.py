@@ -1,1 +1,1 @@
-"""GenLoRA: latent vectors, and the radial basis functions that make low-rank matrices of them."""
+"""Generate low-rank matrices from latent vectors by radial basis functions: GenLoRA."""

@@ -1,4 +1,4 @@
-"""The generator: a module with the parameters from which radial basis functions make a low-rank matrix.
+"""Hold the parameters from which radial basis functions make a low-rank matrix.
 
 Shapes: R rank (basis vectors), Q latents (mostly one or two), G groups, K centres per basis function and latent, n
 entries of a basis vector (in_features for A, out_features for B).

@@ -1,4 +1,4 @@
-"""Fixed signs, one for each entry of a basis vector: pseudo-random, and a formula, so that nobody stores them.
+"""Compute fixed pseudo-random signs, one for each entry of a basis vector, by a formula that nobody stores.
 
 With signs each entry of a latent has a direction of its own in the space of the R basis vectors, instead of one that it
 shares with its group. It is the idea of VeRA (arXiv 2310.11454), whose frozen random matrices are the same in all
