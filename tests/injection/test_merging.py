@@ -265,7 +265,7 @@ def test_reloaded_folder_computes_what_the_adapted_model_computes(tmp_path, kind
         text += " ".join(file.keys()) + json.dumps(file.metadata())
         assert ("lm_head.weight" in file.keys()) == untied  # noqa: SIM118
     assert "genlora" not in text.lower()
-    assert "generator" not in text
+    assert "update" not in text
     assert "base_layer" not in text
 
 

@@ -447,7 +447,7 @@ def by_optimizer(model):
 
 
 def by_load(model):
-    model.load_state_dict({name: t + 0.1 if "generator" in name else t for name, t in model.state_dict().items()})
+    model.load_state_dict({name: t + 0.1 if ".update." in name else t for name, t in model.state_dict().items()})
 
 
 def by_generator_load(model):

@@ -127,7 +127,7 @@ class Watch(Callback):
         self.seen: list[tuple[bool, bool]] = []
 
     def on_train_batch_end(self, trainer, pl_module, *_):
-        has = any(p.grad is not None for n, p in pl_module.named_parameters() if "generator" in n)
+        has = any(p.grad is not None for n, p in pl_module.named_parameters() if ".update." in n)
         self.seen.append((is_generated_once(pl_module), has))
 
 
