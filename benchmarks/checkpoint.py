@@ -1,9 +1,10 @@
 """Bytes and seconds to save, verify and load an adapter, beside PEFT's LoRA of the same rank and of the same bytes.
 
-Two bases: the quickstart's SmolLM2-135M, and linears shaped like a 7B model's in bfloat16, whose memory is reserved
-and never written, so that only the adapters are real. Each figure is the median of some repetitions; the adapters'
-tensors are random. PEFT flushes nothing to the disk; ours is flushed before the time is taken. "PEFT + fsync" is PEFT
-with its files and folder flushed, too.
+Two bases: the quickstart's SmolLM2-135M (a random model of its shape where it was not fetched), and linears shaped like
+a 7B model's in bfloat16, whose memory is reserved and never written, so that only the adapters are real. Each figure is
+the median of some repetitions; the adapters' tensors are random. PEFT flushes nothing to the disk; ours is flushed
+before the time is taken. "PEFT + fsync" is PEFT with its files and folder flushed, too. A checkpoint is what Lightning
+saves with the adapter: with AdamW's state.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 
 from genlora_lightning import GenLoRAConfig, inject_adapters, load_adapter, save_adapter, verify_adapter
 from genlora_lightning.artifacts.adapter_io import adapter_bytes
+from genlora_lightning.artifacts.checkpoint import keep_adapters_only
 from genlora_lightning.injection.inject import adapter_parameters
+from genlora_lightning.storage.checkpoint_file import write_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "data/quickstart/model"
@@ -55,10 +58,15 @@ class Layers7B(nn.Module):
 
 
 def smollm2(path: Path) -> nn.Module:
-    """The quickstart's model."""
-    from transformers import AutoModelForCausalLM
+    """The quickstart's model, or a random one of its shape if it is not there."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    return AutoModelForCausalLM.from_pretrained(path)  # type: ignore[no-any-return]
+    if path.is_dir():
+        return AutoModelForCausalLM.from_pretrained(path)  # type: ignore[no-any-return]
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    config = LlamaConfig(**shape, num_attention_heads=9, num_key_value_heads=3, tie_word_embeddings=True)
+    torch.manual_seed(0)  # each call gives the same base
+    return AutoModelForCausalLM.from_config(config)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -102,6 +110,27 @@ def genlora(make: Callable[[], nn.Module], rank: int, folder: Path) -> dict[str,
         "verify": lambda: verify_adapter(folder),
         "load": lambda: load_adapter(models[1], folder),
     }
+
+
+def checkpoint(make: Callable[[], nn.Module], rank: int, file: Path) -> tuple[dict[str, int], Callable[[], Any]]:
+    """The bytes of a checkpoint of a GenLoRA adapter after a step of AdamW and of its tensors, and how it is saved."""
+    module = nn.ModuleDict({"model": make()})
+    inject_adapters(module["model"], GenLoRAConfig(rank=rank))
+    trained = [p for p in adapter_parameters(module).values() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained)
+    randomize(trained)
+    for parameter in trained:
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+
+    def save() -> None:
+        content = {"state_dict": module.state_dict(), "optimizer_states": [optimizer.state_dict()]}
+        keep_adapters_only(module, content, [optimizer])
+        write_checkpoint(content, file)
+
+    save()
+    tensors = [*adapter_parameters(module).values(), *(t for s in optimizer.state.values() for t in s.values())]
+    return {"file": file.stat().st_size, "tensors": sum(t.numel() * t.element_size() for t in tensors)}, save
 
 
 def peft(make: Callable[[], nn.Module], rank: int, folder: Path) -> dict[str, Callable[[], Any]]:
@@ -151,16 +180,19 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
             f"{'':10} saving takes {ours['save'] / same['save']:.2f} x PEFT's time for the same number of bytes "
             f"({ours['save'] / same['save_fsync']:.2f} x with PEFT's files flushed, too)"
         )
+        file, tensors = ours["checkpoint"]["file"], ours["checkpoint"]["tensors"]
+        lines.append(
+            f"{'':10} a checkpoint of the first has {file:,} bytes, {file / tensors:.2f} x those of its tensors, and "
+            f"is saved in {1e3 * ours['save_checkpoint']:.1f} ms"
+        )
     return "\n".join(lines)
 
 
 def run(model_path: Path, rank: int, repetitions: int, where: Path | None) -> dict[str, list[dict[str, Any]]]:
     """Measure both bases."""
-    bases: dict[str, Callable[[], nn.Module]] = {"7B-shaped": Layers7B}
-    if model_path.is_dir():
-        bases = {"SmolLM2": lambda: smollm2(model_path), **bases}
-    else:
-        print(f"{model_path} is not there: only the 7B-shaped base (`make quickstart` fetches the model).")
+    if not model_path.is_dir():
+        print(f"{model_path} is not there: a random model of the same shape (`make quickstart` fetches the model).")
+    bases: dict[str, Callable[[], nn.Module]] = {"SmolLM2": lambda: smollm2(model_path), "7B-shaped": Layers7B}
     results = {}
     # Not in a memory file system, where there is nothing to flush.
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-benchmark-", dir=where))
@@ -174,12 +206,14 @@ def run(model_path: Path, rank: int, repetitions: int, where: Path | None) -> di
             for of_peft in (rank, same):
                 places[f"PEFT LoRA r={of_peft}"] = folder / f"peft-{of_peft}"
                 measured[f"PEFT LoRA r={of_peft}"] = peft(make, of_peft, folder / f"peft-{of_peft}")
+            sizes, measured[f"GenLoRA r={rank}"]["save_checkpoint"] = checkpoint(make, rank, folder / "x.ckpt")
             flat = {f"{m} {what}": work for m, works in measured.items() for what, work in works.items()}
             times = median_seconds(flat, repetitions)
             rows = [
                 {"method": m, "bytes": adapter_bytes(places[m]), **{what: times[f"{m} {what}"] for what in works}}
                 for m, works in measured.items()
             ]
+            rows[0]["checkpoint"] = sizes
             results[name] = rows
     finally:
         shutil.rmtree(folder, ignore_errors=True)

@@ -4,8 +4,8 @@
 ``adapter_model.safetensors``   the tensors
 ``adapter_config.json``         format, version, the name of the base, and the adapter's configuration with its kind
 ``README.md``                   a model card, free to be edited
-``manifest.json``               SHA-256 of each tensor, of the safetensors header and of the configuration, the base's
-                                identity, the adapted linears, versions, facts of the training; and of its own text
+``manifest.json``               size and SHA-256 of the first two, the base's identity, the adapted linears, versions,
+                                facts of the training, and the SHA-256 of all that
 ==============================  ==========================================================================
 """
 
@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from genlora_lightning._version import __version__
@@ -30,7 +29,7 @@ from genlora_lightning.artifacts import format1
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.sites import adapt
 from genlora_lightning.storage.atomic import find_folder
-from genlora_lightning.storage.digests import DamagedFileError, is_sealed, sha256, tensor_digest
+from genlora_lightning.storage.digests import DamagedFileError, sha256
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -39,8 +38,10 @@ CARD_FILE = "README.md"
 FORMAT = "genlora"
 FORMAT_VERSION = 2
 
-_SHOWN = 4
-_READS = 5  # while another process replaces the folder
+_AGAIN = (
+    "It was edited, or bits of it have flipped, or it was replaced while it was read. Read it again, copy the adapter "
+    "again, or use another checkpoint."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,25 +93,58 @@ def empty_layer(shape: MatrixShape, config: AdapterConfig) -> AdaptedLayer:
     return adapt(nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta"), config)
 
 
+def manifest_bytes(values: Mapping[str, Any]) -> bytes:
+    """Write a manifest: readable JSON whose last entry, ``sha256``, is the SHA-256 of the same JSON without it."""
+    return _json({**values, "sha256": sha256(_json(values))})
+
+
 def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
     """Read an adapter folder and verify all of it.
 
+    The files are read one after another. If another process replaces the folder meanwhile, they are of two adapters,
+    which is found as damage is; a second reading then succeeds.
+
     Raises:
         FileNotFoundError: There is no such folder, or a file of it is missing.
-        DamagedFileError: A file is not what was written, or they disagree.
+        DamagedFileError: A file is not what was written.
         ValueError: The folder is of another library, or of a newer release.
     """
-    folder = Path(folder)
-    for attempt in range(_READS):
-        place = find_folder(folder)
-        before = _identity(place)
-        try:
-            return _read(place)
-        except (OSError, ValueError):
-            # A writer may have put a new folder in the place between two of the reads; then it is read again.
-            if attempt == _READS - 1 or _identity(find_folder(folder)) == before:
-                raise
-    raise AssertionError
+    place = find_folder(folder)
+    files = {CONFIG_FILE: _config_bytes(place)}
+    description = _parse_description(place / CONFIG_FILE, files[CONFIG_FILE])
+    for name in (MANIFEST_FILE, WEIGHTS_FILE):
+        path = place / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{place} is no complete adapter folder: it has no {name}, and nothing in it can be verified. Copy the "
+                "whole folder again."
+            )
+        files[name] = path.read_bytes()
+    manifest = _parse_manifest(place / MANIFEST_FILE, files[MANIFEST_FILE])
+    is_format1 = manifest["format_version"] == format1.VERSION
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        expected = manifest["files"][name]
+        if is_format1 and name == WEIGHTS_FILE:
+            unchanged = format1.is_same_file(files[name], expected["header_sha256"], manifest["tensors"])
+        else:
+            unchanged = sha256(files[name]) == expected["sha256"]
+        if not unchanged:
+            raise DamagedFileError(
+                f"{place / name} is damaged: it has another SHA-256 than when it was written ({len(files[name]):,} "
+                f"bytes, and {expected['bytes']:,} were written). {_AGAIN}"
+            )
+    tensors = safetensors.torch.load(files[WEIGHTS_FILE])
+    return StoredAdapter(
+        folder=place,
+        config=_read_config(place / CONFIG_FILE, description),
+        tensors=format1.upgraded_names(tensors) if is_format1 else tensors,
+        layers={name: MatrixShape(*shape) for name, shape in manifest["layers"].items()},
+        trained_modules=manifest["trained_modules"],
+        base=manifest["base"],
+        training=manifest["training"],
+        versions=manifest["versions"],
+        created=manifest["created"],
+    )
 
 
 def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
@@ -120,7 +154,8 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         FileNotFoundError: There is no such folder or no configuration in it.
         ValueError: The configuration cannot be read, is another library's, or comes from a newer release.
     """
-    return _parse_config(find_folder(folder) / CONFIG_FILE)[0]
+    place = find_folder(folder)
+    return _read_config(place / CONFIG_FILE, _parse_description(place / CONFIG_FILE, _config_bytes(place)))
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -133,86 +168,57 @@ def is_adapter_folder(folder: Path) -> bool:
         return False
 
 
-def _identity(folder: Path) -> tuple[int, int] | None:
-    try:
-        status = folder.stat()
-    except OSError:
-        return None
-    return status.st_dev, status.st_ino
-
-
-def _read(folder: Path) -> StoredAdapter:
-    config, config_bytes = _parse_config(folder / CONFIG_FILE)
-    manifest = _parse_manifest(folder / MANIFEST_FILE)
-    tensors = _read_weights(folder / WEIGHTS_FILE, manifest)
-    try:
-        stored = StoredAdapter(
-            folder=folder,
-            config=config,
-            tensors=tensors,
-            layers={name: MatrixShape(*shape) for name, shape in manifest["layers"].items()},
-            trained_modules=manifest["trained_modules"],
-            base=manifest["base"],
-            training=manifest["training"],
-            versions=manifest["versions"],
-            created=manifest["created"],
-        )
-        digest = manifest["files"][CONFIG_FILE]["sha256"]
-    except (KeyError, TypeError, IndexError, AttributeError) as error:
-        raise DamagedFileError(f"{folder / MANIFEST_FILE} lacks what belongs there: {error!r}.") from error
-    _check_config(stored)
-    if sha256(config_bytes) != digest:
-        raise DamagedFileError(
-            f"{folder / CONFIG_FILE} is not the one that was written with the weights (its SHA-256 differs): it was "
-            "edited, or bits of it have flipped. Copy the adapter again, or use another checkpoint."
-        )
-    return stored
-
-
-def _parse_config(path: Path) -> tuple[AdapterConfig, bytes]:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"There is no adapter folder {path.parent}.")
+def _config_bytes(folder: Path) -> bytes:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no adapter folder {folder}.")
+    path = folder / CONFIG_FILE
     if not path.is_file():
-        held = ", ".join(sorted(p.name for p in path.parent.iterdir())[:5]) or "nothing"
-        raise FileNotFoundError(f"{path.parent} is no adapter folder: it has no {CONFIG_FILE} (it holds {held}).")
-    data = path.read_bytes()
+        held = ", ".join(sorted(p.name for p in folder.iterdir())[:5]) or "nothing"
+        raise FileNotFoundError(f"{folder} is no adapter folder: it has no {CONFIG_FILE} (it holds {held}).")
+    return path.read_bytes()
+
+
+def _parse_description(path: Path, data: bytes) -> dict[str, Any]:
     description = _parse_json(path, data)
     if description.get("format") != FORMAT:
         peft_type = description.get("peft_type")
         hint = f" It is a PEFT adapter of type {peft_type}." if peft_type else ""
         raise ValueError(f"{path} does not describe an adapter of this library.{hint}")
     _check_version(path, description)
+    return description
+
+
+def _read_config(path: Path, description: Mapping[str, Any]) -> AdapterConfig:
     try:
         config = description["config"]
         if description["format_version"] == format1.VERSION:
             config = format1.upgraded_config(config)
-        return read_config(config), data
+        return read_config(config)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path} holds no valid configuration: {error}") from error
 
 
-def _parse_manifest(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path.parent} is no complete adapter folder: it has no {path.name}, without which nothing in it can be "
-            "verified. Copy the whole folder again."
-        )
-    data = path.read_bytes()
+def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
     manifest = _parse_json(path, data)
     _check_version(path, manifest)
-    if not is_sealed(data):
-        raise DamagedFileError(
-            f"{path} is damaged: its own SHA-256 differs. It was edited, or bits of it have flipped. Copy the adapter "
-            "again, or use another checkpoint."
-        )
+    if manifest["format_version"] == format1.VERSION:
+        unchanged = format1.is_unchanged(data)
+    else:  # each byte of it follows from the values
+        unchanged = manifest_bytes({name: value for name, value in manifest.items() if name != "sha256"}) == data
+    if not unchanged:
+        raise DamagedFileError(f"{path} is damaged: it has another SHA-256 than when it was written. {_AGAIN}")
     return manifest
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(values, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         values = json.loads(data.decode("utf-8"))
     except ValueError as error:
-        raise DamagedFileError(f"{path} ({len(data):,} bytes) is damaged or incomplete: {error}.") from error
+        raise DamagedFileError(f"{path} ({len(data):,} bytes) is damaged or incomplete: {error}. {_AGAIN}") from error
     return values if isinstance(values, dict) else {}
 
 
@@ -224,67 +230,3 @@ def _check_version(path: Path, values: Mapping[str, Any]) -> None:
             f"{format1.VERSION} and {FORMAT_VERSION}. "
             "It was probably written by a newer release: update genlora-lightning."
         )
-
-
-def _read_weights(path: Path, manifest: Mapping[str, Any]) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path.parent} is no complete adapter folder: it has no {path.name}.")
-    data = path.read_bytes()
-    again = "Copy the adapter again, or use another checkpoint."
-    try:
-        expected = manifest["files"][WEIGHTS_FILE]
-        size, header, digests = expected["bytes"], expected["header_sha256"], manifest["tensors"]
-    except (KeyError, TypeError) as error:
-        raise DamagedFileError(f"{path.parent / MANIFEST_FILE} lacks what belongs there: {error!r}.") from error
-    if len(data) != size:
-        raise DamagedFileError(
-            f"{path} is damaged or incomplete: it has {len(data):,} bytes, and {size:,} were written. {again}"
-        )
-    start = 8 + int.from_bytes(data[:8], "little")
-    if sha256(data[:start]) != header:
-        raise DamagedFileError(f"{path} is damaged: the SHA-256 of its header differs. {again}")
-    try:
-        tensors = safetensors.torch.load(data)
-    except SafetensorError as error:
-        raise DamagedFileError(f"{path} ({size:,} bytes) is damaged or incomplete: {error}. {again}") from error
-    broken = [name for name in tensors if digests.get(name) != tensor_digest(tensors[name])]
-    broken += [name for name in digests if name not in tensors]
-    if broken:
-        raise DamagedFileError(
-            f"{path} is damaged: {_some(broken, len(digests), 'tensors')} have another SHA-256 than when they were "
-            f"written. {again}"
-        )
-    return format1.upgraded_names(tensors) if manifest["format_version"] == format1.VERSION else tensors
-
-
-def _check_config(stored: StoredAdapter) -> None:
-    """Compare the shapes that the configuration asks for with those of the tensors."""
-    shapes: dict[MatrixShape, dict[str, tuple[int, ...]]] = {}
-    needed: dict[str, tuple[int, ...]] = {}
-    problem = None
-    for layer, shape in stored.layers.items():
-        if shape not in shapes:
-            try:
-                own = empty_layer(shape, stored.config).adapter_parameters()
-            except ValueError as error:
-                problem = f"{layer}: {error}"
-                break
-            shapes[shape] = {name: tuple(parameter.shape) for name, parameter in own.items()}
-        needed |= {f"{layer}.{name}": value for name, value in shapes[shape].items()}
-    of_modules = {name for names in stored.trained_modules.values() for name in names}
-    wrong = [
-        f"{name} is {tuple(stored.tensors[name].shape) if name in stored.tensors else 'not there'}, not {shape}"
-        for name, shape in needed.items()
-        if name not in stored.tensors or tuple(stored.tensors[name].shape) != shape
-    ]
-    wrong += [f"{name} has no place" for name in stored.tensors if name not in needed and name not in of_modules]
-    if problem or wrong:
-        raise DamagedFileError(
-            f"{stored.folder / CONFIG_FILE} disagrees with the tensors: {problem or _some(wrong, len(needed), '')}. It "
-            "was edited, or the files are of two adapters."
-        )
-
-
-def _some(items: list[str], total: int, what: str) -> str:
-    shown = ", ".join(items[:_SHOWN]) + (", …" if len(items) > _SHOWN else "")
-    return f"{len(items)} of {total} {what} ({shown})".replace("  ", " ")

@@ -15,6 +15,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ from genlora_lightning.artifacts.adapter_folder import (
     WEIGHTS_FILE,
     StoredAdapter,
     is_adapter_folder,
+    manifest_bytes,
     read_adapter,
 )
 from genlora_lightning.artifacts.model_card import model_card
@@ -39,8 +41,7 @@ from genlora_lightning.injection.report import CoverageReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
 from genlora_lightning.storage.atomic import atomic_folder
-from genlora_lightning.storage.digests import dtype_name, seal_json, sha256
-from genlora_lightning.storage.tensor_file import write_tensors
+from genlora_lightning.storage.digests import dtype_name, sha256
 
 BaseCheck = Literal["error", "warn", "off"]
 _OWN_FILES = {WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE}
@@ -118,7 +119,8 @@ def write_adapter(
 ) -> Path:
     """Write an adapter folder; see :func:`save_adapter`."""
     folder = Path(folder)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in content.state.items()}
+    # Copies: the file's format refuses tensors that share memory, such as tied weights that are trained in full.
+    state = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in content.state.items()}
     broken = _not_finite(state)
     if broken:
         raise ValueError(
@@ -130,11 +132,10 @@ def write_adapter(
             f"{folder} exists and is not an adapter folder (it holds no {CONFIG_FILE} of ours); it is left as it is. "
             "Give another folder, or remove this one."
         )
-    facts = dict(training or {})
     try:
-        json.dumps(facts, allow_nan=False)
+        facts = json.loads(json.dumps(dict(training or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`training` must hold JSON values, got {facts!r}: {error}.") from error
+        raise ValueError(f"`training` must hold JSON values, got {training!r}: {error}.") from error
     try:
         with atomic_folder(folder) as staging:
             _write(staging, content, state, facts)
@@ -218,7 +219,6 @@ def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _write(staging: Path, content: AdapterContent, state: dict[str, Tensor], training: dict[str, Any]) -> None:
-    weights = write_tensors(staging / WEIGHTS_FILE, state)
     base, config = content.base, content.config
     description = {
         "format": FORMAT,
@@ -226,8 +226,12 @@ def _write(staging: Path, content: AdapterContent, state: dict[str, Tensor], tra
         "base_model": base["name"],
         "config": config.to_dict(),
     }
-    text = (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode()
-    (staging / CONFIG_FILE).write_bytes(text)
+    files = {
+        CONFIG_FILE: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(),
+        WEIGHTS_FILE: safetensors.torch.save(state, {"format": "pt"}),
+    }
+    for name, data in files.items():
+        (staging / name).write_bytes(data)
     versions = library_versions()
     card = model_card(
         config=config,
@@ -248,13 +252,9 @@ def _write(staging: Path, content: AdapterContent, state: dict[str, Tensor], tra
         "base": base,
         "layers": content.layers,
         "trained_modules": content.trained_modules,
-        "files": {
-            CONFIG_FILE: {"bytes": len(text), "sha256": sha256(text)},
-            WEIGHTS_FILE: {"bytes": weights.num_bytes, "header_sha256": weights.header_sha256},
-        },
-        "tensors": weights.digests,
+        "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()},
     }
-    (staging / MANIFEST_FILE).write_bytes(seal_json(manifest))
+    (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
 
 
 def _keep_other_files(folder: Path, staging: Path) -> None:

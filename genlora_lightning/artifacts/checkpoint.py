@@ -90,9 +90,7 @@ def keep_adapters_only(module: nn.Module, checkpoint: dict[str, Any], optimizers
     }
     if "optimizer_states" in checkpoint:
         states = zip(checkpoint["optimizer_states"], optimizers, strict=True)
-        checkpoint["optimizer_states"] = [
-            _in_columns(_named_state(module, state, optimizer), checkpoint["state_dict"]) for state, optimizer in states
-        ]
+        checkpoint["optimizer_states"] = [_named_state(module, state, optimizer) for state, optimizer in states]
     for name in _HYPERPARAMETERS:
         if name in checkpoint:
             checkpoint[name] = _plain_hyperparameters(checkpoint[name], name)
@@ -216,51 +214,14 @@ def _named_state(module: nn.Module, state: dict[str, Any], optimizer: Optimizer)
     }
 
 
-def _in_columns(named: dict[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, Any]:
-    """A named state with one flat tensor for each quantity, such as Adam's ``exp_avg``, of all parameters.
-
-    A tensor takes about 100 bytes of bookkeeping in a file, as much as the contents of many an adapter tensor; Adam has
-    three for each parameter. ``names`` is the order in the columns. What does not fit into one stays under ``state``.
-    """
-    rows: dict[str, dict[str, Any]] = named["state"]
-    names = list(rows)
-    columns: dict[str, dict[str, Any]] = {}
-    for key in rows[names[0]] if names else ():
-        values: list[Any] = [row.get(key) for row in rows.values()]
-        if not all(type(value) is Tensor and value.dtype == values[0].dtype for value in values):
-            continue
-        scalar = all(value.ndim == 0 for value in values)
-        if scalar or all(value.shape == parameters[name].shape for value, name in zip(values, names, strict=True)):
-            flat = torch.cat([value.detach().to("cpu").reshape(-1) for value in values])
-            columns[key] = {"values": flat, "scalar": scalar}
-    rest = {name: {k: v for k, v in row.items() if k not in columns} for name, row in rows.items()}
-    return {**named, "names": names, "columns": columns, "state": {name: row for name, row in rest.items() if row}}
-
-
-def optimizer_state_by_name(stored: Mapping[str, Any], parameters: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """The state that a checkpoint holds for an optimizer, by the names of the parameters.
-
-    Args:
-        stored: One of the checkpoint's ``optimizer_states``.
-        parameters: The parameters by name, or the checkpoint's ``state_dict``; only the shapes are used.
-    """
-    state = {name: dict(stored["state"].get(name, {})) for name in stored["names"]}
-    for key, column in stored["columns"].items():
-        sizes = [1 if column["scalar"] else parameters[name].numel() for name in state]
-        for name, part in zip(state, torch.split(column["values"], sizes), strict=True):
-            state[name][key] = part.reshape(() if column["scalar"] else parameters[name].shape).clone()
-    return state
-
-
 def numbered_state(module: nn.Module, stored: dict[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """A stored state with names as the state dict, with numbers, that an optimizer loads; groups may be in any order.
 
     Raises:
         ValueError: The optimizer has other parameters than the stored one, or groups them in another way.
     """
-    if "names" not in stored:
+    if not all(isinstance(name, str) for group in stored["param_groups"] for name in group["params"]):
         return stored  # Lightning's own, written by a run without the callback's hooks
-    by_name = optimizer_state_by_name(stored, whole_like(module))
     names = _names(module)
     present = [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
     group_of = {name: index for index, group in enumerate(stored["param_groups"]) for name in group["params"]}
@@ -289,11 +250,11 @@ def numbered_state(module: nn.Module, stored: dict[str, Any], optimizer: Optimiz
             chosen["param_names"] = group["param_names"]
         groups.append({**chosen, "params": list(range(number, number + len(members)))})
         for name in members:
-            if name in by_name:
-                state[number] = by_name[name]
+            if name in stored["state"]:
+                # Copies, because all tensors of the file are views into one block.
+                state[number] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in stored["state"][name].items()}
             number += 1
-    kept = {key: value for key, value in stored.items() if key not in ("names", "columns")}
-    return {**kept, "state": state, "param_groups": groups}
+    return {**stored, "state": state, "param_groups": groups}
 
 
 def _some(names: Iterable[str]) -> str:

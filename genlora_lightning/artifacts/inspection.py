@@ -29,7 +29,7 @@ class VerificationReport:
 
     Args:
         folder: Where the adapter lies.
-        num_tensors: Tensors whose SHA-256 was compared.
+        num_tensors: Tensors in the verified file.
         num_bytes: Size of the folder's files.
         base: The base it was trained on, in words.
         versions: Of Python and the libraries that wrote it.

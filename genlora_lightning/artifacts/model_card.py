@@ -68,7 +68,7 @@ def model_card(
             *(_table({**facts, **metrics}) if facts or metrics else ["Nothing was recorded."]),
             "",
             f"Written with {', '.join(f'{library} {version}' for library, version in versions.items())}. "
-            "`manifest.json` holds these facts, too, and a SHA-256 of each tensor.",
+            "`manifest.json` holds these facts, too, and the SHA-256 of each file.",
             "",
         ]
     )

@@ -41,7 +41,9 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -
     Raises:
         OSError: It cannot be written, for example because the disk is full; then nothing is left behind.
     """
-    content = memoryview(serialize(checkpoint))
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    content = buffer.getbuffer()
     digest = sha256(content).encode()
     try:
         with atomic_file(path) as file:
@@ -54,21 +56,6 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -
             "was left behind, and an older file of that name is as it was. Check that there is space and that the "
             "folder is writable",
         ) from error
-
-
-def serialize(checkpoint: dict[str, Any]) -> bytes:
-    """A checkpoint as ``torch.save`` writes it, with the description of its tensors compressed.
-
-    ``torch.load`` reads it as any other. The names and places of many small tensors take as much space as their values;
-    compressed, they take a tenth of that. The values are stored as they are.
-    """
-    buffer, result = io.BytesIO(), io.BytesIO()
-    torch.save(checkpoint, buffer)
-    with zipfile.ZipFile(buffer) as source, zipfile.ZipFile(result, "w", zipfile.ZIP_STORED) as target:
-        for entry in source.infolist():
-            kind = zipfile.ZIP_DEFLATED if entry.filename.endswith("/data.pkl") else zipfile.ZIP_STORED
-            target.writestr(entry.filename, source.read(entry), compress_type=kind)
-    return result.getvalue()
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None) -> Any:

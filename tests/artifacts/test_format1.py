@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 import shutil
 
 import pytest
@@ -13,6 +14,7 @@ from genlora_lightning.artifacts.adapter_folder import read_adapter
 from genlora_lightning.artifacts.format1 import upgraded_names
 from genlora_lightning.artifacts.inspection import describe_adapter, verify_adapter
 from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.storage.digests import DamagedFileError
 from tests.fixtures.format1 import FOLDER, Module
 from tests.plain import trainer
 
@@ -48,13 +50,27 @@ def test_folder_of_format_1_is_verified_and_described():
     ]
 
 
-def test_damaged_folder_of_format_1_is_refused(tmp_path):
-    folder = shutil.copytree(FOLDER / "adapter", tmp_path / "adapter")
-    data = bytearray((folder / "adapter_model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (folder / "adapter_model.safetensors").write_bytes(data)
-    with pytest.raises(ValueError, match="is damaged"):
-        load_adapter(Module(), folder)
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json", "manifest.json"])
+def test_every_flipped_bit_in_a_folder_of_format_1_is_found(tmp_path, name):
+    path = shutil.copytree(FOLDER / "adapter", tmp_path / "adapter") / name
+    data = path.read_bytes()
+    generator = random.Random(0)
+    for bit in [0, 8 * len(data) - 1, *(generator.randrange(8 * len(data)) for _ in range(50))]:
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"adapter_|manifest"):
+            read_adapter(path.parent)
+    path.write_bytes(data)
+    read_adapter(path.parent)
+
+
+@pytest.mark.parametrize("length", [0, 5, 500, -1])
+def test_truncated_weights_of_format_1_are_refused(tmp_path, length):
+    path = shutil.copytree(FOLDER / "adapter", tmp_path / "adapter") / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(DamagedFileError, match=r"safetensors is damaged: .* bytes, and 1,940 were written"):
+        load_adapter(Module(), path.parent)
 
 
 def test_checkpoint_of_format_1_is_loaded_and_described():

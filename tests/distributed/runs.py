@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from safetensors.torch import load_file
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -156,8 +157,8 @@ def causal_lm(folder: Path) -> CausalLMModule:
 
 
 def tensors_of(folder: Path) -> dict[str, Any]:
-    """The manifest of an adapter folder without what differs from run to run."""
+    """What an adapter folder holds, without what differs from run to run."""
     manifest = json.loads((folder / "manifest.json").read_text())
     return {name: manifest[name] for name in ("base", "layers", "trained_modules")} | {
-        "names": set(manifest["tensors"])
+        "names": set(load_file(folder / "adapter_model.safetensors"))
     }
