@@ -19,6 +19,7 @@ ROOT = PACKAGE.parent
 # Each package (or module beside them) may import itself and those before it.
 ORDER = [
     "_version",
+    "errors",
     "overrides",
     "fields",
     "text",

@@ -1,4 +1,4 @@
-"""Adapter folders as files: what is in them, and the proof that it is what was written. No model is needed.
+"""Read an adapter folder and prove that each file is what was written; no model is needed.
 
 ==============================  ==========================================================================
 ``adapter_model.safetensors``   the tensors
@@ -26,10 +26,11 @@ from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts import format1
+from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.sites import adapt
 from genlora_lightning.storage.atomic import find_folder
-from genlora_lightning.storage.digests import DamagedFileError, sha256
+from genlora_lightning.storage.digests import sha256
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

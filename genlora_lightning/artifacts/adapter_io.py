@@ -1,4 +1,4 @@
-"""Adapter folders: saved atomically, and loaded with every tensor, and the base, accounted for."""
+"""Save and load adapter folders, atomically, with every tensor and the base accounted for."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ from genlora_lightning.artifacts.adapter_folder import (
     read_adapter,
 )
 from genlora_lightning.artifacts.model_card import model_card
-from genlora_lightning.backbone.identity import WrongBaseError, base_identity, compare_bases, describe_base
+from genlora_lightning.backbone.identity import base_identity, compare_bases, describe_base
+from genlora_lightning.errors import WrongBaseError
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers, check_configuration, inject_adapters
 from genlora_lightning.injection.report import CoverageReport

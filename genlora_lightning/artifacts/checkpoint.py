@@ -1,4 +1,4 @@
-"""What a checkpoint holds: the adapters and what else is trained, optimizer state by name, and only plain values."""
+"""Reduce a checkpoint to what is trained, with optimizer state by name and plain values; check one that is loaded."""
 
 from __future__ import annotations
 

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts.adapter_io import adapter_content, load_adapter, write_adapter
 from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoint, checkpoint_state, describe, upgrade
+from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import check_adapter_state, load_adapter_state
 from genlora_lightning.layers.sharing import forget_factors
 from genlora_lightning.storage import checkpoint_file
-from genlora_lightning.storage.digests import DamagedFileError
 
 M = TypeVar("M", bound=nn.Module)
 

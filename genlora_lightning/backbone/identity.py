@@ -47,10 +47,6 @@ _FLOAT16_SUBNORMAL_ROUNDING = 2.0**-25  # the absolute one below float16's norma
 _SHOWN = 3
 
 
-class WrongBaseError(ValueError):
-    """An adapter was trained on another base than the model it is to be loaded into."""
-
-
 def base_parameters(model: nn.Module, without: Iterable[str] = ()) -> Iterator[tuple[str, Tensor]]:
     """The base's parameters by the names they have without adapters, merged weights as they were, tied ones once.
 

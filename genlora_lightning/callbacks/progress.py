@@ -1,4 +1,4 @@
-"""Shows how a run gets on: a bar on a terminal, readable lines everywhere else."""
+"""Show how a run gets on: a bar on a terminal, readable lines everywhere else."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts tokens and the time that training took, for a rate that validation does not falsify."""
+"""Count tokens and the time that training took, without validation."""
 
 from __future__ import annotations
 

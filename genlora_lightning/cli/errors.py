@@ -1,4 +1,4 @@
-"""What a user of the command line reads when something is wrong: one line that says what, and not a traceback."""
+"""Turn an error into the one line that a user of the command line reads."""
 
 from __future__ import annotations
 

@@ -186,7 +186,7 @@ def _merge(options: argparse.Namespace) -> None:
     import torch
 
     from genlora_lightning.artifacts.merged_model import save_merged
-    from genlora_lightning.injection.merging import MergeRoundingWarning
+    from genlora_lightning.errors import MergeRoundingWarning
 
     warnings.simplefilter("always", MergeRoundingWarning)
     dtype = getattr(torch, options.dtype) if options.dtype else None

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-from genlora_lightning.data._files import DataFileError, Record, checked_text, text_field
+from genlora_lightning.data._files import Record, checked_text, text_field
+from genlora_lightning.errors import DataFileError
 
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -13,14 +13,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from genlora_lightning.errors import DataFileError
+
 SUFFIXES = (".jsonl", ".csv")
-
-
-class DataFileError(ValueError):
-    """A data file holds something that cannot be used; the message is ``file:line: reason``."""
-
-    def __init__(self, where: str, reason: str) -> None:
-        super().__init__(f"{where}: {reason}")
 
 
 class Record(NamedTuple):

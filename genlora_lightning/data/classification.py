@@ -9,8 +9,9 @@ from typing import Any
 from typing_extensions import override
 
 from genlora_lightning.data._base import FileDataModule
-from genlora_lightning.data._files import DataFileError, Record, normalized, read_records, text_field
+from genlora_lightning.data._files import Record, normalized, read_records, text_field
 from genlora_lightning.data._loading import import_datasets
+from genlora_lightning.errors import DataFileError
 
 
 class TextClassificationDataModule(FileDataModule):

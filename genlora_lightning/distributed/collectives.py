@@ -14,13 +14,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from genlora_lightning.distributed.shards import is_dtensor, is_fsdp2_unit, is_sharded
+from genlora_lightning.errors import RanksDifferError
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
-
-
-class RanksDifferError(RuntimeError):
-    """The ranks hold different values of what must be equal on all of them."""
-
 
 # -- equal on all ranks -----------------------------------------------------------------------------------------------
 

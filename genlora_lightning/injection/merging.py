@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from genlora_lightning.errors import MergeRoundingWarning
 from genlora_lightning.injection.inject import require_adapters
 from genlora_lightning.injection.widening import restore_dtypes, widen
 from genlora_lightning.layers.adapted import AdaptedLayer
@@ -21,10 +22,6 @@ from genlora_lightning.text import text_table
 
 _LOST = 0.1
 _CHUNK = 1 << 20
-
-
-class MergeRoundingWarning(UserWarning):
-    """Rounding took a good part of a merged update away."""
 
 
 @dataclass(frozen=True, kw_only=True)

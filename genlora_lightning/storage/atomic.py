@@ -1,4 +1,4 @@
-"""Atomic replacement of files and folders: the old one or the new one, complete, whenever the writer is killed.
+"""Replace files and folders atomically: the old one or the new one, complete, whenever the writer is killed.
 
 What is new is written beside its destination, flushed to the disk, and put in place by one rename. A file's rename
 replaces the old file. A folder that is not empty cannot be replaced by a rename; there the two folders are *exchanged*,

@@ -1,4 +1,4 @@
-"""Checkpoint files: torch's own format, written atomically, with a SHA-256 of the file at its end.
+"""Write and verify checkpoint files: torch's own format, with a SHA-256 of the file at its end.
 
 ``torch.load`` reads the zip archives that ``torch.save`` writes without comparing their checksums: a flipped bit in a
 weight loads silently. The digest stands in the archive's comment, which every reader of the format skips, so that other
@@ -19,8 +19,9 @@ from typing import Any, BinaryIO, Literal
 
 import torch
 
+from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.storage.atomic import atomic_file
-from genlora_lightning.storage.digests import DamagedFileError, sha256
+from genlora_lightning.storage.digests import sha256
 
 _MARK = b"genlora-sha256:"
 _COMMENT_LENGTH = len(_MARK) + 64

@@ -7,10 +7,6 @@ import hashlib
 import torch
 
 
-class DamagedFileError(ValueError):
-    """A file is not what was written: truncated, changed, or bits of it have flipped."""
-
-
 def sha256(data: bytes | memoryview) -> str:
     """SHA-256 of some bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()

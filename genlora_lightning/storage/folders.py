@@ -1,4 +1,4 @@
-"""Folders that are written all or nothing, and never over what is not ours."""
+"""Write folders all or nothing, and never over what is not ours."""
 
 from __future__ import annotations
 

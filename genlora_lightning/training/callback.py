@@ -23,6 +23,7 @@ from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoin
 from genlora_lightning.backbone.low_memory import weight_source
 from genlora_lightning.callbacks.reading import ReadingTimes
 from genlora_lightning.distributed.shards import whole_like
+from genlora_lightning.errors import NonFiniteGradientError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.report import CoverageReport
 from genlora_lightning.layers.sharing import cached_factors
@@ -49,10 +50,6 @@ from genlora_lightning.training.strategies import check_averaging, check_strateg
 from genlora_lightning.training.sync import AdapterSharding, Ranks, describe_timeout
 
 _OVERRIDDEN = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start", STRICT_LOADING)
-
-
-class NonFiniteGradientError(RuntimeError):
-    """A gradient is NaN or infinite; the step was not made, so the weights are the last good ones."""
 
 
 class GenLoRAFinetuning(Callback):

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from genlora_lightning.artifacts.loading import read_checkpoint
-from genlora_lightning.storage.digests import DamagedFileError
+from genlora_lightning.errors import DamagedFileError
 
 _NEEDED = ("optimizer_states", "loops")
 

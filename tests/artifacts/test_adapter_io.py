@@ -22,11 +22,11 @@ from genlora_lightning import (
 )
 from genlora_lightning.artifacts import adapter_folder, adapter_io
 from genlora_lightning.artifacts.adapter_folder import manifest_bytes, read_adapter, read_adapter_config
-from genlora_lightning.backbone.identity import WrongBaseError
+from genlora_lightning.errors import DamagedFileError, WrongBaseError
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
 from genlora_lightning.storage import atomic
 from genlora_lightning.storage.atomic import find_folder
-from genlora_lightning.storage.digests import DamagedFileError, sha256
+from genlora_lightning.storage.digests import sha256
 from tests.conftest import perturb, small_config
 from tests.killing import kill_after, kill_before_step
 from tests.models import tiny_gpt2, tiny_llama

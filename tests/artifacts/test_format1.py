@@ -13,8 +13,8 @@ from genlora_lightning import GenLoRAFinetuning, load_adapter, load_module, save
 from genlora_lightning.artifacts.adapter_folder import read_adapter
 from genlora_lightning.artifacts.format1 import upgraded_names
 from genlora_lightning.artifacts.inspection import describe_adapter, verify_adapter
+from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.injection.inject import adapter_layers
-from genlora_lightning.storage.digests import DamagedFileError
 from tests.fixtures.format1 import FOLDER, Module
 from tests.plain import trainer
 

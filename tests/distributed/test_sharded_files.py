@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from genlora_lightning import GenLoRAFinetuning, inject_adapters, load_adapter
-from genlora_lightning.distributed.collectives import RanksDifferError
+from genlora_lightning.errors import RanksDifferError
 from genlora_lightning.injection.state import adapter_state_dict
 from tests.conftest import small_config
 from tests.distributed.runs import POLICIES, SHARDED, Halves, PlainLlama, SaveAt, fit, llama_loader, strategy

@@ -18,9 +18,9 @@ from genlora_lightning import (
     save_merged,
     unmerge_adapters,
 )
+from genlora_lightning.errors import MergeRoundingWarning
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers
-from genlora_lightning.injection.merging import MergeRoundingWarning
 from tests.conftest import perturb, small_config
 from tests.interop.test_lora_export import MODELS, adapted, logits
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
@@ -37,7 +37,7 @@ def slow_drift(weight: torch.Tensor, delta: torch.Tensor, merged: torch.Tensor) 
 
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.filterwarnings("ignore::genlora_lightning.injection.merging.MergeRoundingWarning")
+@pytest.mark.filterwarnings("ignore::genlora_lightning.errors.MergeRoundingWarning")
 def test_reported_drift_equals_a_slow_computation(kind, dtype, monkeypatch):
     monkeypatch.setattr("genlora_lightning.injection.merging._CHUNK", 40)  # parts of two or three rows
     model = adapted(kind).to(dtype)

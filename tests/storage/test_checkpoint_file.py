@@ -7,9 +7,9 @@ import random
 import pytest
 import torch
 
+from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.storage import atomic
 from genlora_lightning.storage.checkpoint_file import read_checkpoint, verify_checkpoint, write_checkpoint
-from genlora_lightning.storage.digests import DamagedFileError
 from tests.artifacts.test_adapter_io import flip
 from tests.killing import kill_after, kill_before_step
 

@@ -12,10 +12,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
 from genlora_lightning import GenLoRAFinetuning, inject_adapters, load_adapter
+from genlora_lightning.errors import NonFiniteGradientError
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.injection.state import adapter_state_dict
 from genlora_lightning.training import callback
-from genlora_lightning.training.callback import NonFiniteGradientError
 from tests.conftest import small_config
 from tests.plain import PlainEncoder, PlainMLP, encoder_loader, mlp_loader, trainer
 

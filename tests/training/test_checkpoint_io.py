@@ -8,8 +8,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import AsyncCheckpointIO, TorchCheckpointIO
 
 from genlora_lightning import GenLoRAFinetuning
+from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.storage.checkpoint_file import verify_checkpoint
-from genlora_lightning.storage.digests import DamagedFileError
 from genlora_lightning.training.checkpoint_io import AtomicCheckpointIO
 from tests.artifacts.test_adapter_io import flip
 from tests.conftest import small_config

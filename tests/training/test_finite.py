@@ -10,9 +10,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from genlora_lightning import GenLoRAFinetuning, load_adapter
+from genlora_lightning.errors import NonFiniteGradientError
 from genlora_lightning.injection.state import adapter_state_dict
 from genlora_lightning.training import finite
-from genlora_lightning.training.callback import NonFiniteGradientError
 from genlora_lightning.training.finite import FiniteWatch, leaves_out_steps
 from tests.conftest import small_config
 from tests.plain import PlainMLP, mlp_loader, trainer
