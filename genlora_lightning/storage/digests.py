@@ -1,4 +1,4 @@
-"""Digests: SHA-256 of what is stored, and the error for files that have another one."""
+"""Compute SHA-256 digests, and name dtypes as files do."""
 
 from __future__ import annotations
 
