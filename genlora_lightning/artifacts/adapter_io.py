@@ -38,7 +38,7 @@ from genlora_lightning.backbone.identity import base_identity, compare_bases, de
 from genlora_lightning.errors import WrongBaseError
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers, check_configuration, inject_adapters
-from genlora_lightning.injection.report import CoverageReport
+from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
 from genlora_lightning.storage.atomic import atomic_folder
@@ -49,7 +49,7 @@ _OWN_FILES = {WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE}
 
 
 @dataclass
-class AdapterContent:
+class AdapterRecord:
     """What an adapter folder says of a model, taken from it before or after its tensors are spread over processes.
 
     Attributes:
@@ -69,7 +69,7 @@ class AdapterContent:
     base_is_transformers: bool
 
 
-def adapter_content(model: nn.Module) -> AdapterContent:
+def adapter_record(model: nn.Module) -> AdapterRecord:
     """What :func:`save_adapter` saves of a model; the tensors are the model's own, not copies.
 
     Raises:
@@ -77,7 +77,7 @@ def adapter_content(model: nn.Module) -> AdapterContent:
     """
     state = adapter_state_dict(model)
     layers = adapter_layers(model)
-    return AdapterContent(
+    return AdapterRecord(
         state=state,
         config=next(iter(layers.values())).config,
         base=base_identity(model),
@@ -112,11 +112,11 @@ def save_adapter(
         FileExistsError: ``folder`` exists and is no adapter folder; nothing of yours is overwritten.
         OSError: It cannot be written, for example because the disk is full; then nothing is left behind.
     """
-    return write_adapter(adapter_content(model), folder, training=training)
+    return write_adapter(adapter_record(model), folder, training=training)
 
 
 def write_adapter(
-    content: AdapterContent, folder: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None
+    content: AdapterRecord, folder: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None
 ) -> Path:
     """Write an adapter folder; see :func:`save_adapter`."""
     folder = Path(folder)
@@ -152,7 +152,7 @@ def write_adapter(
 
 def load_adapter(
     model: nn.Module, folder: str | os.PathLike[str], *, base_check: BaseCheck = "error"
-) -> CoverageReport:
+) -> InjectionReport:
     """Load an adapter folder into its base model, in place; adapters are injected if the model has none yet.
 
     All of it is proved before a weight is touched: digests of the files, that the model is the base the adapter was
@@ -219,7 +219,7 @@ def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
     return [name for name, value in zip(floating, largest, strict=True) if not math.isfinite(value)]
 
 
-def _write(staging: Path, content: AdapterContent, state: dict[str, Tensor], training: dict[str, Any]) -> None:
+def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], training: dict[str, Any]) -> None:
     base, config = content.base, content.config
     description = {
         "format": FORMAT,

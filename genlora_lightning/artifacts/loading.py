@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning.adapters.kinds import read_config
-from genlora_lightning.artifacts.adapter_io import adapter_content, load_adapter, write_adapter
+from genlora_lightning.artifacts.adapter_io import adapter_record, load_adapter, write_adapter
 from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoint, checkpoint_state, describe, upgrade
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
@@ -153,7 +153,7 @@ def convert_checkpoint(
     stored: dict[str, Tensor] = content["state_dict"]
     with restored_after_error(base_model):
         inject_adapters(base_model, read_config(described["config"]))
-        adapter = adapter_content(base_model)
+        adapter = adapter_record(base_model)
         expected = adapter.state
         first = next(iter(expected))
         prefixes = [name[: -len(first)] for name in stored if name.endswith(first)]

@@ -150,7 +150,7 @@ def transformer_blocks(module: nn.Module) -> list[nn.Module]:
     return found
 
 
-def shard_with_fsdp2(module: nn.Module, root: nn.Module, mesh: Any, *, adapters_inside: bool) -> None:
+def shard_with_fsdp2(module: nn.Module, root: nn.Module, mesh: Any, *, shards_adapters: bool) -> None:
     """Apply ``fully_shard`` to each block and to the modules around them.
 
     The module itself is none of the units: Lightning calls its ``training_step`` and not its ``forward``.
@@ -159,14 +159,14 @@ def shard_with_fsdp2(module: nn.Module, root: nn.Module, mesh: Any, *, adapters_
         module: The LightningModule with the adapters.
         root: Its part that the adapters were put into.
         mesh: The data-parallel device mesh.
-        adapters_inside: Whether what is trained is sharded, too; otherwise it stays as it is, whole on every rank.
+        shards_adapters: Whether what is trained is sharded, too; otherwise it stays as it is, whole on every rank.
 
     Raises:
         ValueError: What is trained is to be sharded, and some of it is in none of the units.
     """
     from torch.distributed.fsdp import fully_shard
 
-    trained = set() if adapters_inside else set(trained_parameters(module))
+    trained = set() if shards_adapters else set(trained_parameters(module))
     around = [unit for unit in (root, *outer_modules(module)) if unit is not module]
     for unit in (*transformer_blocks(module), *around):
         if is_fsdp2_unit(unit):
@@ -175,7 +175,7 @@ def shard_with_fsdp2(module: nn.Module, root: nn.Module, mesh: Any, *, adapters_
         if left or any(is_fsdp2_unit(part) for part in unit.modules()):
             fully_shard(unit, mesh=mesh, ignored_params=trained & set(unit.parameters()))
     left_over = [name for name, p in module.named_parameters() if p.requires_grad and not is_dtensor(p)]
-    if adapters_inside and left_over:
+    if shards_adapters and left_over:
         raise ValueError(
             f'`adapter_sharding="shard"` shards what lies in modules, and {type(module).__name__} has trainable '
             f"parameters of its own, {left_over[0]} among them, whose gradients nobody would average: set "

@@ -95,7 +95,7 @@ def local_part(tensor: Tensor) -> Tensor:
     return cast("Any", tensor).to_local() if is_dtensor(tensor) else tensor
 
 
-def mark_pieces(parameters: Iterable[nn.Parameter], shapes: Iterable[torch.Size]) -> None:
+def mark_shards(parameters: Iterable[nn.Parameter], shapes: Iterable[torch.Size]) -> None:
     """Tell FSDP1's original parameters, after the wrapping, which pieces they are; collective.
 
     Args:

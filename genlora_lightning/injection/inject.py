@@ -14,7 +14,7 @@ from genlora_lightning.adapters.base import adapter_modules
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.low_rank import RankKind, effective_rank
 from genlora_lightning.injection.full_training import stop_training_in_full, train_in_full, trained_modules
-from genlora_lightning.injection.report import CoverageReport, CoverageRow
+from genlora_lightning.injection.report import InjectionReport, InjectionRow
 from genlora_lightning.injection.targets import match_modules, select_targets
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
 from genlora_lightning.layers.adapted import AdaptedLayer
@@ -93,7 +93,7 @@ def effective_ranks(model: nn.Module, kind: RankKind = "entropy") -> dict[str, f
 
 def inject_adapters(
     model: nn.Module, config: AdapterConfig, *, generator: torch.Generator | None = None
-) -> CoverageReport:
+) -> InjectionReport:
     """Freeze a model and put an adapter on each linear that the configuration names, in place.
 
     Nothing is changed if an error is raised. A second call with an equal configuration changes nothing and reports
@@ -242,9 +242,9 @@ def _disable_fast_paths(model: nn.Module) -> None:
             put_on(module, **off)
 
 
-def _report(model: nn.Module, skipped: dict[str, str]) -> CoverageReport:
+def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
     adapted = tuple(
-        CoverageRow(
+        InjectionRow(
             module=name,
             kind=type(layer.base_layer).__name__,
             shape=f"({layer.out_features}, {layer.in_features})",
@@ -254,7 +254,7 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> CoverageReport:
         for name, layer in adapter_layers(model).items()
     )
     trained = tuple(
-        CoverageRow(
+        InjectionRow(
             module=name,
             kind=type(module).__name__,
             shape="trained in full",
@@ -263,7 +263,7 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> CoverageReport:
         )
         for name, module in trained_modules(model).items()
     )
-    return CoverageReport(
+    return InjectionReport(
         title=adapter_config(model).title,
         adapted=adapted,
         trained=trained,

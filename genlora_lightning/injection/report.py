@@ -10,8 +10,8 @@ from genlora_lightning.text import text_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoverageRow:
-    """One line of a :class:`CoverageReport`: an adapted linear or a module trained in full."""
+class InjectionRow:
+    """One line of a :class:`InjectionReport`: an adapted linear or a module trained in full."""
 
     module: str
     kind: str
@@ -21,7 +21,7 @@ class CoverageRow:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CoverageReport:
+class InjectionReport:
     """What :func:`inject_adapters` did; ``print`` it for a table.
 
     Args:
@@ -35,8 +35,8 @@ class CoverageReport:
     """
 
     title: str
-    adapted: tuple[CoverageRow, ...]
-    trained: tuple[CoverageRow, ...]
+    adapted: tuple[InjectionRow, ...]
+    trained: tuple[InjectionRow, ...]
     skipped: dict[str, str]
     trainable_parameters: int
     total_parameters: int
@@ -68,7 +68,7 @@ class CoverageReport:
         Args:
             collapse: Put modules that differ only in numbers (the layers of a transformer) into one line.
         """
-        groups: dict[tuple[str, str, str], list[CoverageRow]] = {}
+        groups: dict[tuple[str, str, str], list[InjectionRow]] = {}
         for row in (*self.adapted, *self.trained):
             name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$|^\d+$", "*", row.module) if collapse else row.module
             groups.setdefault((name, row.kind, row.shape), []).append(row)

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from genlora_lightning.adapters.lora import LoRAConfig
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
-from genlora_lightning.injection.report import CoverageReport
+from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import load_adapter_state
 from genlora_lightning.interop.lora_files import LoRAFiles, read_lora
 
 
-def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> CoverageReport:
+def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionReport:
     """Load a LoRA adapter that PEFT wrote into its base model, in place, to use it or to train on.
 
     Nothing is lost: A and B keep every bit, and so do modules that it saves in full; ``alpha`` and ``scaling`` are

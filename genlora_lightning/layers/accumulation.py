@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from genlora_lightning.layers.factors import Held, check_current
+from genlora_lightning.layers.factors import ForStep, check_current
 from genlora_lightning.layers.sharing import BatchKey, at_once, batch_key, layers_of
 
 
@@ -78,13 +78,13 @@ def _note_step(model: nn.Module, optimizer: Optimizer) -> None:
 
 def is_generated_once(model: nn.Module) -> bool:
     """Whether forwards of a model use the same matrices at present."""
-    return any(layer.store.held is not None for layer in layers_of(model))
+    return any(layer.store.for_step is not None for layer in layers_of(model))
 
 
 def begin_generating_once(model: nn.Module) -> None:
     """From here on forwards of the model use the same matrices; the gradients of these are summed up."""
     for layer in layers_of(model):
-        layer.store.held = {}
+        layer.store.for_step = {}
 
 
 def pass_gradients(model: nn.Module) -> None:
@@ -93,9 +93,9 @@ def pass_gradients(model: nn.Module) -> None:
     Raises:
         RuntimeError: The parameters are others than those of the forwards.
     """
-    found: dict[BatchKey, list[tuple[Held, Tensor]]] = {}
+    found: dict[BatchKey, list[tuple[ForStep, Tensor]]] = {}
     for layer in layers_of(model):
-        for pair in (layer.store.held or {}).values():
+        for pair in (layer.store.for_step or {}).values():
             taken = [(one, gradient) for one in pair if (gradient := one.take()) is not None]
             if taken:
                 check_current(pair)
@@ -111,7 +111,7 @@ def pass_gradients(model: nn.Module) -> None:
 def end_generating_once(model: nn.Module) -> None:
     """Generate for each forward again; gradients that were not passed on are dropped."""
     for layer in layers_of(model):
-        for pair in (layer.store.held or {}).values():
+        for pair in (layer.store.for_step or {}).values():
             for one in pair:
                 one.end()
-        layer.store.held = None
+        layer.store.for_step = None

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from genlora_lightning.adapters.base import Factor
 from genlora_lightning.layers.adapted import AdaptedLayer
-from genlora_lightning.layers.factors import Given, ModelForward
+from genlora_lightning.layers.factors import ForForward, ModelForward
 
 # Entries of matrices that are generated at once: what the arithmetic needs in between is a few times as much. On a CPU
 # it is to stay in a core's cache, which makes generation 2.5 times as fast; elsewhere few kernels count for more.
@@ -92,16 +92,16 @@ def cached_factors(model: nn.Module) -> Iterator[None]:
         model: A model with adapters, or without, for which it does nothing.
     """
     stores = [layer.store for layer in layers_of(model)]
-    before = [store.keeps for store in stores]
+    before = [store.caches for store in stores]
     hook = register_optimizer_step_post_hook(lambda *_: forget_factors(model))
     try:
         for store in stores:
-            store.keeps = True
+            store.caches = True
         yield
     finally:
         hook.remove()
         for store, keeps in zip(stores, before, strict=True):
-            store.keeps = keeps
+            store.caches = keeps
             if not keeps:
                 store.forget()
 
@@ -121,7 +121,7 @@ def sharing_modules(model: nn.Module) -> list[nn.Module]:
 def generated(model: nn.Module) -> Iterator[list[Tensor]]:
     """Context manager that generates as a forward of the model does, without one, and gives A and B of all layers."""
     forward = _generate_for(layers_of(model))
-    found = [layer.store.given for layer in layers_of(model)]
+    found = [layer.store.for_forward for layer in layers_of(model)]
     mine = [given for given in found if given is not None and given.forward is forward]
     try:
         yield [matrix for given in mine for matrix in (given.A, given.B) if matrix is not None]
@@ -156,29 +156,29 @@ class SharedGeneration:
         forward, layers = self._forwards.pop()
         forward.runs = False
         for layer in layers:
-            given = layer.store.given
+            given = layer.store.for_forward
             if given is not None and given.forward is forward and not given.in_graph:
-                layer.store.given = None
+                layer.store.for_forward = None
 
 
 def _generate_for(layers: Iterable[AdaptedLayer]) -> ModelForward:
     forward = ModelForward()
-    wanted: dict[tuple[bool, BatchKey], list[tuple[Given, str, Factor]]] = {}
-    served: list[tuple[AdaptedLayer, tuple[Factor, Factor], Given]] = []
+    wanted: dict[tuple[bool, BatchKey], list[tuple[ForForward, str, Factor]]] = {}
+    served: list[tuple[AdaptedLayer, tuple[Factor, Factor], ForForward]] = []
     for layer in layers:
         store = layer.store
         pair = layer.pair
         # First what is soon asked: with one token at a time these questions are a good part of a forward.
-        if pair is None or not layer.is_active or store.has_kept(*pair):
+        if pair is None or not layer.is_active or store.has_cached(*pair):
             continue
         a, b = pair
         dtype = layer.wanted_dtype()
-        if dtype is None or store.kept(a, b, dtype) is not None or not (a.is_whole and b.is_whole):
+        if dtype is None or store.cached(a, b, dtype) is not None or not (a.is_whole and b.is_whole):
             continue
-        given = Given(None, None, forward)
+        given = ForForward(None, None, forward)
         served.append((layer, pair, given))
-        hold = store.held is not None and forward.has_graph
-        if hold and (held := store.held_in(dtype)) is not None:
+        hold = store.for_step is not None and forward.has_graph
+        if hold and (held := store.for_step_in(dtype)) is not None:
             given.A, given.B = (one.leaf for one in held)
             continue
         for name, factor, scale in (("A", a, 1.0), ("B", b, layer.scaling)):
@@ -189,16 +189,16 @@ def _generate_for(layers: Iterable[AdaptedLayer]) -> ModelForward:
                 _generate(key, some)
     for layer, pair, given in served:
         store = layer.store
-        store.given = given
+        store.for_forward = given
         assert given.A is not None
         assert given.B is not None
-        if store.held is not None and forward.has_graph:
-            given.A, given.B = store.hold(*pair, given.A, given.B, layer.scaling)
-        store.keep(*pair, given.A, given.B)
+        if store.for_step is not None and forward.has_graph:
+            given.A, given.B = store.keep_for_step(*pair, given.A, given.B, layer.scaling)
+        store.cache(*pair, given.A, given.B)
     return forward
 
 
-def _generate(key: BatchKey, wanted: list[tuple[Given, str, Factor]]) -> None:
+def _generate(key: BatchKey, wanted: list[tuple[ForForward, str, Factor]]) -> None:
     # Weakly: the graph, of which the matrices hold the end, would hold them, and nobody could free either.
     receivers = [(weakref.ref(given), name) for given, name, _ in wanted]
 

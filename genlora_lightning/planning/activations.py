@@ -228,7 +228,7 @@ def _attributed(model: nn.Module, counter: _Counter) -> Iterator[None]:
 
     def leave_and_watch(module: nn.Module, *_: Any) -> None:
         leave_all()
-        given = [layer.store.given for layer in adapter_layers(module).values() if layer.store.is_served]
+        given = [layer.store.for_forward for layer in adapter_layers(module).values() if layer.store.is_served]
         nodes = {matrix.grad_fn for one in given if one for matrix in (one.A, one.B) if matrix is not None}
         for node in nodes:
             if node is not None:

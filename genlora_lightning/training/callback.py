@@ -25,7 +25,7 @@ from genlora_lightning.callbacks.reading import ReadingTimes
 from genlora_lightning.distributed.shards import whole_like
 from genlora_lightning.errors import NonFiniteGradientError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
-from genlora_lightning.injection.report import CoverageReport
+from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.layers.sharing import cached_factors
 from genlora_lightning.overrides import put_on, take_off
 from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
@@ -47,7 +47,7 @@ from genlora_lightning.training.resume import (
 )
 from genlora_lightning.training.step_generation import Generate, StepGeneration
 from genlora_lightning.training.strategies import check_averaging, check_strategy
-from genlora_lightning.training.sync import AdapterSharding, Ranks, describe_timeout
+from genlora_lightning.training.sync import AdapterSharding, AdapterSync, describe_timeout
 
 _OVERRIDDEN = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start", STRICT_LOADING)
 
@@ -125,7 +125,7 @@ class GenLoRAFinetuning(Callback):
         if generate not in get_args(Generate):
             raise ValueError(f"`generate` must be one of {get_args(Generate)}, got {generate!r}.")
         self.generate: Generate = generate
-        self.report: CoverageReport | None = None
+        self.report: InjectionReport | None = None
         self._folder: Path | None = None
         self._saved_after_error = False
         self._gradient_watch = GradientWatch()
@@ -133,7 +133,7 @@ class GenLoRAFinetuning(Callback):
         self._times: ReadingTimes | None = None
         self._last_loss: Tensor | None = None
         self._resume: Resume | None = None
-        self._ranks: Ranks | None = None
+        self._sync: AdapterSync | None = None
         self._untrained = False
         self._cache = ExitStack()  # while nothing is trained
         self._steps: StepGeneration | None = None
@@ -150,7 +150,7 @@ class GenLoRAFinetuning(Callback):
             )
         check_strategy(trainer)
         check_averaging(callbacks)
-        self._ranks = Ranks(trainer, self.adapter_sharding)
+        self._sync = AdapterSync(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
         self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
         release_loaders(trainer)
@@ -220,12 +220,12 @@ class GenLoRAFinetuning(Callback):
         waiting = weight_source(pl_module)
         if waiting is not None:
             waiting.start_trained()
-        self._of_run.prepare(pl_module)
+        self._sync_of_run.equalize_and_shard(pl_module)
 
     @property
-    def _of_run(self) -> Ranks:
-        assert self._ranks is not None, "the callback's `setup` has not been called"
-        return self._ranks
+    def _sync_of_run(self) -> AdapterSync:
+        assert self._sync is not None, "the callback's `setup` has not been called"
+        return self._sync
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -236,7 +236,7 @@ class GenLoRAFinetuning(Callback):
             )
         rank_zero_info(self.report.summary())
         self._gradient_watch = GradientWatch()
-        self._finite = FiniteWatch(trainer.strategy.root_device, self._of_run.set_on_any_rank)
+        self._finite = FiniteWatch(trainer.strategy.root_device, self._sync_of_run.set_on_any_rank)
         self._saved_after_error = False
         self._last_loss = None
         # The trainer's log directory is agreed between the ranks, so that each of them must ask here.
@@ -248,14 +248,14 @@ class GenLoRAFinetuning(Callback):
         if pruned:
             rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
         check_optimizers_hold(trainer.optimizers, pl_module)
-        self._of_run.check_trainable(pl_module)
+        self._sync_of_run.check_trainable(pl_module)
         if self._resume is not None:
             self._resume.prepare(trainer, pl_module)
         if self.train_mode:
             set_train_mode(pl_module)
         self._steps = None
         if self.generate == "step":
-            self._steps = StepGeneration(trainer, pl_module, sharded=self._of_run.inside)
+            self._steps = StepGeneration(trainer, pl_module, sharded=self._sync_of_run.shards_adapters)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -308,14 +308,14 @@ class GenLoRAFinetuning(Callback):
             self._steps.after_backward()
         if not pl_module.automatic_optimization:  # it may clip before it steps
             for optimizer in trainer.optimizers:
-                self._of_run.reduce(optimizer)
+                self._sync_of_run.reduce(optimizer)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._steps is not None:
             self._steps.after_backward()  # of a micro-batch that had none, because its `training_step` gave no loss
-        self._of_run.reduce(optimizer)
-        warning = self._gradient_watch.check(pl_module, optimizer, self._of_run.any_rank)
+        self._sync_of_run.reduce(optimizer)
+        warning = self._gradient_watch.check(pl_module, optimizer, self._sync_of_run.any_rank)
         if warning is not None:
             rank_zero_warn(warning)
         # With a gradient scaler (float16) overflows are expected, and the scaler skips the step by itself.
@@ -359,7 +359,7 @@ class GenLoRAFinetuning(Callback):
             self._stop_if_not_finite(trainer, pl_module)
         every = self.check_ranks_every_n_steps
         if every and trainer.global_step % every == 0:
-            self._of_run.compare(pl_module, f"After step {trainer.global_step}")
+            self._sync_of_run.compare(pl_module, f"After step {trainer.global_step}")
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -369,13 +369,13 @@ class GenLoRAFinetuning(Callback):
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop_if_not_finite(trainer, pl_module)
-        self._of_run.compare(pl_module, f"At the end, after step {trainer.global_step},")
+        self._sync_of_run.compare(pl_module, f"At the end, after step {trainer.global_step},")
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._folder is None or not (trainer.is_global_zero or self._of_run.inside):
+        if self._folder is None or not (trainer.is_global_zero or self._sync_of_run.shards_adapters):
             return
-        content = self._of_run.content(pl_module)
+        content = self._sync_of_run.record(pl_module)
         if not trainer.is_global_zero:
             return
         try:
@@ -427,11 +427,11 @@ class GenLoRAFinetuning(Callback):
             return "No adapter was saved (`save_adapter` is off)."
         if step == 0:
             return "No step had been made, so there is no adapter to save."
-        if self._of_run.inside and not on_all_ranks:
+        if self._sync_of_run.shards_adapters and not on_all_ranks:
             return "The adapter lies in pieces on several ranks and was not saved; go on from the last checkpoint."
-        if not (trainer.is_global_zero or self._of_run.inside):
+        if not (trainer.is_global_zero or self._sync_of_run.shards_adapters):
             return "The adapter is saved by rank 0."
-        content = self._of_run.content(pl_module)
+        content = self._sync_of_run.record(pl_module)
         if not trainer.is_global_zero:
             return "The adapter is saved by rank 0."
         folder = self._folder.with_name(f"{self._folder.name}-interrupted")

@@ -30,7 +30,7 @@ from genlora_lightning.distributed.collectives import clip_gradient_norm, traine
 from genlora_lightning.distributed.shards import (
     load_whole,
     load_whole_optimizer_state,
-    mark_pieces,
+    mark_shards,
     whole_optimizer_state,
     whole_tensors,
 )
@@ -190,7 +190,7 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
                 "one file; leave it out."
             )
         super().__init__(**kwargs)
-        self.adapters_inside: bool | None = None
+        self.shards_adapters: bool | None = None
 
     @property
     @override
@@ -223,7 +223,7 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
         wrapper: nn.Module | None = noted(model, _WRAPPER)
         if wrapper is not None:
             return wrapper
-        if self.adapters_inside is None:
+        if self.shards_adapters is None:
             raise ValueError(
                 f"GenLoRAFSDPStrategy is for training with GenLoRAFinetuning, which this trainer of a "
                 f'{type(model).__name__} does not have. Add the callback, or set `strategy="fsdp"`.'
@@ -231,7 +231,7 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
         trained = trained_parameters(model)
         shapes = [parameter.shape for parameter in trained]
         options: dict[str, Any] = {**self.kwargs, "auto_wrap_policy": self._wrap_policy(model)}
-        if not self.adapters_inside:
+        if not self.shards_adapters:
             for parameter in trained:  # FSDP moves only what it takes
                 parameter.data = parameter.data.to(self.root_device)
             options["ignored_states"] = [*options.get("ignored_states", ()), *trained]
@@ -243,8 +243,8 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
             device_id=self.root_device,
             **options,
         )
-        if self.adapters_inside:
-            mark_pieces(trained, shapes)
+        if self.shards_adapters:
+            mark_shards(trained, shapes)
         note(model, _WRAPPER, wrapper)
         move_torchmetrics_to_device(wrapper, self.root_device)
         set_up_activation_checkpointing(self, wrapper)
@@ -258,7 +258,7 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
         from torch.distributed.fsdp.wrap import CustomPolicy
 
         given = self.kwargs.get("auto_wrap_policy")
-        if not self.adapters_inside and given is not None:
+        if not self.shards_adapters and given is not None:
             return given
         if given is not None and not hasattr(given, "_run_policy"):
             raise ValueError(
@@ -268,7 +268,7 @@ class GenLoRAFSDPStrategy(FSDPStrategy):
         chosen = transformer_blocks(model) if given is None else given._run_policy(model, set(), {})
         units = {id(module) for module in chosen}
         own: set[int] = set()
-        if self.adapters_inside:
+        if self.shards_adapters:
             own = {id(module) for module in adapter_modules(model)}
             own |= {id(module) for module in trained_modules(model).values()}
 

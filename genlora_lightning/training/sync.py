@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from genlora_lightning.artifacts.adapter_io import AdapterContent, adapter_content
+from genlora_lightning.artifacts.adapter_io import AdapterRecord, adapter_record
 from genlora_lightning.artifacts.checkpoint import adapter_root, prefix_of
 from genlora_lightning.distributed.collectives import (
     any_rank,
@@ -39,7 +39,7 @@ _CONTENT = "adapter content"
 AdapterSharding = Literal["replicate", "shard"]
 
 
-class Ranks:
+class AdapterSync:
     """Keeps the trained tensors right on all ranks of a run.
 
     Args:
@@ -54,15 +54,15 @@ class Ranks:
         self.policy = policy
         self.base_is_sharded = shards_base(trainer.strategy)
         self._trainable: set[str] = set()
-        self.inside = self.base_is_sharded and policy == "shard"
+        self.shards_adapters = self.base_is_sharded and policy == "shard"
         if self.base_is_sharded:
             use_whole_files(trainer)
         if isinstance(trainer.strategy, GenLoRAFSDPStrategy):
-            _check_sharding(trainer.strategy, self.inside)
+            _check_sharding(trainer.strategy, self.shards_adapters)
 
     # -- before the optimizer is made -------------------------------------------------------------------------------
 
-    def prepare(self, module: LightningModule) -> None:
+    def equalize_and_shard(self, module: LightningModule) -> None:
         """After the adapters are injected: make them equal on all ranks, and shard what is to be sharded.
 
         Raises:
@@ -75,7 +75,7 @@ class Ranks:
             return  # DDP broadcasts all of the module by itself
         strategy: Any = self.trainer.strategy
         manual = self.trainer.state.fn == "fit" and not module.automatic_optimization
-        if manual and self.inside and isinstance(strategy, GenLoRAFSDPStrategy):
+        if manual and self.shards_adapters and isinstance(strategy, GenLoRAFSDPStrategy):
             # The backward pass is inside of the forward pass of FSDP1's outermost unit then, which would finish it.
             raise ValueError(
                 f"{type(module).__name__} optimizes manually, with which FSDP1 leaves gradients of sharded adapters "
@@ -99,10 +99,10 @@ class Ranks:
                 )
             broadcast_from_first(trained, strategy.root_device)
         if isinstance(strategy, GenLoRAFSDPStrategy):
-            strategy.adapters_inside = self.inside
+            strategy.shards_adapters = self.shards_adapters
         elif earlier is None:
             mesh = strategy.device_mesh["data_parallel"]
-            shard_with_fsdp2(module, adapter_root(module), mesh, adapters_inside=self.inside)
+            shard_with_fsdp2(module, adapter_root(module), mesh, shards_adapters=self.shards_adapters)
 
     def check_trainable(self, module: LightningModule) -> None:
         """Before the first step: check that nothing became trainable after the strategy was told what is.
@@ -118,9 +118,9 @@ class Ranks:
                 "gradients. Name their modules in `modules_to_train`."
             )
 
-    def _describe(self, module: LightningModule) -> AdapterContent:
+    def _describe(self, module: LightningModule) -> AdapterRecord:
         """What an adapter folder says of the module, taken while it is whole; the tensors' values are left out."""
-        content = adapter_content(adapter_root(module))
+        content = adapter_record(adapter_root(module))
         digests: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(digests, sha256(json.dumps(content.base, sort_keys=True).encode()))
         if len(set(digests)) > 1:
@@ -138,16 +138,16 @@ class Ranks:
 
         Gradients that are averaged already, and to which a rank's own were added since, come out right, too.
         """
-        if self.base_is_sharded and not self.inside:
+        if self.base_is_sharded and not self.shards_adapters:
             reduce_gradients(p for group in optimizer.param_groups for p in group["params"])
 
     def any_rank(self, flags: list[bool]) -> list[bool]:
         """For each flag whether it is set on any rank, where each sees its own pieces only; collective there."""
-        return any_rank(flags, self.trainer.strategy.root_device) if self.inside else flags
+        return any_rank(flags, self.trainer.strategy.root_device) if self.shards_adapters else flags
 
     def set_on_any_rank(self, flag: Tensor) -> None:
         """:meth:`any_rank` for one flag on the device, in place and without reading it; collective."""
-        if self.inside:
+        if self.shards_adapters:
             torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
 
     def compare(self, module: LightningModule, when: str) -> None:
@@ -158,19 +158,19 @@ class Ranks:
         Raises:
             RanksDifferError: They differ.
         """
-        if self.trainer.world_size > 1 and not self.inside:
+        if self.trainer.world_size > 1 and not self.shards_adapters:
             parameters = {plain_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
             trained = trained_tensors(module)
             check_ranks_agree({name: tensor for name, tensor in trained.items() if name in parameters}, when)
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
-    def content(self, module: LightningModule) -> AdapterContent:
+    def record(self, module: LightningModule) -> AdapterRecord:
         """What the adapter folder is to hold; collective if the adapters are sharded."""
         root = adapter_root(module)
         if not self.base_is_sharded:
-            return adapter_content(root)
-        recorded: AdapterContent = noted(module, _CONTENT)
+            return adapter_record(root)
+        recorded: AdapterRecord = noted(module, _CONTENT)
         prefix, whole = prefix_of(root, module), whole_tensors(module)
         return dataclasses.replace(recorded, state={name: whole[prefix + name] for name in recorded.state})
 

@@ -82,7 +82,7 @@ def fsdp2(sharding: str, kind: str = "llama") -> Callable[[int], dict[str, int]]
         module = nn.Module()  # as a LightningModule that holds the model
         module.model = model(kind)
         mesh = init_device_mesh("cpu", (2,))
-        shard_with_fsdp2(module, module.model, mesh, adapters_inside=sharding == "shard")
+        shard_with_fsdp2(module, module.model, mesh, shards_adapters=sharding == "shard")
         with Collectives() as collectives:
             steps(module.model, lambda last: None)
         return {**collectives.counted, "units": sum(isinstance(part, FSDPModule) for part in module.modules())}

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
-from genlora_lightning.injection.report import CoverageReport, CoverageRow
+from genlora_lightning.injection.report import InjectionReport, InjectionRow
 from genlora_lightning.injection.targets import NEW_HEAD
 
 
-def row(name: str, shape: str = "(4, 4)") -> CoverageRow:
-    return CoverageRow(module=name, kind="Linear", shape=shape, trainable_parameters=1000, lora_parameters=3000)
+def row(name: str, shape: str = "(4, 4)") -> InjectionRow:
+    return InjectionRow(module=name, kind="Linear", shape=shape, trainable_parameters=1000, lora_parameters=3000)
 
 
-def report(*adapted: CoverageRow, **changes: object) -> CoverageReport:
+def report(*adapted: InjectionRow, **changes: object) -> InjectionReport:
     values = {
         "title": "GenLoRA",
         "adapted": adapted,
@@ -18,7 +18,7 @@ def report(*adapted: CoverageRow, **changes: object) -> CoverageReport:
         "total_parameters": 1_000_000,
         "lora_parameters": 3000 * len(adapted),
     }
-    return CoverageReport(**{**values, **changes})
+    return InjectionReport(**{**values, **changes})
 
 
 def test_layers_that_differ_in_their_number_share_a_line_and_their_sums():
@@ -39,7 +39,7 @@ def test_full_table_has_a_line_for_each_module():
 
 
 def test_summary_gives_counts_and_share():
-    head = CoverageRow(
+    head = InjectionRow(
         module="head", kind="Linear", shape="trained in full", trainable_parameters=50, lora_parameters=0
     )
     text = report(row("q"), trained=(head,), trainable_parameters=1050).summary()

@@ -11,7 +11,7 @@ from torch import nn
 from genlora_lightning import GenLoRAConfig, inject_adapters
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
 from genlora_lightning.layers.accumulation import generated_once, is_generated_once, pass_gradients
-from genlora_lightning.layers.factors import Held
+from genlora_lightning.layers.factors import ForStep
 from genlora_lightning.layers.sharing import cached_factors, set_fused
 from tests.conftest import perturb, small_config
 from tests.layers.test_fused import Operators
@@ -109,7 +109,7 @@ def test_bfloat16_gradients_are_summed_in_float32():
     with generated_once(model):
         for seed in seeds:
             losses([seed])
-        pair = next(iter(adapter_layers(model).values())).store.held[torch.bfloat16]
+        pair = next(iter(adapter_layers(model).values())).store.for_step[torch.bfloat16]
         assert pair[0].leaf.dtype is torch.bfloat16
         assert pair[0].leaf.grad is None
         assert pair[0]._sum.dtype is torch.float32
@@ -357,8 +357,9 @@ def test_nothing_is_left_when_the_block_is():
     model = adapted()
     with generated_once(model), torch.autocast("cpu", torch.bfloat16):
         loss_of(model).backward()
-        held = [one for layer in adapter_layers(model).values() for pair in layer.store.held.values() for one in pair]
-        assert isinstance(held[0], Held)
+        stores = [layer.store for layer in adapter_layers(model).values()]
+        held = [one for store in stores for pair in store.for_step.values() for one in pair]
+        assert isinstance(held[0], ForStep)
         leaf = weakref.ref(held[0].leaf)
         del held
     loss_of(model)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from genlora_lightning.adapters.genlora.generator import RBFGenerator
-from genlora_lightning.layers.factors import FactorStore, Given, Held, ModelForward
+from genlora_lightning.layers.factors import FactorStore, ForForward, ForStep, ModelForward
 
 SCALE = 1.5
 
@@ -17,12 +17,12 @@ def generators(**changes) -> tuple[RBFGenerator, RBFGenerator]:
     return tuple(RBFGenerator(n, rank=3, num_groups=2, **changes) for n in (6, 4))
 
 
-def given_by(pair, dtype: torch.dtype = torch.float32, grad: bool = True) -> Given:
+def given_by(pair, dtype: torch.dtype = torch.float32, grad: bool = True) -> ForForward:
     """What a model's forward, which runs, has generated; different from what the layer would for itself."""
     with torch.set_grad_enabled(grad):
         forward = ModelForward()
         A, B = (2 * generator(dtype=dtype) for generator in pair)
-    return Given(A, B, forward)
+    return ForForward(A, B, forward)
 
 
 def ask(store: FactorStore, pair, dtype: torch.dtype = torch.float32):
@@ -69,7 +69,7 @@ def test_layer_by_itself_generates_with_the_scaling_in_b():
 
 def test_running_forward_serves_its_own_tensors_and_one_that_is_over_nothing():
     pair, store = generators(), FactorStore()
-    store.given = given = given_by(pair)
+    store.for_forward = given = given_by(pair)
     assert store.is_served
     A, B = ask(store, pair)
     assert A is given.A
@@ -78,12 +78,12 @@ def test_running_forward_serves_its_own_tensors_and_one_that_is_over_nothing():
     given.forward.runs = False
     assert not store.is_served
     assert_same(ask(store, pair), own(pair))
-    assert store.given is None
+    assert store.for_forward is None
 
 
 def test_tensors_of_a_forward_without_autograd_are_not_used_under_autograd():
     pair, store = generators(), FactorStore()
-    store.given = given = given_by(pair, grad=False)
+    store.for_forward = given = given_by(pair, grad=False)
     with torch.no_grad():
         assert ask(store, pair)[0] is given.A
     A, B = ask(store, pair)
@@ -101,7 +101,7 @@ def test_tensors_of_a_forward_without_autograd_are_not_used_under_autograd():
 )
 def test_tensors_are_rounded_for_a_layer_but_never_widened(has, asked, served):
     pair, store = generators(), FactorStore()
-    store.given = given = given_by(pair, has)
+    store.for_forward = given = given_by(pair, has)
     A, B = ask(store, pair, asked)
     expected = (given.A.to(asked), given.B.to(asked)) if served else own(pair, asked)
     assert_same((A, B), expected)
@@ -109,7 +109,7 @@ def test_tensors_are_rounded_for_a_layer_but_never_widened(has, asked, served):
 
 def test_recomputation_after_the_forward_sees_its_values_but_only_if_the_layer_has_used_them():
     pair, store = generators(), FactorStore()
-    store.given = given = given_by(pair)
+    store.for_forward = given = given_by(pair)
     ask(store, pair)
     given.forward.runs = False
     assert_same(recomputed(lambda: ask(store, pair)), (given.A, given.B))
@@ -120,9 +120,9 @@ def test_recomputation_after_the_forward_sees_its_values_but_only_if_the_layer_h
 def test_recomputation_after_the_gradients_makes_tensors_of_the_same_kind_in_a_graph_of_their_own():
     pair, store = generators(), FactorStore()
     pair[0].requires_grad_(False)
-    given = Given(None, None, ModelForward(), in_graph=True)
+    given = ForForward(None, None, ModelForward(), in_graph=True)
     given.forward.runs = False
-    store.given = given
+    store.for_forward = given
     A, B = recomputed(lambda: ask(store, pair))
     assert_same((A, B), own(pair))
     assert (A.requires_grad, B.requires_grad) == (False, True)
@@ -132,7 +132,7 @@ def test_recomputation_after_the_gradients_makes_tensors_of_the_same_kind_in_a_g
 def test_recomputation_under_reentrance_leads_to_the_parameters():
     pair, store = generators(), FactorStore()
     with torch.no_grad():
-        store.given = given = given_by(pair, grad=False)
+        store.for_forward = given = given_by(pair, grad=False)
         ask(store, pair)
     given.forward.runs = False
     A, B = recomputed(lambda: ask(store, pair))
@@ -142,15 +142,15 @@ def test_recomputation_under_reentrance_leads_to_the_parameters():
 
 def test_nothing_is_kept_unless_told_to_and_never_under_autograd():
     pair = generators()
-    for store, grad in ((FactorStore(), False), (FactorStore(keeps=True), True)):
+    for store, grad in ((FactorStore(), False), (FactorStore(caches=True), True)):
         with torch.set_grad_enabled(grad):
             first = ask(store, pair)
-            assert store.kept(*pair, torch.float32) is None
+            assert store.cached(*pair, torch.float32) is None
             assert ask(store, pair)[0] is not first[0]
 
 
 def test_what_is_kept_is_used_in_its_dtype_until_a_parameter_changes_or_it_is_forgotten():
-    pair, store = generators(), FactorStore(keeps=True)
+    pair, store = generators(), FactorStore(caches=True)
     with torch.no_grad():
         first, rounded = ask(store, pair), ask(store, pair, torch.bfloat16)
         assert ask(store, pair)[0] is first[0]
@@ -164,28 +164,28 @@ def test_what_is_kept_is_used_in_its_dtype_until_a_parameter_changes_or_it_is_fo
 
 
 def test_store_has_kept_something_in_whatever_dtype_until_a_change_and_only_where_it_may_be_used():
-    pair, store, forgetful = generators(), FactorStore(keeps=True), FactorStore()
+    pair, store, forgetful = generators(), FactorStore(caches=True), FactorStore()
     with torch.no_grad():
-        assert not store.has_kept(*pair)
+        assert not store.has_cached(*pair)
         ask(forgetful, pair)
-        assert not forgetful.has_kept(*pair)
+        assert not forgetful.has_cached(*pair)
         ask(store, pair, torch.bfloat16)
-        assert store.has_kept(*pair)
+        assert store.has_cached(*pair)
         pair[1].reset_parameters()
-        assert not store.has_kept(*pair)
+        assert not store.has_cached(*pair)
         ask(store, pair)  # the other dtype's is still there, and out of date
-        assert store.has_kept(*pair)
+        assert store.has_cached(*pair)
         with torch.enable_grad():
-            assert not store.has_kept(*pair)
-        store.keeps = False
-        assert not store.has_kept(*pair)
-        store.keeps = True
+            assert not store.has_cached(*pair)
+        store.caches = False
+        assert not store.has_cached(*pair)
+        store.caches = True
         store.forget()
-        assert not store.has_kept(*pair)
+        assert not store.has_cached(*pair)
 
 
 def test_what_is_kept_is_not_used_after_a_move():
-    pair, store = generators(), FactorStore(keeps=True)
+    pair, store = generators(), FactorStore(caches=True)
     with torch.no_grad():
         ask(store, pair)
         for generator in pair:
@@ -195,20 +195,20 @@ def test_what_is_kept_is_not_used_after_a_move():
 
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda store: pickle.loads(pickle.dumps(store))])
 def test_copy_is_empty_and_keeps_nothing(how):
-    pair, store = generators(), FactorStore(keeps=True)
+    pair, store = generators(), FactorStore(caches=True)
     with torch.no_grad():
         ask(store, pair)
-    store.given = given_by(pair)
+    store.for_forward = given_by(pair)
     other = how(store)
-    assert (other.given, other.keeps, other._kept) == (None, False, {})
-    assert store.given is not None
+    assert (other.given, other.keeps, other._cached) == (None, False, {})
+    assert store.for_forward is not None
 
 
 def test_store_holds_no_graph_once_a_forward_that_nobody_differentiates_is_replaced():
     pair, store = generators(), FactorStore()
-    store.given = given_by(pair)
-    matrix = weakref.ref(store.given.A)
-    store.given.forward.runs = False
+    store.for_forward = given_by(pair)
+    matrix = weakref.ref(store.for_forward.A)
+    store.for_forward.forward.runs = False
     ask(store, pair)
     assert matrix() is None
 
@@ -220,10 +220,10 @@ def test_held_matrices_serve_all_that_is_differentiated_and_nothing_else():
     pair, store = generators(), FactorStore()
     with torch.no_grad():
         A, B = own(pair)
-    store.held = {}
+    store.for_step = {}
     assert_same(ask(store, pair), own(pair))  # for which nothing was generated beforehand
-    leaves = store.hold(*pair, A, B, SCALE)
-    assert store.hold(*pair, 2 * A, 2 * B, SCALE)[0] is leaves[0]
+    leaves = store.keep_for_step(*pair, A, B, SCALE)
+    assert store.keep_for_step(*pair, 2 * A, 2 * B, SCALE)[0] is leaves[0]
     assert ask(store, pair)[0] is leaves[0]
     assert recomputed(lambda: ask(store, pair))[1] is leaves[1]
     with torch.no_grad():
@@ -235,7 +235,7 @@ def test_held_matrices_serve_all_that_is_differentiated_and_nothing_else():
 def test_held_matrix_sums_gradients_in_float32_until_they_are_taken(dtype):
     generator = generators()[0]
     with torch.no_grad():
-        held = Held(generator(dtype=dtype), generator, 1.0)
+        held = ForStep(generator(dtype=dtype), generator, 1.0)
     assert held.take() is None
     for _ in range(2):
         for value in (1.0, 1 / 512):  # whose sum has too many bits for bfloat16
@@ -248,7 +248,7 @@ def test_held_matrix_sums_gradients_in_float32_until_they_are_taken(dtype):
 
 def test_held_matrix_of_fixed_parameters_needs_no_gradient():
     generator = generators()[0].requires_grad_(False)
-    held = Held(generator(), generator, 1.0)
+    held = ForStep(generator(), generator, 1.0)
     assert not held.leaf.requires_grad
     held.end()
 
@@ -256,7 +256,7 @@ def test_held_matrix_of_fixed_parameters_needs_no_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_that_comes_after_the_end_is_an_error(dtype):
     generator = generators()[0]
-    held = Held(generator(dtype=dtype), generator, 1.0)
+    held = ForStep(generator(dtype=dtype), generator, 1.0)
     loss = held.leaf.sum()
     held.end()
     with pytest.raises(RuntimeError, match="gradients have been passed on"):
@@ -265,10 +265,10 @@ def test_gradient_that_comes_after_the_end_is_an_error(dtype):
 
 def test_held_matrices_of_other_values_are_not_given_to_a_forward():
     pair, store = generators(), FactorStore()
-    store.held = {}
+    store.for_step = {}
     with torch.no_grad():
-        store.hold(*pair, *own(pair), SCALE)
+        store.keep_for_step(*pair, *own(pair), SCALE)
         pair[1].latent.add_(0.1)
-    assert store.held_in(torch.bfloat16) is None
+    assert store.for_step_in(torch.bfloat16) is None
     with pytest.raises(RuntimeError, match="parameters have changed inside"):
-        store.held_in(torch.float32)
+        store.for_step_in(torch.float32)

@@ -167,7 +167,7 @@ def test_number_of_generators_operators_does_not_grow_with_the_layers(backward):
         with Operators() as operators:
             shared.begin(model, ())
             stores = [layer.store for layer in adapter_layers(model).values()]
-            total = [matrix for store in stores for matrix in (store.given.A, store.given.B)]
+            total = [matrix for store in stores for matrix in (store.for_forward.A, store.for_forward.B)]
         if backward:
             with Operators() as operators:
                 torch.autograd.backward(total, [torch.ones_like(matrix) for matrix in total])
@@ -199,7 +199,8 @@ def test_checkpointed_activations_give_the_same_gradients_and_recompute_no_matri
         assert_same_gradients(gradients(model), expected, 2e-2 if autocast else 1e-6)
         if not reentrant:
             assert len(calls) == 5
-    assert all(layer.store.given is None or layer.store.given.A is None for layer in adapter_layers(model).values())
+    served = [layer.store.for_forward for layer in adapter_layers(model).values()]
+    assert all(one is None or one.A is None for one in served)
 
 
 @pytest.mark.filterwarnings(RENAMED)
@@ -375,7 +376,7 @@ def test_forward_that_is_not_differentiated_frees_its_graph_with_the_next():
     model = adapted()
     layer = next(iter(adapter_layers(model).values()))
     loss_of(model)
-    first = weakref.ref(layer.store.given.A)
+    first = weakref.ref(layer.store.for_forward.A)
     loss_of(model)
     gc.collect()
     assert first() is None
@@ -429,7 +430,7 @@ def test_cached_factors_generate_once_and_change_no_bit(monkeypatch):
         assert len(calls) == 5
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert not any(layer.store.keeps or layer.store._kept for layer in adapter_layers(model).values())
+    assert not any(layer.store.caches or layer.store._cached for layer in adapter_layers(model).values())
 
 
 def test_cached_factors_serve_parts_that_are_called_by_themselves(monkeypatch):
@@ -509,9 +510,9 @@ def test_caches_may_be_nested_and_end_with_an_error():
     with pytest.raises(KeyError, match="x"), cached_factors(model):  # noqa: PT012
         with cached_factors(model), torch.no_grad():
             loss_of(model)
-        assert all(layer.store.keeps for layer in adapter_layers(model).values())
+        assert all(layer.store.caches for layer in adapter_layers(model).values())
         raise KeyError("x")
-    assert not any(layer.store.keeps for layer in adapter_layers(model).values())
+    assert not any(layer.store.caches for layer in adapter_layers(model).values())
 
 
 def test_switching_between_the_fused_and_the_plain_path_stays_within_rounding(monkeypatch):

@@ -526,8 +526,8 @@ def test_matrices_are_generated_once_while_nothing_is_trained_and_anew_after_it(
     class Watch(Callback):
         def note(self, trainer, pl_module, *args):
             stores = [layer.store for layer in adapter_layers(pl_module).values()]
-            kept.append([store._kept.get(torch.float32) for store in stores])
-            assert all(store.keeps for store in stores)
+            kept.append([store._cached.get(torch.float32) for store in stores])
+            assert all(store.caches for store in stores)
 
         on_validation_batch_end = on_test_batch_end = on_predict_batch_end = note
 
@@ -542,4 +542,4 @@ def test_matrices_are_generated_once_while_nothing_is_trained_and_anew_after_it(
     assert all(first is second for first, second in zip(kept[0], kept[1], strict=True))
     if way == "fit":
         assert not torch.equal(kept[0][0][2], kept[2][0][2])
-    assert not any(layer.store.keeps or layer.store._kept for layer in adapter_layers(module).values())
+    assert not any(layer.store.caches or layer.store._cached for layer in adapter_layers(module).values())

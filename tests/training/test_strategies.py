@@ -16,7 +16,7 @@ from torch import nn
 
 from genlora_lightning import GenLoRAFinetuning
 from genlora_lightning.training.strategies import GenLoRAFSDPStrategy, check_strategy
-from genlora_lightning.training.sync import Ranks, _check_unquantized
+from genlora_lightning.training.sync import AdapterSync, _check_unquantized
 from tests.conftest import small_config
 from tests.plain import PlainMLP, mlp_loader, trainer
 
@@ -93,8 +93,8 @@ def test_fsdp_refuses_flat_parameters_and_sharded_files(arguments, message):
 
 def test_sharding_adapters_is_refused_where_they_would_not_be_cut_by_rank():
     with pytest.raises(ValueError, match=r'got NO_SHARD: set `adapter_sharding="replicate"`'):
-        Ranks(given(GenLoRAFSDPStrategy(sharding_strategy="NO_SHARD")), "shard")
-    Ranks(given(GenLoRAFSDPStrategy(sharding_strategy="NO_SHARD")), "replicate")
+        AdapterSync(given(GenLoRAFSDPStrategy(sharding_strategy="NO_SHARD")), "shard")
+    AdapterSync(given(GenLoRAFSDPStrategy(sharding_strategy="NO_SHARD")), "replicate")
 
 
 def test_unknown_policy_is_refused():
