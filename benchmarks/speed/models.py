@@ -15,7 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from genlora_lightning import GenLoRAConfig, generated_once, inject_adapters
+from genlora_lightning import GenLoRAConfig, LoRAConfig, generated_once, inject_adapters
 from genlora_lightning.backbone.architectures import enable_gradient_checkpointing, repeated_blocks
 
 from .plan import Cell
@@ -93,6 +93,9 @@ def put_on(name: str, model: Any, rank: int) -> Any:
     torch.manual_seed(0)
     if name.startswith("genlora"):
         inject_adapters(model, GenLoRAConfig(rank=rank, target_modules=names))
+    elif name == "our-lora":
+        # as PEFT's LoRA is configured below
+        inject_adapters(model, LoRAConfig(rank=rank, alpha=2 * rank, scaling="rank", target_modules=names))
     elif name == "floor":
         model.enable_input_require_grads()
     elif name != "base":
