@@ -1,86 +1,176 @@
-"""Two baselines that PEFT does not have: orthonormal directions (PoLAR), and an elementwise sine of a low-rank product.
+"""Two kinds that PEFT does not have: orthonormal directions (PoLAR), and an elementwise sine of a low-rank product.
 
-Shapes: R rank, I in_features, O out_features.
+Shapes: R rank, I in_features, O out_features, n entries of a factor's rows (I or O).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from typing_extensions import override
+
+from genlora_lightning.adapters.base import FactorPair, MatrixShape, Role, WeightUpdate
+from genlora_lightning.adapters.config import AdapterConfig, ScalingRule
+
+from .factors import FormulaFactor
 
 
-class PolarLinear(nn.Module):
-    """PoLAR (arXiv 2506.03133): ``ΔW = s · U Θ Vᵀ`` with orthonormal columns in ``U (O, R)`` and ``V (I, R)``.
+class Directions(FormulaFactor):
+    """``M = Xᵀ`` with orthonormal columns in ``X (n, R)``, or ``M = s · (X Θ)ᵀ`` with a free Θ ``(R, R)``.
 
-    Θ ``(R, R)`` is free and starts at zero. The paper lets a landing field pull U and V towards the Stiefel manifold;
-    here they stay on it: their gradients are projected to its tangent space before AdamW sees them, and each step is
-    followed by a retraction (to the polar factor, the nearest orthonormal matrix) when the factor is next used.
-    ``s = √O``: then a step of Θ moves the outputs about as far as the same step of LoRA's B does.
+    X starts at random, Θ at zero. X's gradient is projected to the manifold's tangent space before the optimizer sees
+    it, and each step is followed by a retraction (to the polar factor, the nearest orthonormal matrix) when the factor
+    is next used.
+
+    Args:
+        num_entries: n.
+        rank: R.
+        mixed: s; ``None``: without Θ.
+        device: Where the parameters are made.
+        generator: Random number generator for the initial values.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.scaling = math.sqrt(base.out_features)
-        self.U = nn.Parameter(_polar(torch.randn(base.out_features, rank, generator=generator)))
-        self.V = nn.Parameter(_polar(torch.randn(base.in_features, rank, generator=generator)))
-        self.theta = nn.Parameter(torch.zeros(rank, rank))
-        for factor in (self.U, self.V):
-            factor.register_post_accumulate_grad_hook(_project_gradient)
+    def __init__(
+        self,
+        num_entries: int,
+        rank: int,
+        *,
+        mixed: float | None = None,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(rank, num_entries)
+        self.mixed = mixed
+        self.roles = {"directions": Role("directions")}
+        self.directions = nn.Parameter(torch.empty(num_entries, rank, dtype=torch.float32, device=device))
+        self.directions.register_post_accumulate_grad_hook(_project_gradient)
+        if mixed is not None:
+            self.roles = {**self.roles, "theta": Role("core")}
+            self.theta = nn.Parameter(torch.empty(rank, rank, dtype=torch.float32, device=device))
+        self.reset_parameters(generator)
 
+    @override
     @torch.no_grad()
-    def retract(self) -> None:
-        """Bring the directions back to the manifold."""
-        for factor in (self.U, self.V):
-            factor.copy_(_polar(factor))
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if self.is_meta:
+            return
+        self.changed()
+        self.directions.copy_(_polar(self.directions.normal_(generator=generator)))
+        if self.mixed is not None:
+            self.theta.zero_()
 
+    @property
+    @override
+    def first_shape(self) -> tuple[int, ...]:
+        return self.num_entries, self.rank
+
+    @override
+    def matrix(self) -> Tensor:
+        with torch.no_grad():
+            self.directions.copy_(_polar(self.directions))
+        return self.directions.T if self.mixed is None else (self.mixed * self.directions @ self.theta).T
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolarConfig(AdapterConfig):
+    """PoLAR (arXiv 2506.03133): ``ΔW = alpha · √O · U Θ Vᵀ`` with orthonormal columns in ``U (O, R)`` and ``V (I, R)``.
+
+    The paper lets a landing field pull U and V towards the Stiefel manifold; here they stay on it. With √O a step of Θ
+    moves the outputs about as far as the same step of LoRA's B does; ``scaling`` decides nothing.
+    """
+
+    kind: ClassVar[str] = "polar"
+    title: ClassVar[str] = "PoLAR"
+
+    rank: int = 2
+    alpha: float = 1.0
+    scaling: ScalingRule = "rank"
+
+    @override
+    def make(
+        self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> FactorPair:
+        scale = self.alpha * math.sqrt(shape.out_features)
+        U = Directions(shape.out_features, self.rank, mixed=scale, device=device, generator=generator)
+        return FactorPair(Directions(shape.in_features, self.rank, device=device, generator=generator), U, 1.0)
+
+    @override
+    def count_parameters(self, shape: MatrixShape) -> int:
+        return self.rank * (sum(shape) + self.rank)
+
+
+class SineUpdate(WeightUpdate):
+    """``ΔW = s · sin(ω · B A) / ω``, elementwise on the product of ``B (O, R)`` and ``A (R, I)``; B starts at zero."""
+
+    ROLES: ClassVar[Mapping[str, Role]] = {"A": Role("a"), "B": Role("b")}
+
+    def __init__(
+        self,
+        shape: MatrixShape,
+        config: SineConfig,
+        *,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(shape)
+        self.omega = config.omega
+        self.height = config.scaling_factor / config.omega
+        self.A = nn.Parameter(torch.empty(config.rank, shape.in_features, dtype=torch.float32, device=device))
+        self.B = nn.Parameter(torch.empty(shape.out_features, config.rank, dtype=torch.float32, device=device))
+        self.reset_parameters(generator)
+
+    @override
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if not self.is_meta:
+            self.changed()
+            bound = 1 / math.sqrt(self.shape.in_features)
+            self.A.uniform_(-bound, bound, generator=generator)
+            self.B.zero_()
+
+    @property
+    @override
+    def rank(self) -> int:
+        return min(self.shape)  # an elementwise function leaves no rank as it was
+
+    @override
     def delta_weight(self) -> Tensor:
-        """ΔW ``(O, I)``."""
-        self.retract()
-        return self.scaling * self.U @ self.theta @ self.V.T
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Base output plus update."""
-        self.retract()
-        up = (self.scaling * self.U @ self.theta).to(x.dtype)
-        return self.base_layer(x) + F.linear(F.linear(x, self.V.T.to(x.dtype)), up)
+        return self.height * torch.sin(self.omega * (self.B @ self.A))
 
 
-class SineLinear(nn.Module):
-    """Sine-activated low rank (ICLR 2025): ``ΔW = (alpha / R) · sin(ω · B A) / ω``, elementwise on the product.
+@dataclass(frozen=True, kw_only=True)
+class SineConfig(AdapterConfig):
+    """Sine-activated low rank (ICLR 2025): ``ΔW = s · sin(ω · B A) / ω``, elementwise on the product.
 
     The paper divides by a constant of its own; dividing by ω makes the slope at zero 1, so that a small update is
     LoRA's and LoRA's rates carry over. A is initialised as in LoRA, B is zero.
+
+    Args:
+        omega: ω.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, alpha: float, omega: float, generator: torch.Generator) -> None:
-        super().__init__()
-        self.base_layer = base
-        self.omega = omega
-        self.scaling = alpha / rank
-        bound = 1 / math.sqrt(base.in_features)
-        self.A = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator))
-        self.B = nn.Parameter(torch.zeros(base.out_features, rank))
+    kind: ClassVar[str] = "sine"
+    title: ClassVar[str] = "sine LoRA"
 
-    def delta_weight(self) -> Tensor:
-        """ΔW ``(O, I)``."""
-        return self.scaling / self.omega * torch.sin(self.omega * (self.B @ self.A))
+    rank: int = 2
+    alpha: float = 4.0
+    scaling: ScalingRule = "rank"
+    omega: float = 200.0
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Base output plus update."""
-        return self.base_layer(x) + F.linear(x, self.delta_weight().to(x.dtype))
+    @override
+    def make(
+        self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> SineUpdate:
+        return SineUpdate(shape, self, device=device, generator=generator)
 
-
-def replace_linears(base: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> None:
-    """Put what `make` makes of it in the place of every linear."""
-    for name, module in list(base.named_modules()):
-        if type(module) is nn.Linear:
-            parent, _, child = name.rpartition(".")
-            setattr(base.get_submodule(parent), child, make(module))
+    @override
+    def count_parameters(self, shape: MatrixShape) -> int:
+        return self.rank * sum(shape)
 
 
 def _polar(matrix: Tensor) -> Tensor:

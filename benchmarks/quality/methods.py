@@ -26,18 +26,20 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning import GenLoRAConfig, OptimizerConfig, inject_adapters
-from genlora_lightning.layers.linear import AdaptedLinear
-from genlora_lightning.training.optim import parameter_groups
+from genlora_lightning import GenLoRAConfig, inject_adapters
+from genlora_lightning.adapters.base import trained_by_role
+from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.layers.sharing import set_fused
 
-from .adapters import PolarLinear, SineLinear, replace_linears
-from .variants import VariantLinear, inject_variant
+from .adapters import PolarConfig, SineConfig
+from .variants import inject_variant
 
 Shapes = dict[str, tuple[int, int]]  # name: (in_features, out_features)
 Settings = dict[str, Any]
@@ -195,33 +197,35 @@ def _lokr_size(shapes: Shapes, budget: float) -> Settings:
     return {"r": rank, "alpha": rank, "decompose_factor": factor}
 
 
-# --- others -----------------------------------------------------------------------------------------------------------
+# --- kinds of the library's protocol ----------------------------------------------------------------------------------
 
 
-def _polar(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
-    generator = torch.Generator().manual_seed(seed)
-    replace_linears(base, lambda linear: PolarLinear(linear, settings["r"], generator))
-    return _one_group(base)
+def _kind(
+    config: Callable[[Settings], AdapterConfig], *, fused: bool = False
+) -> Callable[[nn.Module, Settings, int], list[Group]]:
+    """Inject a kind. The package's own is fused; those that are only compared here are left to autograd."""
+
+    def apply(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
+        inject_adapters(base, config(settings), generator=torch.Generator().manual_seed(seed))
+        set_fused(base, fused)
+        return _groups(base, {})
+
+    return apply
 
 
-def _sine(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
-    generator = torch.Generator().manual_seed(seed)
-    replace_linears(base, lambda li: SineLinear(li, settings["r"], settings["alpha"], settings["omega"], generator))
-    return _one_group(base)
+def _variant(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
+    rates = inject_variant(base, settings, seed)
+    set_fused(base, False)
+    return _groups(base, rates)
 
 
-def _genlora(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
-    names = {field.name for field in fields(GenLoRAConfig)}
-    config = GenLoRAConfig(**{key: value for key, value in settings.items() if key in names})
-    factors = {key: value for key, value in settings.items() if key not in names}
-    inject_adapters(base, config, generator=torch.Generator().manual_seed(seed))
-    groups = parameter_groups(base, OptimizerConfig(lr=1.0, **factors))
-    return [{"params": group["params"], "factor": group["lr"]} for group in groups]
+def _groups(base: nn.Module, rates: dict[str, float]) -> list[Group]:
+    return [{"params": own, "factor": rates.get(name, 1.0)} for name, (_, own) in trained_by_role(base).items()]
 
 
 def _genlora_size(shapes: Shapes, budget: float, **fixed: Any) -> Settings:
     """As many groups of B as the budget allows at the given rank, at least one, unless they are given."""
-    config = GenLoRAConfig(**{key: value for key, value in fixed.items() if not key.endswith("_lr_factor")})
+    config = GenLoRAConfig(**fixed)
     latents = sum(config.num_latents_a * n_in + config.num_latents_b * n_out for n_in, n_out in shapes.values())
     functions = config.rank * config.num_centers * len(shapes)
     of_a, of_b = config.num_latents_a * functions, config.num_latents_b * functions
@@ -229,18 +233,21 @@ def _genlora_size(shapes: Shapes, budget: float, **fixed: Any) -> Settings:
     spare = (budget * lora_unit(shapes) - latents - rest) / of_b
     groups = min(max(1, round(spare)), min(min(shape) for shape in shapes.values()))
     # All fields that decide the numbers are written down: defaults may change.
-    plain = {key: value for key, value in config.to_dict().items() if "modules" not in key}
-    return {**plain, "weight_gain": config.gain, "num_groups_b": groups, **fixed}
+    plain = {key: value for key, value in config.to_dict().items() if key != "kind" and "modules" not in key}
+    return {**plain, "num_groups_b": groups, **fixed}
+
+
+def _sine_size(shapes: Shapes, budget: float) -> Settings:
+    rank = max(1, round(budget))
+    return {"r": rank, "alpha": 2.0 * rank, "omega": 200.0}
+
+
+# --- others -----------------------------------------------------------------------------------------------------------
 
 
 def _full(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
     base.requires_grad_(True)
-    return _one_group(base)
-
-
-def _one_group(base: nn.Module) -> list[Group]:
-    parameters = [parameter for parameter in base.parameters() if parameter.requires_grad]
-    return [{"params": parameters, "factor": 1.0}]
+    return [{"params": list(base.parameters()), "factor": 1.0}]
 
 
 def _nothing(shapes: Shapes, budget: float) -> Settings:
@@ -259,12 +266,15 @@ METHODS: dict[str, Method] = {
     "fourierft": Method(_peft("fourierft"), _fourierft_size),
     "vblora": Method(_peft("vblora"), _vblora_size),
     "lokr": Method(_peft("lokr"), _lokr_size),
-    "polar": Method(_polar, lambda shapes, budget: {"r": max(1, round(budget))}),
-    "sine": Method(
-        _sine, lambda shapes, budget: {"r": max(1, round(budget)), "alpha": 2.0 * max(1, round(budget)), "omega": 200.0}
+    "polar": Method(
+        _kind(lambda settings: PolarConfig(rank=settings["r"])), lambda shapes, budget: {"r": max(1, round(budget))}
     ),
-    "genlora": Method(_genlora, _genlora_size),
-    "variant": Method(inject_variant, lambda shapes, budget, **spec: spec),
+    "sine": Method(
+        _kind(lambda settings: SineConfig(rank=settings["r"], alpha=settings["alpha"], omega=settings["omega"])),
+        _sine_size,
+    ),
+    "genlora": Method(_kind(lambda settings: GenLoRAConfig(**settings), fused=True), _genlora_size),
+    "variant": Method(_variant, lambda shapes, budget, **spec: spec),
 }
 
 
@@ -279,19 +289,24 @@ def deltas(base: nn.Module, before: dict[str, Tensor] | None = None) -> Iterator
         base: A model that a method was put on.
         before: Of full fine-tuning: the weights as they were, by name of the linear.
     """
+    if before is not None:
+        for name, weight in before.items():
+            yield name, base.get_submodule(name).weight.float() - weight
+    elif layers := adapter_layers(base):
+        for name, layer in layers.items():
+            yield name, layer.delta_weight()
+    else:
+        yield from _peft_deltas(base)
+
+
+def _peft_deltas(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in base.named_modules():
-        if before is not None:
-            if name in before:
-                yield name, module.weight.float() - before[name]
-        elif isinstance(module, VariantLinear):
-            yield name, module.delta()
-        elif isinstance(module, (AdaptedLinear, PolarLinear, SineLinear)):
-            yield name, module.delta_weight()
-        elif hasattr(module, "get_delta_weight"):
-            delta = module.get_delta_weight("default").float()
-            if vectors := getattr(module, "lora_magnitude_vector", None):
-                weight = module.get_base_layer().weight.float()
-                changed = weight + delta
-                scale = vectors["default"].weight / torch.linalg.norm(changed, dim=1)
-                delta = scale.unsqueeze(1) * changed - weight
-            yield name, delta
+        if not hasattr(module, "get_delta_weight"):
+            continue
+        delta = module.get_delta_weight("default").float()
+        if vectors := getattr(module, "lora_magnitude_vector", None):
+            weight = module.get_base_layer().weight.float()
+            changed = weight + delta
+            scale = vectors["default"].weight / torch.linalg.norm(changed, dim=1)
+            delta = scale.unsqueeze(1) * changed - weight
+        yield name, delta

@@ -1,210 +1,336 @@
 """Generators with every choice open, for the ablations: what won is in the package, what lost is only here.
 
-A specification is a dictionary; `DEFAULTS` has the fields. Under "a" and "b" stand fields that differ for one factor:
+A specification is a dictionary, in the words of the rows. :func:`variant_config` reads it; under "a" and "b" stand
+fields that differ for one factor:
 
 | field | meaning |
 |---|---|
-| R, G, K, q | rank, groups, centres, latents |
+| R, alpha | rank, and numerator of s = alpha / √R |
+| G, K, q | groups, centres, latents |
 | kernel | a kernel of the package, or "linear": M[r, j] = Σ_q w[q, g(j), r] · z[q, j], no nonlinearity at all |
-| width, cmin, cmax | initial width; range of the centres' distances from zero |
+| width | initial width |
 | grouping | "contiguous" or "strided" entries of a group |
 | signs | each entry's direction has signs of its own, fixed: M[r, j] is multiplied by σ[q, j, r] = ±1; "layer": drawn \
 for each layer anew, "shared": the same in all, "shifted": those of one table, read from another place in each layer |
 | plain_latents, plain_rows | so many latents, or rows of M, come first and have no signs: a part that entries share |
 | equal | the weights start at 1 instead of at random |
-| ortho | directions of the groups orthogonal, as far as R allows |
-| one_direction | all groups start in one direction |
 | a_scale | factor on the initial size of A (1: uniform in ±1/√n) |
 | freeze | names of parameters that are not trained |
 | dense | "train": a stored matrix, as in LoRA; "frozen": a random one that is not trained |
-| start | A from singular vectors: of the "weight", or of the "gradient" of a few batches |
+| start | A from singular vectors of the "weight" |
 | core | ΔW = s · U C V with frozen singular vectors U, V of the weight and a trained C (R, R), as LoRA-XS |
 | share_a, share_b | one set of latents for all factors that read (write) the residual stream |
-| lr_latent, lr_rbf, lr_a | factors on the rate: latents and stored matrices; weights, centres, widths; all of A |
+| lr_rbf, lr_a | factors on the rate: of weights, centres and widths; of all of A |
+
+Of the first search's rows four are of forms that are no more: singular vectors of a "gradient", a "float32" base.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from typing_extensions import override
 
-from genlora_lightning.adapters.genlora.rbf import anchored_rbf, slope_at_zero
+from genlora_lightning import inject_adapters
+from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, Role
+from genlora_lightning.adapters.config import AdapterConfig, ScalingRule
+from genlora_lightning.adapters.genlora.rbf import Kernel, anchored_rbf, slope_at_zero
+from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.layers.adapted import AdaptedLayer
 
-Spec = dict[str, Any]
-DEFAULTS: Spec = {
-    "R": 16,
-    "G": 8,
-    "K": 1,
-    "q": 1,
-    "kernel": "gaussian",
-    "width": 1.0,
-    "grouping": "contiguous",
-    "cmin": 0.5,
-    "cmax": 2.0,
-    "ortho": False,
-    "signs": "",
-    "plain_latents": 0,
-    "plain_rows": 0,
-    "equal": False,
-    "alpha": 2.0,
-    "a_scale": 1.0,
-    "freeze": (),
-    "one_direction": False,
-    "a": {},
-    "b": {},
-    "lr_latent": 1.0,
-    "lr_rbf": 1.0,
-    "lr_a": 1.0,
-    "scaling": "sqrt",
-}
+from .factors import FormulaFactor
+
+Spec = Mapping[str, Any]
+Side = Literal["a", "b"]
 # Linears of a BERT block that read the residual stream; the others write into it.
 READERS = ("query", "key", "value", "intermediate.dense")
+_CENTERS = (0.5, 2.0)  # range of the centres' distances from zero
+_LONG = {"G": "num_groups", "K": "num_centers", "q": "num_latents"}
+_RATES = ("lr_rbf", "lr_a")
+_AFTERWARDS = ("start", "share_a", "share_b")  # what is done when all layers are there
 
 
-class Factor(nn.Module):
-    """M (R, n) from q latents."""
+@dataclass(frozen=True, kw_only=True)
+class FactorForm:
+    """What one factor is; the module's table says of each field what it means."""
 
-    def __init__(self, n: int, spec: Spec, random: torch.Generator, *, zero: bool) -> None:
-        super().__init__()
-        rank, groups, latents = spec["R"], min(spec["G"], n), spec["q"]
-        self.kernel = spec["kernel"]
-        shape = (latents, rank, spec["K"])
-        self.latent = nn.Parameter(torch.empty(latents, n).uniform_(-1, 1, generator=random))
-        self.latent.data *= spec["a_scale"] / math.sqrt(n)
-        sign = torch.empty(shape).bernoulli_(0.5, generator=random) * 2 - 1
-        self.centers = nn.Parameter(torch.empty(shape).uniform_(spec["cmin"], spec["cmax"], generator=random) * sign)
-        self.log_widths = nn.Parameter(torch.full(shape, math.log(spec["width"])))
-        self.weight = nn.Parameter(self._weights(groups, spec, random))
-        if zero:
-            self.latent.data.zero_()
-        index = torch.arange(n)
-        group = index * groups // n if spec["grouping"] == "contiguous" else index % groups
+    num_groups: int = 8
+    num_centers: int = 1
+    num_latents: int = 1
+    kernel: Kernel | Literal["linear"] = "gaussian"
+    width: float = 1.0
+    grouping: Literal["contiguous", "strided"] = "contiguous"
+    signs: Literal["", "layer", "shared", "shifted"] = ""
+    plain_latents: int = 0
+    plain_rows: int = 0
+    equal: bool = False
+    a_scale: float = 1.0
+    freeze: tuple[str, ...] = ()
+    dense: Literal["", "train", "frozen"] = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantConfig(AdapterConfig):
+    """``ΔW = s · Bᵀ A``, each factor generated or stored.
+
+    Args:
+        a: Form of A.
+        b: Form of B.
+        core: Whether B is ``C · M`` with a trained ``C (R, R)``, which starts at zero, of a stored M.
+    """
+
+    kind: ClassVar[str] = "variant"
+    title: ClassVar[str] = "Variant"
+
+    rank: int = 16
+    alpha: float = 2.0
+    scaling: ScalingRule = "sqrt_rank"
+    a: FactorForm = field(default_factory=FactorForm)
+    b: FactorForm = field(default_factory=FactorForm)
+    core: bool = False
+
+    @override
+    def make(
+        self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> FactorPair:
+        def factor(num_entries: int, form: FactorForm, side: Side) -> Factor:
+            if form.dense:
+                core = self.core and side == "b"
+                return DenseFactor(num_entries, self.rank, form, side, core=core, device=device, generator=generator)
+            return VariantFactor(num_entries, self.rank, form, side, device=device, generator=generator)
+
+        A = factor(shape.in_features, self.a, "a")
+        return FactorPair(A, factor(shape.out_features, self.b, "b"), self.scaling_factor)
+
+    @override
+    def count_parameters(self, shape: MatrixShape) -> int:
+        made = self.make(shape, device=torch.device("meta"))
+        return sum(parameter.numel() for parameter in made.parameters() if parameter.requires_grad)
+
+
+class VariantFactor(FormulaFactor):
+    """M (R, n) from q latents; B's start at zero.
+
+    Args:
+        num_entries: n.
+        rank: R.
+        form: What it is.
+        side: Which factor it is.
+        device: Where the parameters are made.
+        generator: Random number generator for the initial values.
+    """
+
+    group: Tensor
+    signs: Tensor
+
+    def __init__(
+        self,
+        num_entries: int,
+        rank: int,
+        form: FactorForm,
+        side: Side,
+        *,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(rank, num_entries)
+        self.form = form
+        self.side = side
+        self.roles = {
+            "latent": Role(f"latents_{side}"),
+            **dict.fromkeys(("weight", "centers", "log_widths"), Role(f"rbf_{side}")),
+        }
+
+        def parameter(name: str, *shape: int) -> nn.Parameter:
+            empty = torch.empty(*shape, dtype=torch.float32, device=device)
+            return nn.Parameter(empty, requires_grad=name not in form.freeze)
+
+        groups, functions = min(form.num_groups, num_entries), (form.num_latents, rank, form.num_centers)
+        self.latent = parameter("latent", form.num_latents, num_entries)
+        self.weight = parameter("weight", form.num_latents, groups, rank, form.num_centers)
+        self.centers = parameter("centers", *functions)
+        self.log_widths = parameter("log_widths", *functions)
+        index = torch.arange(num_entries, device=device)
+        group = index * groups // num_entries if form.grouping == "contiguous" else index % groups
         self.register_buffer("group", group, persistent=False)
-        signs = torch.ones(())
-        if spec["signs"]:
-            source = random if spec["signs"] == "layer" else torch.Generator().manual_seed(17 + zero)
-            shift = int(torch.randint(512, (1,), generator=random)) if spec["signs"] == "shifted" else 0
-            signs = torch.empty(latents, n + shift, rank, 1).bernoulli_(0.5, generator=source)[:, shift:] * 2 - 1
-            own = slice(spec["plain_latents"], None)
-            signs[: spec["plain_latents"]] = 1
-            signs[:, :, : spec["plain_rows"]] = 1
-            self.weight.data[own].abs_()  # they say how much of a direction there is
-            if spec["equal"]:
-                self.weight.data[own] = 1.0
-        self.register_buffer("signs", signs, persistent=False)
-        for name in spec["freeze"]:
-            getattr(self, name).requires_grad_(False)
+        self.register_buffer("signs", torch.ones((), device=device), persistent=False)
+        self.reset_parameters(generator)
 
-    def _weights(self, groups: int, spec: Spec, random: torch.Generator) -> Tensor:
-        """Weights (q, G, R, K) whose slopes at zero have a root mean square of 1."""
-        latents, rank, centers = self.centers.shape
-        own = torch.ones(latents, 1, rank, centers)
-        if self.kernel != "linear":
-            own = slope_at_zero(self.centers.detach(), self.kernel).unsqueeze(1) / spec["width"]
-        if spec["ortho"]:
-            flat = torch.randn(rank, latents * groups, generator=random)
-            directions = torch.cat([torch.linalg.qr(block)[0] for block in flat.split(rank, dim=1)], 1)
-            return directions.T.reshape(latents, groups, rank, 1) * math.sqrt(rank) / own
-        weight = torch.randn(latents, groups, rank, centers, generator=random)
-        if spec["one_direction"]:
-            weight = weight[:, :1].expand_as(weight).clone()
-        return weight / (weight * own).square().sum(3, keepdim=True).mean(2, keepdim=True).sqrt()
+    @override
+    def is_trained(self, name: str) -> bool:
+        return name not in self.form.freeze
 
-    def forward(self) -> Tensor:
-        """The matrix (R, n)."""
+    @property
+    @override
+    def first_shape(self) -> tuple[int, ...]:
+        return self.form.num_latents, self.num_entries
+
+    @override
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if self.is_meta:
+            return
+        self.changed()
+        form, is_b = self.form, self.side == "b"
+        self.latent.uniform_(-1, 1, generator=generator).mul_(form.a_scale / math.sqrt(self.num_entries))
+        sign = torch.empty_like(self.centers).bernoulli_(0.5, generator=generator) * 2 - 1
+        self.centers.uniform_(*_CENTERS, generator=generator).mul_(sign)
+        self.log_widths.fill_(math.log(form.width))
+        # Weights whose slopes at zero have a root mean square of 1.
+        own = torch.ones_like(self.weight[:, :1])
+        if form.kernel != "linear":
+            own = slope_at_zero(self.centers, form.kernel).unsqueeze(1) / form.width
+        self.weight.normal_(generator=generator)
+        self.weight.div_((self.weight * own).square().sum(3, keepdim=True).mean(2, keepdim=True).sqrt())
+        if is_b:
+            self.latent.zero_()
+        if form.signs:
+            self.signs = self._draw_signs(generator)
+            signed = self.weight[form.plain_latents :]
+            signed.abs_()  # they say how much of a direction there is
+            if form.equal:
+                signed.fill_(1.0)
+
+    def _draw_signs(self, generator: torch.Generator | None) -> Tensor:
+        """Signs (q, n, R, 1)."""
+        form, device = self.form, self.latent.device
+        source = generator
+        if form.signs != "layer":  # one table for each side
+            source = torch.Generator(device).manual_seed(18 if self.side == "b" else 17)
+        shift = int(torch.randint(512, (1,), generator=generator)) if form.signs == "shifted" else 0
+        table = torch.empty(form.num_latents, self.num_entries + shift, self.rank, 1, device=device)
+        signs = table.bernoulli_(0.5, generator=source)[:, shift:] * 2 - 1
+        signs[: form.plain_latents] = 1
+        signs[:, :, : form.plain_rows] = 1
+        return signs
+
+    @override
+    def matrix(self) -> Tensor:
         weight = self.weight[:, self.group] * self.signs  # (q, n, R, K)
-        if self.kernel == "linear":
+        if self.form.kernel == "linear":
             return torch.einsum("qnrk,qn->rn", weight, self.latent)
         t = self.latent[:, None, None, :] * torch.exp(-self.log_widths).unsqueeze(-1)
-        psi = anchored_rbf(t, self.centers.unsqueeze(-1), self.kernel)  # (q, R, K, n)
+        psi = anchored_rbf(t, self.centers.unsqueeze(-1), self.form.kernel)  # (q, R, K, n)
         return (psi * weight.permute(0, 2, 3, 1)).sum((0, 2))
 
 
-class Dense(nn.Module):
-    """A stored factor (R, n), as in LoRA; frozen it costs no trainable parameter."""
+class DenseFactor(FormulaFactor):
+    """A stored M (R, n), as in LoRA, or C · M; a frozen M costs no trainable parameter. B's start at zero.
 
-    def __init__(self, n: int, spec: Spec, random: torch.Generator, *, zero: bool) -> None:
-        super().__init__()
-        matrix = torch.empty(spec["R"], n).uniform_(-1, 1, generator=random) * (spec["a_scale"] / math.sqrt(n))
-        self.matrix = nn.Parameter(matrix * (not zero), requires_grad=spec["dense"] != "frozen")
+    Args:
+        num_entries: n.
+        rank: R.
+        form: What it is.
+        side: Which factor it is.
+        core: Whether there is a C (R, R).
+        device: Where the parameters are made.
+        generator: Random number generator for the initial values.
+    """
 
-    def forward(self) -> Tensor:
-        """The matrix (R, n)."""
-        return self.matrix
+    def __init__(
+        self,
+        num_entries: int,
+        rank: int,
+        form: FactorForm,
+        side: Side,
+        *,
+        core: bool = False,
+        device: torch.device | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__(rank, num_entries)
+        self.form = form
+        self.side = side
+        self.roles = {"stored": Role(f"latents_{side}")}
+        stored = torch.empty(rank, num_entries, dtype=torch.float32, device=device)
+        self.stored = nn.Parameter(stored, requires_grad=form.dense != "frozen")
+        self.core: nn.Parameter | None = None
+        if core:
+            self.roles = {**self.roles, "core": Role("core")}
+            self.core = nn.Parameter(torch.empty(rank, rank, dtype=torch.float32, device=device))
+        self.reset_parameters(generator)
 
+    @override
+    def is_trained(self, name: str) -> bool:
+        return name == "core" or self.form.dense != "frozen"
 
-class VariantLinear(nn.Module):
-    """A frozen linear plus s · B · A, each factor a `Factor` or a `Dense`."""
+    @property
+    @override
+    def first_shape(self) -> tuple[int, ...]:
+        return self.rank, self.num_entries
 
-    def __init__(self, base: nn.Linear, spec: Spec, random: torch.Generator) -> None:
-        super().__init__()
-        spec = {**DEFAULTS, **spec}
-        self.base_layer = base
-        self.A = _factor(base.in_features, {**spec, **spec["a"]}, random, zero=False)
-        self.B = _factor(base.out_features, {**spec, **spec["b"]}, random, zero=True)
-        rank = spec["R"]
-        self.scaling = spec["alpha"] / (math.sqrt(rank) if spec["scaling"] == "sqrt" else rank)
-        self.core = nn.Parameter(torch.zeros(rank, rank)) if spec.get("core") else None
-        if spec.get("start"):
-            self._start(spec)
-
+    @override
     @torch.no_grad()
-    def _start(self, spec: Spec) -> None:
-        """Set A, and B under a core, to leading singular vectors of the weight or of its gradient."""
-        source = self.base_layer.weight.float() if spec["start"] == "weight" else self.base_layer.gradient
-        size = spec["a_scale"] / math.sqrt(3)  # the norm of a row of A that starts uniform in ±1/√n
-        left, _, right = torch.linalg.svd(source, full_matrices=False)
-        if isinstance(self.A, Dense):
-            self.A.matrix.copy_(right[: spec["R"]] * size)
-        else:
-            for group in self.A.group.unique():
-                own = self.A.group == group
-                vector = torch.linalg.svd(source[:, own], full_matrices=False)[2][0]
-                self.A.latent[0, own] = vector * size * math.sqrt(int(own.sum()) / source.shape[1])
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        if self.is_meta:
+            return
+        self.changed()
+        self.stored.uniform_(-1, 1, generator=generator).mul_(self.form.a_scale / math.sqrt(self.num_entries))
+        if self.side == "b":
+            self.stored.zero_()
         if self.core is not None:
-            self.B.matrix.copy_(left[:, : spec["R"]].T)
+            self.core.zero_()
 
-    def left(self) -> Tensor:
-        """What stands left of A, transposed: (R, out)."""
-        return self.B() if self.core is None else self.core @ self.B()
-
-    def delta(self) -> Tensor:
-        """ΔW (out, in)."""
-        return self.scaling * self.left().T @ self.A()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Base output plus update."""
-        A, B = self.A().to(x.dtype), (self.scaling * self.left()).to(x.dtype)
-        return self.base_layer(x) + F.linear(F.linear(x, A), B.T)
+    @override
+    def matrix(self) -> Tensor:
+        return self.stored if self.core is None else self.core @ self.stored
 
 
-def _factor(n: int, spec: Spec, random: torch.Generator, *, zero: bool) -> nn.Module:
-    return (Dense if spec.get("dense") else Factor)(n, spec, random, zero=zero)
+def variant_config(spec: Spec) -> VariantConfig:
+    """Read a specification; what is done after the injection, and the rates, are left out.
+
+    Raises:
+        ValueError: It has a field that there is not.
+    """
+    shared = {key: value for key, value in spec.items() if key not in ("R", "alpha", "core", "a", "b")}
+    shared = {key: value for key, value in shared.items() if key not in (*_RATES, *_AFTERWARDS)}
+    forms = {side: {_LONG.get(k, k): v for k, v in {**shared, **spec.get(side, {})}.items()} for side in ("a", "b")}
+    known = {one.name for one in fields(FactorForm)}
+    if unknown := sorted({name for form in forms.values() for name in form} - known):
+        raise ValueError(f"A specification has no fields {unknown}; those of a factor are {sorted(known)}.")
+    a, b = (FactorForm(**{**form, "freeze": tuple(form.get("freeze", ()))}) for form in forms.values())
+    return VariantConfig(rank=spec.get("R", 16), alpha=spec.get("alpha", 2.0), core=spec.get("core", False), a=a, b=b)
 
 
-def inject_variant(base: nn.Module, spec: Spec, seed: int) -> list[dict[str, Any]]:
-    """Adapt every linear; returns parameter groups with learning-rate factors."""
-    random = torch.Generator().manual_seed(seed + 1000)
-    full = {**DEFAULTS, **spec}
-    for name, module in list(base.named_modules()):
-        if type(module) is nn.Linear:
-            parent, _, last = name.rpartition(".")
-            setattr(base.get_submodule(parent), last, VariantLinear(module, spec, random))
-    adapted = {name: module for name, module in base.named_modules() if isinstance(module, VariantLinear)}
+def inject_variant(base: nn.Module, spec: Spec, seed: int) -> dict[str, float]:
+    """Adapt every linear as a specification says.
+
+    Returns:
+        Factors on the learning rate, by the group of the parameters; 1 for the others.
+    """
+    inject_adapters(base, variant_config(spec), generator=torch.Generator().manual_seed(seed + 1000))
+    layers = adapter_layers(base)
+    if spec.get("start"):
+        for layer in layers.values():
+            _start_at_weight(layer)
     for side, is_reader in (("A", True), ("B", False)):
-        if full.get(f"share_{side.lower()}"):
-            factors = [getattr(m, side) for name, m in adapted.items() if name.endswith(READERS) == is_reader]
+        if spec.get(f"share_{side.lower()}"):
+            factors = [getattr(li.update, side) for name, li in layers.items() if name.endswith(READERS) == is_reader]
             for factor in factors[1:]:
                 factor.latent = factors[0].latent
-    groups: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in base.named_parameters():
-        if parameter.requires_grad:
-            is_rbf = name.rsplit(".", 1)[1] in ("weight", "centers", "log_widths")
-            rate = full["lr_rbf"] if is_rbf else full["lr_latent"]
-            rate *= full["lr_a"] if ".A." in name else 1.0
-            groups.setdefault(rate, []).append(parameter)
-    return [{"params": parameters, "factor": rate} for rate, parameters in groups.items()]
+    rbf, of_a = spec.get("lr_rbf", 1.0), spec.get("lr_a", 1.0)
+    return {"rbf_a": rbf * of_a, "rbf_b": rbf, "latents_a": of_a}
+
+
+@torch.no_grad()
+def _start_at_weight(layer: AdaptedLayer) -> None:
+    """Set A, and B under a core, to leading singular vectors of the weight."""
+    assert layer.pair is not None
+    A, B = layer.pair
+    source = layer.base_weight.float()
+    left, _, right = torch.linalg.svd(source, full_matrices=False)
+    size = cast(VariantFactor | DenseFactor, A).form.a_scale / math.sqrt(3)  # norm of a row that is uniform in ±1/√n
+    if isinstance(A, DenseFactor):
+        A.stored.copy_(right[: A.rank] * size)
+    elif isinstance(A, VariantFactor):
+        for group in A.group.unique():
+            own = A.group == group
+            vector = torch.linalg.svd(source[:, own], full_matrices=False)[2][0]
+            A.latent[0, own] = vector * size * math.sqrt(int(own.sum()) / source.shape[1])
+    if isinstance(B, DenseFactor) and B.core is not None:
+        B.stored.copy_(left[:, : B.rank].T)

@@ -1,4 +1,4 @@
-"""Speed and memory of GenLoRA beside PEFT's LoRA and VeRA and the frozen base, interleaved in one run.
+"""Speed and memory of GenLoRA and our LoRA beside PEFT's LoRA and VeRA and the frozen base, interleaved in one run.
 
 ::
 

@@ -16,7 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from genlora_lightning import GenLoRAConfig, inject_adapters
+from genlora_lightning import GenLoRAConfig, LoRAConfig, inject_adapters
 from genlora_lightning.backbone.architectures import enable_gradient_checkpointing, read_config, repeated_blocks
 from genlora_lightning.layers.accumulation import generated_once
 
@@ -114,6 +114,9 @@ def put_on(name: str, model: Any, rank: int) -> Any:
         groups = re.search(r"-g(\d+)$", name)
         sizes = {"num_groups_b": int(groups[1])} if groups else {}
         inject_adapters(model, GenLoRAConfig(rank=rank, target_modules=names, **sizes))
+    elif name == "our-lora":
+        # as PEFT's LoRA is configured below
+        inject_adapters(model, LoRAConfig(rank=rank, alpha=2 * rank, scaling="rank", target_modules=names))
     elif name == "floor":
         model.enable_input_require_grads()
     elif name != "base":

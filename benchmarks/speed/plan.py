@@ -16,6 +16,7 @@ ARMS = {
     "genlora": "GenLoRA",
     "genlora-once": "GenLoRA, generated once per optimizer step",
     "genlora-bf16": "GenLoRA on a bf16 base",
+    "our-lora": "LoRA by us",
     "lora": "PEFT LoRA",
     "lora-bf16": "PEFT LoRA of bf16 on a bf16 base",
     "vera": "PEFT VeRA",
@@ -120,7 +121,7 @@ class Grid:
     ) -> Cell:
         """A cell with its arms; of the language model, and of the usual batch, unless others are given."""
         generates = kind == "generate"
-        arms = _INFERENCE if kind in ("forward", "generate") else _training_arms(precision, accumulation)
+        arms = _INFERENCE if kind in ("forward", "generate") else _training_arms(kind, precision, accumulation)
         if kind == "memory" and self.memory_arms is not None:
             arms = self.memory_arms
         return Cell(
@@ -173,10 +174,11 @@ class Grid:
                     yield self.cell("generate", precision, low)
 
 
-def _training_arms(precision: str, accumulation: int) -> tuple[str, ...]:
+def _training_arms(kind: Kind, precision: str, accumulation: int) -> tuple[str, ...]:
     once = ("genlora-once",) if accumulation > 1 else ()
+    ours = () if kind == "memory" else ("our-lora",)  # each arm is some processes there
     narrow = ("genlora-bf16", "lora-bf16") if precision == "bf16-mixed" else ()
-    return ("floor", "genlora", *once, "lora", "vera", *narrow)
+    return ("floor", "genlora", *once, *ours, "lora", "vera", *narrow)
 
 
 FULL = Grid()

@@ -64,6 +64,16 @@ def _step_bars(grid: Grid, precision: str) -> list[Bar]:
         _ratio_bar(f"step / PEFT LoRA, {precision}, rank {rank}", 1.0, grid.cell("step", precision, rank), "lora")
         for rank in dict.fromkeys((low, high, grid.ranks[-1]))
     ]
+    found += [
+        _ratio_bar(
+            f"LoRA by us / PEFT LoRA, step, {precision}, rank {rank}",
+            0.95,
+            grid.cell("step", precision, rank),
+            "lora",
+            arm="our-lora",
+        )
+        for rank in grid.main_ranks
+    ]
     found.append(_ratio_bar(f"step / floor, {setting}", None, at_low, "floor"))
     if "lora-bf16" in at_low.arms:
         what = f"step / PEFT LoRA of bf16, both on a bf16 base, {setting}"

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from benchmarks.quality.adapters import Directions
 from benchmarks.quality.methods import METHODS, deltas, linear_shapes, lora_unit
+from genlora_lightning.injection.inject import adapter_layers
 
 ADAPTERS = [name for name in METHODS if name not in ("frozen", "full", "variant")]
 FIXED = {"genlora": {"rank": 16}}
@@ -87,7 +89,7 @@ def test_directions_of_polar_stay_orthonormal(base):
         optimizer.zero_grad()
     outputs(base)
     eye = torch.eye(4)
-    for module in base.modules():
-        if hasattr(module, "theta"):
-            torch.testing.assert_close(module.U.T @ module.U, eye, atol=1e-5, rtol=0)
-            torch.testing.assert_close(module.V.T @ module.V, eye, atol=1e-5, rtol=0)
+    directions = [module.directions for module in base.modules() if isinstance(module, Directions)]
+    assert len(directions) == 2 * len(adapter_layers(base))
+    for X in directions:
+        torch.testing.assert_close(X.T @ X, eye, atol=1e-5, rtol=0)

@@ -10,9 +10,9 @@ import torch
 
 from benchmarks.speed import __main__ as command
 from benchmarks.speed.counts import saved_bytes
-from benchmarks.speed.models import load_base, make_arm
+from benchmarks.speed.models import adapted_modules, load_base, make_arm, targets
 from benchmarks.speed.plan import EXPERIMENTS, FULL, QUICK
-from benchmarks.speed.report import bars
+from benchmarks.speed.report import bars, markdown
 from benchmarks.speed.results import Results, Spread, spread
 
 CELLS = list(dict.fromkeys(cell for name in EXPERIMENTS for cell in QUICK.cells(name)))
@@ -51,7 +51,9 @@ def test_every_cell_has_all_its_arms_with_a_time_of_each_round(results):
 
 def test_arms_cover_what_is_compared():
     arms = {arm for cell in CELLS for arm in cell.arms}
-    assert arms > {"floor", "genlora", "genlora-once", "genlora-bf16", "lora", "lora-bf16", "vera", "base"}
+    assert arms > {"floor", "genlora", "genlora-once", "genlora-bf16", "our-lora", "lora", "lora-bf16", "vera", "base"}
+    for cell in CELLS:
+        assert ("our-lora" in cell.arms) == (cell.kind in ("step", "counts"))
     for name in EXPERIMENTS:
         assert {cell.kind for cell in FULL.cells(name)} == {cell.kind for cell in QUICK.cells(name)}
     assert {cell.rank for cell in FULL.cells("ranks")} == {8, 16, 64, 256}
@@ -61,7 +63,7 @@ def test_arms_cover_what_is_compared():
 @pytest.mark.parametrize("model", [QUICK.language, QUICK.encoder])
 def test_operators_in_a_linear_are_three_and_two_more_than_the_bases_under_autocast(results, model):
     found = {name: arm["operators"]["per_linear"] for name, arm in counts(results, model=model).items()}
-    assert (found["floor"], found["genlora"], found["lora"]) == (1, 3, 5)
+    assert (found["floor"], found["genlora"], found["our-lora"], found["lora"]) == (1, 3, 3, 5)
     found = {name: arm["operators"]["per_linear"] for name, arm in counts(results, "bf16-mixed", model=model).items()}
     assert found["genlora"] == pytest.approx(found["floor"] + 2)
     assert found["genlora-bf16"] < found["genlora"]  # no weight is cast
@@ -79,6 +81,7 @@ def test_fewer_bytes_for_the_optimizer_and_fewer_gradients_than_lora(results):
     arms = counts(results)
     for field in ("optimizer_bytes", "gradient_elements", "gradient_bytes"):
         assert arms["floor"][field] == 0 < arms["genlora"][field] < arms["lora"][field]
+        assert arms["our-lora"][field] == arms["lora"][field]
     assert arms["lora"]["gradient_elements"] * 4 == arms["lora"]["gradient_bytes"]
     assert counts(results, "bf16-mixed")["lora-bf16"]["gradient_bytes"] * 2 == arms["lora"]["gradient_bytes"]
 
@@ -88,7 +91,7 @@ def test_arms_share_the_bases_weights_and_leave_them_as_they_are():
     base = load_base(cell.model, torch.float32, "cpu")
     before = {name: p.clone() for name, p in base.named_parameters()}
     own = {p.data_ptr() for p in base.parameters()}
-    for name in ("floor", "genlora", "lora", "vera"):
+    for name in ("floor", "genlora", "our-lora", "lora", "vera"):
         arm = make_arm(name, cell, "cpu")
         frozen = {p.data_ptr() for p in arm.model.parameters() if not p.requires_grad}
         assert own <= frozen
@@ -152,6 +155,33 @@ def test_report_gives_each_bar_with_its_status_and_a_table_of_each_experiment(pa
     nothing = [bar.row(Results(path.with_name("none.json"))) for bar in bars(FULL)]
     assert {row[-1] for row in nothing} == {"not measured"}
     assert len({row[0] for row in nothing}) == len(nothing)
+
+
+def test_results_without_an_arm_are_reported_and_its_bar_is_not_measured(path, tmp_path):
+    content = json.loads(path.read_text())
+    for cell in content["cells"].values():
+        cell["arms"].pop("our-lora", None)
+    older = tmp_path / "older.json"
+    older.write_text(json.dumps(content))
+    text, full = (markdown(Results(file)) for file in (older, path))
+    assert text.count("LoRA by us") == full.count("| LoRA by us / PEFT LoRA, step") == 2 * len(QUICK.main_ranks)
+    for line in text.splitlines():
+        assert ("LoRA by us" not in line) or line.endswith("| not measured |")
+    assert "## Counts" in text
+
+
+def test_our_lora_computes_what_pefts_does():
+    cell = QUICK.cell("step", "fp32", 4)
+    ours, theirs = (make_arm(name, cell, "cpu") for name in ("our-lora", "lora"))
+    names = targets(load_base(cell.model, torch.float32, "cpu"))
+    layers = zip(*(adapted_modules(arm.model, names) for arm in (ours, theirs)), strict=True)
+    with torch.no_grad():
+        for layer, other in layers:
+            for factor in (layer.update.A, layer.update.B):
+                factor.matrix.normal_(std=0.1)
+            other.lora_A["default"].weight.copy_(layer.update.A.matrix)
+            other.lora_B["default"].weight.copy_(layer.update.B.matrix.T)
+    torch.testing.assert_close(ours.loss(ours.batches[0]), theirs.loss(theirs.batches[0]))
 
 
 def test_ratios_are_of_times_of_the_same_round(results):
