@@ -24,7 +24,7 @@ from genlora_lightning.planning.budget import fit_budget
 from .rows import Rows
 
 LIKE_LORA_RANKS = (1.05, 1.5, 2.0)  # budgets for which groups are proposed
-STEP_ARMS = ("floor", "lora", "lora-bf16", "genlora")
+STEP_ARMS = ("floor", "lora", "lora-bf16", "genlora", "our-lora")
 DECODE_ARMS = ("base", "lora", "lora-bf16", "genlora-cached", "genlora-merged")
 
 
@@ -57,7 +57,7 @@ def plan(tiny: bool) -> list[Setting]:
 
     def step(size: str, rank: int, *, groups: bool = False, compiled: bool = False, checkpointing: bool = False) -> Any:
         is_short = compiled or checkpointing or rank > 64
-        arms = tuple(arm for arm in STEP_ARMS if arm != "lora-bf16" or not is_short)
+        arms = tuple(arm for arm in STEP_ARMS if not (is_short and arm in ("lora-bf16", "our-lora")))
         cell = Cell(
             kind="step",
             model=f"random-{size}",
