@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,9 +68,6 @@ class SinhFactor(Factor):
     def first_shape(self) -> tuple[int, ...]:
         return self.rank, self.num_entries
 
-    def batch_key(self) -> Hashable:
-        return self.first_shape
-
     def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         return (scale * torch.sinh(self.p)).to(dtype or self.p.dtype)
 
@@ -85,11 +82,6 @@ class SinhFactor(Factor):
     ) -> Sequence[Tensor]:
         stacked = scale * torch.sinh(torch.stack([factor.p for factor in factors]))
         return stacked.to(dtype or stacked.dtype).unbind()
-
-    @classmethod
-    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor], *, scale: float) -> None:
-        matrices = cls.make_many(factors, scale=scale, dtype=None)
-        torch.autograd.backward(matrices, [g.to(m.dtype) for g, m in zip(gradients, matrices, strict=True)])
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,10 +119,6 @@ class Factor(AdapterModule, ABC):
         """The shape of the first parameter where nobody has cut it."""
 
     @abstractmethod
-    def batch_key(self) -> Hashable:
-        """What factors that are made at once have in common, beside their class."""
-
-    @abstractmethod
     def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         """Make the matrix ``M (rank, num_entries)``, computed in the parameters' dtype, also under autocast.
 
@@ -134,8 +130,13 @@ class Factor(AdapterModule, ABC):
             plain: Leave the backward to autograd, which can differentiate it again but may keep more for it.
         """
 
+    # -- what a kind may do faster ------------------------------------------------------------------------------------
+
+    def batch_key(self) -> Hashable:
+        """What factors that are made at once have in common, beside their class."""
+        return self.rank, self.num_entries
+
     @classmethod
-    @abstractmethod
     def make_many(
         cls,
         factors: Sequence[Self],
@@ -144,25 +145,28 @@ class Factor(AdapterModule, ABC):
         dtype: torch.dtype | None,
         when_differentiated: Callable[[], None] | None = None,
     ) -> Sequence[Tensor]:
-        """Make the matrices of factors of one key.
+        """Make the matrices of factors of one key; here one by one.
 
         Args:
             factors: The factors.
             scale: A factor on all of them.
             dtype: Of the results; the parameters' if ``None``.
-            when_differentiated: Called as soon as the matrices' gradients are there and nobody needs them any more.
+            when_differentiated: May be called as soon as nobody needs the matrices any more: their gradients are there.
         """
+        return [factor(scale=scale, dtype=dtype) for factor in factors]
 
     @classmethod
-    @abstractmethod
     def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor], *, scale: float) -> None:
-        """Add to the parameters' gradients what the gradients of the matrices make of them.
+        """Add to the parameters' gradients what the gradients of the matrices make of them; here by autograd.
 
         Args:
             factors: Factors of one key.
             gradients: Of the matrices that :meth:`make_many` made of them with ``scale``.
             scale: The factor on the matrices.
         """
+        with torch.inference_mode(False), torch.enable_grad():
+            matrices = cls.make_many(factors, scale=scale, dtype=None)
+            torch.autograd.backward(matrices, [gradient.to(matrices[0].dtype) for gradient in gradients])
 
     @property
     def cost(self) -> int:

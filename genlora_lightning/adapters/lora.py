@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Self, override
+from typing_extensions import override
 
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, Role
 from genlora_lightning.adapters.config import AdapterConfig, ScalingRule
@@ -62,35 +61,11 @@ class StoredFactor(Factor):
         return self.rank, self.num_entries
 
     @override
-    def batch_key(self) -> Hashable:
-        return self.rank, self.num_entries
-
-    @override
     def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         matrix = self.matrix if scale == 1.0 else scale * self.matrix
         matrix = matrix if dtype is None else matrix.to(dtype)
         # Where FSDP1 shards the factor, it has put a view in the parameter's place, and frees it after this forward.
         return matrix.clone() if matrix is self.matrix and not isinstance(matrix, nn.Parameter) else matrix
-
-    @classmethod
-    @override
-    def make_many(
-        cls,
-        factors: Sequence[Self],
-        *,
-        scale: float,
-        dtype: torch.dtype | None,
-        when_differentiated: Callable[[], None] | None = None,
-    ) -> Sequence[Tensor]:
-        return [factor(scale=scale, dtype=dtype) for factor in factors]
-
-    @classmethod
-    @override
-    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor], *, scale: float) -> None:
-        for factor, gradient in zip(factors, gradients, strict=True):
-            matrix = factor.matrix
-            own = (gradient if scale == 1.0 else scale * gradient).to(matrix.dtype)
-            matrix.grad = own if matrix.grad is None else matrix.grad + own
 
     @override
     def extra_repr(self) -> str:
