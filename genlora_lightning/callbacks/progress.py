@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -10,6 +11,8 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, Timer, TQDMProgressBar
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
+from tqdm import tqdm
 from typing_extensions import override
 
 from genlora_lightning.callbacks.throughput import RATE
@@ -50,7 +53,7 @@ class TerminalProgressBar(TQDMProgressBar):
         if rate is not None:
             metrics["tokens/s"] = f"{rate:.0f}"
         if self._estimate is not None:
-            metrics["left"] = format_duration(self._estimate.remaining_seconds())
+            metrics["left"] = _duration(self._estimate.remaining_seconds())
         return metrics
 
 
@@ -79,9 +82,7 @@ class LineProgressBar(ProgressBar):
         self._estimate: _Estimate | None = None
         self._printed_at = 0.0
         self._printed_step = -1
-        self._shares_printed = -1
         self._loop_started = 0.0
-        self._batches_done = 0
         self._before_validation: dict[str, Any] = {}
         self._validation_names: set[str] = set()
 
@@ -93,23 +94,19 @@ class LineProgressBar(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
-    # --- training -----------------------------------------------------------------------------------------------------
-
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._estimate = _Estimate(trainer)
-        self._printed_step = -1
-        self._shares_printed = -1
+        self._estimate, self._printed_step = _Estimate(trainer), -1
 
     @override
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         assert self._estimate is not None
-        shares = int(self._estimate.fraction() / self._every_fraction + 1e-9)
-        if shares > self._shares_printed or self._is_time():
+        shares = [
+            math.floor(self._estimate.fraction(step) / self._every_fraction + 1e-9)
+            for step in (self._printed_step, trainer.global_step)
+        ]
+        if self._printed_step < 0 or shares[0] < shares[1] or self._is_time():
             self._print_training(trainer)
-        self._shares_printed = shares
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -118,85 +115,59 @@ class LineProgressBar(ProgressBar):
 
     def _print_training(self, trainer: Trainer) -> None:
         assert self._estimate is not None
-        self._printed_step = trainer.global_step
-        estimate = self._estimate
+        step = self._printed_step = trainer.global_step
         metrics = {k: v for k, v in _shown_metrics(trainer).items() if k not in self._validation_names}
         rate = metrics.pop(RATE, None)
-        epochs = "" if trainer.max_epochs in (None, -1) else f"/{trainer.max_epochs}"
-        total = "" if estimate.total_steps == float("inf") else f"/{estimate.total_steps} ({estimate.fraction():.0%})"
-        epoch = min(trainer.current_epoch + 1, trainer.max_epochs) if epochs else trainer.current_epoch + 1  # type: ignore[type-var]
+        epoch, epochs, steps = trainer.current_epoch + 1, trainer.max_epochs, self._estimate.total_steps
         self._print_line(
-            f"epoch {epoch}{epochs}",
-            f"step {trainer.global_step}{total}",
+            f"epoch {epoch}" if epochs in (None, -1) else f"epoch {min(epoch, epochs)}/{epochs}",
+            f"step {step}" + ("" if math.isinf(steps) else f"/{steps} ({self._estimate.fraction(step):.0%})"),
             *_format_metrics(metrics),
             *([] if rate is None else [f"{rate:.0f} tokens/s"]),
-            f"elapsed {format_duration(estimate.elapsed_seconds())}",
-            f"remaining {format_duration(estimate.remaining_seconds())}",
+            f"elapsed {_duration(self._estimate.elapsed_seconds())}",
+            f"remaining {_duration(self._estimate.remaining_seconds())}",
         )
-
-    # --- validation, test, prediction ---------------------------------------------------------------------------------
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._before_validation = dict(trainer.callback_metrics)
-        self._start_loop()
+        self._loop_started = self._printed_at = time.monotonic()
+
+    on_test_start = on_predict_start = on_validation_start
 
     @override
-    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_loop()
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        loops = {
+            RunningStage.VALIDATING: ("validation", trainer.num_val_batches),
+            RunningStage.TESTING: ("testing", trainer.num_test_batches),
+            RunningStage.PREDICTING: ("predicting", trainer.num_predict_batches),
+        }
+        if trainer.state.stage not in loops:
+            return  # the sanity check
+        name, totals = loops[trainer.state.stage]
+        done, total = sum(totals[:dataloader_idx]) + batch_idx + 1, sum(totals)
+        if self._is_time() or (done == total and trainer.state.fn != TrainerFn.FITTING):
+            elapsed = time.monotonic() - self._loop_started
+            self._print_line(
+                name,
+                f"batch {done}" + ("" if math.isinf(total) else f"/{total}"),
+                f"elapsed {_duration(elapsed)}",
+                f"remaining {_duration(elapsed * (total - done) / done)}",
+            )
 
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._start_loop()
-
-    @override
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        if not self.trainer.sanity_checking:
-            self._batch_done(self.validation_description, self.trainer.num_val_batches)
-
-    @override
-    def on_test_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._batch_done(self.test_description, self.trainer.num_test_batches)
-
-    @override
-    def on_predict_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._batch_done(self.predict_description, self.trainer.num_predict_batches)
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or not self._is_fitting(trainer):
+        if trainer.sanity_checking or trainer.state.fn != TrainerFn.FITTING:
             return  # `validate` prints a table of its own
         # A metric that this validation did not log is still the very same object.
         results = {k: v for k, v in trainer.callback_metrics.items() if v is not self._before_validation.get(k)}
         self._validation_names |= set(results)
-        took = time.monotonic() - self._loop_started
-        self._print_line(
-            f"validation after step {trainer.global_step}", *_format_metrics(results), f"took {format_duration(took)}"
-        )
-
-    @staticmethod
-    def _is_fitting(trainer: Trainer) -> bool:
-        return trainer.state.fn is not None and trainer.state.fn.value == "fit"
-
-    def _start_loop(self) -> None:
-        self._loop_started = self._printed_at = time.monotonic()
-        self._batches_done = 0
-
-    def _batch_done(self, name: str, totals: list[int | float]) -> None:
-        self._batches_done += 1
-        total = sum(totals)
-        is_last = self._batches_done == total and not self._is_fitting(self.trainer)
-        if is_last or self._is_time():
-            elapsed = time.monotonic() - self._loop_started
-            left = elapsed * (total - self._batches_done) / self._batches_done
-            self._print_line(
-                name.lower(),
-                f"batch {self._batches_done}" + ("" if total == float("inf") else f"/{total}"),
-                f"elapsed {format_duration(elapsed)}",
-                f"remaining {format_duration(left)}",
-            )
-
-    # --- printing -----------------------------------------------------------------------------------------------------
+        took = _duration(time.monotonic() - self._loop_started)
+        self._print_line(f"validation after step {trainer.global_step}", *_format_metrics(results), f"took {took}")
 
     def _is_time(self) -> bool:
         return time.monotonic() - self._printed_at >= self._every_seconds
@@ -216,15 +187,6 @@ def default_progress_bar() -> ProgressBar:
     return TerminalProgressBar() if columns else LineProgressBar()
 
 
-def format_duration(seconds: float) -> str:
-    """``75`` → ``"1:15"``, ``3661`` → ``"1:01:01"``, infinite or unknown → ``"?"``."""
-    if not 0 <= seconds < float("inf"):
-        return "?"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
 class _Estimate:
     """How far a fit is and how long it will take, from the steps it has made since it started or was resumed."""
 
@@ -237,16 +199,20 @@ class _Estimate:
     def elapsed_seconds(self) -> float:
         return time.monotonic() - self._started
 
-    def fraction(self) -> float:
-        return min(1.0, self._trainer.global_step / self.total_steps) if self.total_steps else 1.0
+    def fraction(self, step: int) -> float:
+        return min(1.0, step / self.total_steps) if self.total_steps else 1.0
 
     def remaining_seconds(self) -> float:
         """Validation and saving are in the estimate; so is a limit on time. Infinite while nothing is known."""
         done = self._trainer.global_step - self._first_step
         left = max(0.0, self.total_steps - self._trainer.global_step)
-        seconds = self.elapsed_seconds() * left / done if done else float("inf")
+        seconds = self.elapsed_seconds() * left / done if done else math.inf
         limits = [timer.time_remaining() for timer in self._trainer.callbacks if isinstance(timer, Timer)]  # type: ignore[attr-defined]
         return min([seconds, *(limit for limit in limits if limit is not None)])
+
+
+def _duration(seconds: float) -> str:
+    return "?" if math.isinf(seconds) else tqdm.format_interval(round(seconds))
 
 
 def _shown_metrics(trainer: Trainer) -> dict[str, Any]:

@@ -1,11 +1,10 @@
-"""Counts tokens and the time that training took, for a rate that validation and checkpoints do not falsify."""
+"""Counts tokens and the time that training took, for a rate that validation does not falsify."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,10 +18,10 @@ RATE = "tokens_per_second"
 
 
 class TokensPerSecond(Callback):
-    """Counts the tokens that were trained on, and the time that training (not validating, not saving) took.
+    """Counts the tokens that were trained on, and the time that training (not validating) took.
 
-    Lightning's ``ThroughputMonitor`` takes every batch to be of one size, counts the saving of checkpoints as training
-    and asks for a count of operations; it is the one to use for those.
+    Lightning's ``ThroughputMonitor`` takes every batch to be of one size and asks for a count of operations; it is the
+    one to use for those.
 
     The rate over the last ``window`` batches is logged as ``tokens_per_second``, that of the whole fit, at its end, as
     ``fit_tokens_per_second``. With several processes it is the sum over those that read different data. A batch's
@@ -38,7 +37,7 @@ class TokensPerSecond(Callback):
 
     Attributes:
         tokens: Tokens trained on in the latest fit, over all processes.
-        seconds: Seconds of the latest fit that went into training; loading the data counts.
+        seconds: Seconds of the latest fit that went into training; loading the data counts, and so does saving.
         tokens_per_second: The one divided by the other: the rate of the whole fit.
 
     Raises:
@@ -75,14 +74,6 @@ class TokensPerSecond(Callback):
         self._times = ReadingTimes(trainer)
         self._history.clear()
         self._history.append((0, 0, 0.0))
-        save = trainer.save_checkpoint
-
-        def save_with_the_clock_stopped(*args: Any, **kwargs: Any) -> None:
-            with self._stopped(trainer):
-                save(*args, **kwargs)
-
-        # No hook tells when a checkpoint has been written, and none runs at all for `save_weights_only`.
-        trainer.save_checkpoint = save_with_the_clock_stopped  # type: ignore[method-assign]
         self._start()
 
     @override
@@ -118,7 +109,6 @@ class TokensPerSecond(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop(trainer)
         self._add_up(trainer)
-        self._release(trainer)
         if self.tokens:
             for logger in trainer.loggers:
                 logger.log_metrics({f"fit_{RATE}": self.tokens_per_second}, step=trainer.global_step)
@@ -128,7 +118,6 @@ class TokensPerSecond(Callback):
         self._stop(trainer)
         if trainer.world_size == 1:  # another process may no longer be there to add up with
             self._add_up(trainer)
-        self._release(trainer)
 
     def _start(self) -> None:
         self._running_since = time.perf_counter()
@@ -140,16 +129,6 @@ class TokensPerSecond(Callback):
             torch.cuda.synchronize(trainer.strategy.root_device)  # work that is still queued is training, too
         self._seconds, self._running_since = self.seconds, None
 
-    @contextmanager
-    def _stopped(self, trainer: Trainer) -> Iterator[None]:
-        was_running = self._running_since is not None
-        self._stop(trainer)
-        try:
-            yield
-        finally:
-            if was_running:
-                self._start()
-
     def _add_up(self, trainer: Trainer) -> None:
         self.tokens = int(self._counted)  # a tensor waits here for all that was queued before, training included
         if trainer.world_size > 1:
@@ -158,10 +137,6 @@ class TokensPerSecond(Callback):
             counted = torch.tensor(self.tokens, dtype=torch.int64, device=strategy.root_device)
             total = int(strategy.reduce(counted, reduce_op="sum"))
             self.tokens = total * replicas // trainer.world_size  # processes that share a batch count it once
-
-    @staticmethod
-    def _release(trainer: Trainer) -> None:
-        vars(trainer).pop("save_checkpoint", None)
 
 
 def _tokens_in(pl_module: LightningModule, batch: Any) -> int | Tensor:
