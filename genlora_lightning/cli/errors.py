@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import dis
 import inspect
+import linecache
 import re
 import sys
+import traceback
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NoReturn
@@ -70,15 +71,13 @@ def leave(message: str, code: int, cause: BaseException | None = None) -> NoRetu
 
 
 def _origin(error: BaseException) -> tuple[str, bool]:
-    """The module in which an error came up, and whether a ``raise`` (or ``assert``) statement made it."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    if traceback is None:
+    """The module in which an error came up, and whether it did in a line that begins with ``raise``."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if not frames:
         return "", False
-    frame = traceback.tb_frame
-    instruction = dis.opname[frame.f_code.co_code[traceback.tb_lasti]]
-    return str(frame.f_globals.get("__name__", "")), instruction == "RAISE_VARARGS"
+    frame, number = frames[-1]
+    line = linecache.getline(frame.f_code.co_filename, number, frame.f_globals)
+    return str(frame.f_globals.get("__name__", "")), line.lstrip().startswith("raise ")
 
 
 def _probably_meant(text: str, options: list[str]) -> str | None:

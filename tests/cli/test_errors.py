@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import linecache
 from typing import Any
 
 import pytest
@@ -11,8 +12,10 @@ from genlora_lightning.cli.errors import find_user_error, leave, one_line
 
 def raised_in(module: str, statement: str, **names: Any) -> Exception:
     """The error that a statement raises when it stands in a module of that name."""
-    namespace = {"__name__": module, **names}
-    exec(compile(f"def run():\n    {statement}", "file.py", "exec"), namespace)
+    namespace, file = {"__name__": module, **names}, f"<{module}: {statement}>"
+    source = f"def run():\n    {statement}"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), namespace)
     try:
         namespace["run"]()
     except Exception as error:
@@ -27,7 +30,7 @@ def test_an_error_raised_by_this_package_is_for_the_user() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["int('x')", "{}['x']", "None.x", "raise AssertionError('x')", "assert 1 == 2, 'x'"]
+    "statement", ["int('x')", "{}['x']", "None.x", "raise AssertionError('x')", "assert 1 == 2, 'x'", "raised = 1 / 0"]
 )
 def test_an_error_that_nobody_meant_is_a_fault(statement: str) -> None:
     assert find_user_error(raised_in("genlora_lightning.layers.linear", statement)) is None
@@ -35,6 +38,11 @@ def test_an_error_that_nobody_meant_is_a_fault(statement: str) -> None:
 
 def test_what_the_operating_system_refuses_is_for_the_user() -> None:
     error = raised_in("genlora_lightning.artifacts.adapter_io", "open('/nowhere/at/all')")
+    assert find_user_error(error) is error
+
+
+def test_an_error_of_several_lines_is_for_the_user() -> None:
+    error = raised_in("genlora_lightning.layers.linear", "raise ValueError(\n        'x'\n        'y'\n    )")
     assert find_user_error(error) is error
 
 
