@@ -83,15 +83,10 @@ def stored_layer(name: str, shape: MatrixShape, config: AdapterConfig, tensors: 
         KeyError: A tensor is missing.
         RuntimeError: One has another shape.
     """
-    layer = empty_layer(shape, config)
+    layer = adapt(nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta"), config)
     state = {own: tensors[f"{name}.{own}"] for own in layer.adapter_parameters()}
     layer.load_state_dict(state, strict=False, assign=True)
     return layer
-
-
-def empty_layer(shape: MatrixShape, config: AdapterConfig) -> AdaptedLayer:
-    """An adapted linear of a shape, all of it without memory."""
-    return adapt(nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta"), config)
 
 
 def manifest_bytes(values: Mapping[str, Any]) -> bytes:
