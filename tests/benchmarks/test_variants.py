@@ -13,6 +13,7 @@ from benchmarks.quality.experiments import EXPERIMENTS
 from benchmarks.quality.rows import RESULTS, read_rows
 from benchmarks.quality.variants import READERS, FactorForm, inject_variant, variant_config
 from genlora_lightning import generated_once, inject_adapters, set_fused
+from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.injection.inject import adapter_layers
 from tests.models import tiny_bert
 
@@ -45,6 +46,11 @@ def test_field_of_a_specification_that_there_is_not_is_refused():
     assert variant_config({"b": {"q": 3}}).b == FactorForm(num_latents=3)
     with pytest.raises(ValueError, match=r"no fields \['groups'\].*num_groups"):
         variant_config({"a": {"groups": 3}})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configuration_is_the_same_out_of_json(name):
+    assert read_config(json.loads(json.dumps(CONFIGS[name].to_dict()))) == CONFIGS[name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
