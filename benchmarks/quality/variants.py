@@ -94,6 +94,13 @@ class VariantConfig(AdapterConfig):
     b: FactorForm = field(default_factory=FactorForm)
     core: bool = False
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for side in ("a", "b"):
+            form = getattr(self, side)
+            if isinstance(form, Mapping):  # out of `to_dict` and JSON
+                object.__setattr__(self, side, FactorForm(**{**form, "freeze": tuple(form.get("freeze", ()))}))
+
     @override
     def make(
         self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
@@ -293,8 +300,8 @@ def variant_config(spec: Spec) -> VariantConfig:
     known = {one.name for one in fields(FactorForm)}
     if unknown := sorted({name for form in forms.values() for name in form} - known):
         raise ValueError(f"A specification has no fields {unknown}; those of a factor are {sorted(known)}.")
-    a, b = (FactorForm(**{**form, "freeze": tuple(form.get("freeze", ()))}) for form in forms.values())
-    return VariantConfig(rank=spec.get("R", 16), alpha=spec.get("alpha", 2.0), core=spec.get("core", False), a=a, b=b)
+    whole = {"rank": spec.get("R", 16), "alpha": spec.get("alpha", 2.0), "core": spec.get("core", False)}
+    return VariantConfig.from_dict({**whole, **forms})
 
 
 def inject_variant(base: nn.Module, spec: Spec, seed: int) -> dict[str, float]:

@@ -12,7 +12,14 @@ from benchmarks.quality.adapters import PolarConfig, SineConfig
 from benchmarks.quality.experiments import EXPERIMENTS
 from benchmarks.quality.rows import RESULTS, read_rows
 from benchmarks.quality.variants import READERS, FactorForm, inject_variant, variant_config
+<<<<<<< HEAD
 from genlora_lightning import inject_adapters
+=======
+from genlora_lightning import inject_adapters
+from genlora_lightning.layers.accumulation import generated_once
+from genlora_lightning.layers.sharing import set_fused
+from genlora_lightning.adapters.kinds import read_config
+>>>>>>> wt-bench
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.layers.accumulation import generated_once
 from genlora_lightning.layers.sharing import set_fused
@@ -47,6 +54,11 @@ def test_field_of_a_specification_that_there_is_not_is_refused():
     assert variant_config({"b": {"q": 3}}).b == FactorForm(num_latents=3)
     with pytest.raises(ValueError, match=r"no fields \['groups'\].*num_groups"):
         variant_config({"a": {"groups": 3}})
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configuration_is_the_same_out_of_json(name):
+    assert read_config(json.loads(json.dumps(CONFIGS[name].to_dict()))) == CONFIGS[name]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -200,7 +200,7 @@ def test_copy_is_empty_and_keeps_nothing(how):
         ask(store, pair)
     store.for_forward = given_by(pair)
     other = how(store)
-    assert (other.given, other.keeps, other._cached) == (None, False, {})
+    assert (other.for_forward, other.caches, other._cached) == (None, False, {})
     assert store.for_forward is not None
 
 
