@@ -12,14 +12,8 @@ from benchmarks.quality.adapters import PolarConfig, SineConfig
 from benchmarks.quality.experiments import EXPERIMENTS
 from benchmarks.quality.rows import RESULTS, read_rows
 from benchmarks.quality.variants import READERS, FactorForm, inject_variant, variant_config
-<<<<<<< HEAD
 from genlora_lightning import inject_adapters
-=======
-from genlora_lightning import inject_adapters
-from genlora_lightning.layers.accumulation import generated_once
-from genlora_lightning.layers.sharing import set_fused
 from genlora_lightning.adapters.kinds import read_config
->>>>>>> wt-bench
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.layers.accumulation import generated_once
 from genlora_lightning.layers.sharing import set_fused
