@@ -111,7 +111,7 @@ def test_parameter_of_a_generator_that_has_no_group_stops_the_run() -> None:
     model = adapted()
     generator = next(module for module in model.modules() if isinstance(module, RBFGenerator))
     generator.second_latent = nn.Parameter(torch.zeros(3))
-    with pytest.raises(AssertionError, match="No optimizer group is known for the generator's parameter 'second_lat"):
+    with pytest.raises(ValueError, match="gives no role to its parameter 'second_latent'"):
         parameter_groups(model, OptimizerConfig())
 
 
