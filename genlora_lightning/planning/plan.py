@@ -102,7 +102,7 @@ class Plan:
         trainable_parameters: T.
         lora_parameters: What LoRA of the same rank would train.
         memory: Bytes on one GPU.
-        traffic: By name (``"genlora replicate"``, …): what is sent per optimizer step.
+        traffic: By kind and policy (``"genlora replicate"``, …): what is sent per optimizer step.
         layers: The number of FSDP units beside the root.
     """
 
@@ -175,11 +175,11 @@ def make_plan(
         counts[checkpointing] = step
     here = counts[setup.gradient_checkpointing]
     cases: list[tuple[str, bool, Sharding]] = [
-        ("genlora replicate", False, "replicate"),
+        (f"{config.kind} replicate", False, "replicate"),
         ("lora replicate", True, "replicate"),
     ]
     if setup.is_sharded:
-        cases += [("genlora shard", False, "shard"), ("lora shard", True, "shard")]
+        cases += [(f"{config.kind} shard", False, "shard"), ("lora shard", True, "shard")]
     return Plan(
         model=f"{name} ({type(model).__name__})",
         config=config,
@@ -230,13 +230,15 @@ def _text(plan: Plan) -> str:
         ("optimizer: AdamW's two moments", memory.optimizer),
         ("buckets of the all-reduce", memory.buckets),
         (f"activations, {setup.batch} x {setup.tokens} tokens", memory.activations),
-        ("  of these, generated factors", memory.factors),
+        ("  of these, factors A and B", memory.factors),
         ("total", memory.total),
     ]
     kind = setup.strategy + (f", adapters {setup.adapter_sharding}d".replace("shardd", "sharded") if sharded else "")
+    is_other = plan.trainable_parameters != plan.lora_parameters
+    beside = f"; LoRA of that rank {plan.lora_parameters:,}" if is_other else ""
     lines = [
         f"{plan.model}: {plan.total_parameters:,} parameters. {plan.config.title} of rank {plan.config.rank} trains "
-        f"{plan.trainable_parameters:,} on {plan.linears} linears; LoRA of that rank {plan.lora_parameters:,}.",
+        f"{plan.trainable_parameters:,} on {plan.linears} linears{beside}.",
         f"{setup.gpus} GPU{'s' * (setup.gpus > 1)}, {kind}; "
         f"{'bfloat16 autocast' if setup.autocast else 'no autocast'}; "
         f"{'with' if setup.gradient_checkpointing else 'without'} gradient checkpointing.",

@@ -79,6 +79,12 @@ def test_plan_and_budget_know_lora(model, capsys):
     assert main(["plan", "--model", model, "--kind", "lora", "--rank", "4", "--seq", "8", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["trainable_parameters"] == plan["lora_parameters"]
+    assert main(["plan", "--model", model, "--kind", "lora", "--gpus", "2", "--strategy", "ddp", "--seq", "8"]) == 0
+    text = capsys.readouterr().out
+    assert "LoRA of rank 16 trains" in text
+    assert "LoRA of that rank" not in text
+    assert "lora replicate" in text
+    assert "genlora" not in text
     assert main(["budget", "--model", model, "--kind", "lora", "--like-lora-rank", "3"]) == 0
     text = capsys.readouterr().out
     assert yaml.safe_load(text)["adapter"] == {"kind": "lora", "rank": 3, "alpha": 6.0}
