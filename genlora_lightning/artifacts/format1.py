@@ -1,4 +1,4 @@
-"""Read what releases before 0.2 wrote: format 1 of adapter folders and checkpoints, in which all was GenLoRA.
+"""Read format 1 of adapter folders and checkpoints, in which all was GenLoRA: what was written before format 2 came.
 
 Format 2 names the kind of adapter, and calls an update's factors ``update.A`` and ``update.B`` where format 1 had
 ``generator_A`` and ``generator_B``. Format 1 had a SHA-256 for each tensor of an adapter folder, and a manifest with
