@@ -61,26 +61,24 @@ class SinhFactor(Factor):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if not self.p.is_meta:
-            self.changed()
             self.p.zero_() if self.zero else self.p.uniform_(-0.5, 0.5, generator=generator)
 
     @property
     def first_shape(self) -> tuple[int, ...]:
         return self.rank, self.num_entries
 
-    def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
-        return (scale * torch.sinh(self.p)).to(dtype or self.p.dtype)
+    def forward(self, *, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        return torch.sinh(self.p).to(dtype or self.p.dtype)
 
     @classmethod
     def make_many(
         cls,
         factors: Sequence[Self],
         *,
-        scale: float,
         dtype: torch.dtype | None,
         when_differentiated: Callable[[], None] | None = None,
     ) -> Sequence[Tensor]:
-        stacked = scale * torch.sinh(torch.stack([factor.p for factor in factors]))
+        stacked = torch.sinh(torch.stack([factor.p for factor in factors]))
         return stacked.to(dtype or stacked.dtype).unbind()
 
 
@@ -120,7 +118,6 @@ class OuterUpdate(WeightUpdate):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if not self.left.is_meta:
-            self.changed()
             self.left.zero_()
             self.right.uniform_(-0.5, 0.5, generator=generator)
             self.fixed.fill_(0.5)

@@ -25,7 +25,7 @@ from .rows import Rows
 
 LIKE_LORA_RANKS = (1.05, 1.5, 2.0)  # budgets for which groups are proposed
 STEP_ARMS = ("floor", "lora", "lora-bf16", "genlora", "our-lora")
-DECODE_ARMS = ("base", "lora", "lora-bf16", "genlora-cached", "genlora-merged")
+DECODE_ARMS = ("base", "lora", "lora-bf16", "genlora", "genlora-merged")
 
 
 @dataclass(frozen=True)

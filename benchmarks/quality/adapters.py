@@ -59,7 +59,6 @@ class Directions(FormulaFactor):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.is_meta:
             return
-        self.changed()
         self.directions.copy_(_polar(self.directions.normal_(generator=generator)))
         if self.mixed is not None:
             self.theta.zero_()
@@ -128,7 +127,6 @@ class SineUpdate(WeightUpdate):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if not self.is_meta:
-            self.changed()
             bound = 1 / math.sqrt(self.shape.in_features)
             self.A.uniform_(-bound, bound, generator=generator)
             self.B.zero_()

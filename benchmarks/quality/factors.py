@@ -19,6 +19,6 @@ class FormulaFactor(Factor):
         """The matrix ``M (rank, num_entries)``."""
 
     @override
-    def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
-        matrix = self.matrix() if scale == 1.0 else scale * self.matrix()
+    def forward(self, *, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        matrix = self.matrix()
         return matrix if dtype is None else matrix.to(dtype)

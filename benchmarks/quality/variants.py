@@ -182,7 +182,6 @@ class VariantFactor(FormulaFactor):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.is_meta:
             return
-        self.changed()
         form, is_b = self.form, self.side == "b"
         self.latent.uniform_(-1, 1, generator=generator).mul_(form.a_scale / math.sqrt(self.num_entries))
         sign = torch.empty_like(self.centers).bernoulli_(0.5, generator=generator) * 2 - 1
@@ -276,7 +275,6 @@ class DenseFactor(FormulaFactor):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.is_meta:
             return
-        self.changed()
         self.stored.uniform_(-1, 1, generator=generator).mul_(self.form.a_scale / math.sqrt(self.num_entries))
         if self.side == "b":
             self.stored.zero_()

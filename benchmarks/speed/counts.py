@@ -138,9 +138,9 @@ def count_generator(cell: Cell, model: nn.Module) -> dict[str, int]:
         with Operators() as forward, generated(model) as matrices:
             pass
         generators = [
-            (generator, scale, layer.wanted_dtype() or torch.float32)
+            (generator, layer.wanted_dtype() or torch.float32)
             for layer in layers_of(model)
-            for generator, scale in ((layer.update.A, 1.0), (layer.update.B, layer.scaling))
+            for generator in layer.pair or ()
         ]
     gradients = [torch.ones_like(matrix) for matrix in matrices]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

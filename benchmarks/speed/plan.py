@@ -22,10 +22,9 @@ ARMS = {
     "vera": "PEFT VeRA",
     "generator": "generator alone",
     "base": "frozen base",
-    "genlora-cached": "GenLoRA, cached factors",
     "genlora-merged": "GenLoRA, merged",
 }
-_INFERENCE = ("base", "genlora", "genlora-cached", "genlora-merged", "lora", "vera")
+_INFERENCE = ("base", "genlora", "genlora-merged", "lora", "vera")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genlora_lightning import merge_adapters
-from genlora_lightning.layers.sharing import cached_factors, generated
+from genlora_lightning.layers.sharing import generated
 
 from .models import Arm, autocast, make_arm, make_batches, make_model
 from .plan import Cell
@@ -66,16 +65,13 @@ def generator_task(arm: Arm) -> Callable[[], Any]:
 def measure_inference(cell: Cell, options: Options) -> dict[str, Any]:
     """Seconds of each arm's forwards, or of generating some tokens."""
     (ids,) = make_batches(cell, options.device)
-    with ExitStack() as stack:
-        tasks = {}
-        for name in cell.arms:
-            model = make_model(name, cell, options.device).eval()
-            if name == "genlora-cached":
-                stack.enter_context(cached_factors(model))
-            elif name == "genlora-merged":
-                merge_adapters(model)
-            tasks[name] = partial(_infer, cell, model, ids)
-        return _seconds(interleave(tasks, options))
+    tasks = {}
+    for name in cell.arms:
+        model = make_model(name, cell, options.device).eval()
+        if name == "genlora-merged":
+            merge_adapters(model)
+        tasks[name] = partial(_infer, cell, model, ids)
+    return _seconds(interleave(tasks, options))
 
 
 @torch.no_grad()

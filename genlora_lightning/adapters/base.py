@@ -58,8 +58,6 @@ class AdapterModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.roles: Mapping[str, Role] = self.ROLES
-        # Counted up whenever the parameters change, so that whoever keeps a matrix knows that it is out of date.
-        self.changes = 0
 
     @property
     def is_meta(self) -> bool:
@@ -74,15 +72,6 @@ class AdapterModule(nn.Module):
         """Draw new initial values. On the meta device there are none to draw."""
         raise NotImplementedError(f"{type(self).__name__} must define `reset_parameters`.")
 
-    def changed(self) -> None:
-        """Note that the parameters have new values: for whoever writes to them past the module's methods."""
-        self.changes += 1
-
-    @override
-    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        self.changed()
-        super()._load_from_state_dict(*args, **kwargs)
-
     @override
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # Every cast and move of a module (`.to`, `.half`, Lightning's precision plugins) goes through `_apply`.
@@ -92,7 +81,6 @@ class AdapterModule(nn.Module):
                 return tensor.to(device=result.device)
             return result
 
-        self.changed()
         return super()._apply(keep_precision, recurse)  # type: ignore[no-untyped-call]
 
 
@@ -105,6 +93,9 @@ class Factor(AdapterModule, ABC):
         rank: Number R of rows.
         num_entries: Length n of a row.
     """
+
+    #: Whether the matrix is a parameter: then nothing is gained by making many at once, or by keeping what was made.
+    is_stored: ClassVar[bool] = False
 
     def __init__(self, rank: int, num_entries: int) -> None:
         super().__init__()
@@ -119,13 +110,12 @@ class Factor(AdapterModule, ABC):
         """The shape of the first parameter where nobody has cut it."""
 
     @abstractmethod
-    def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+    def forward(self, *, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         """Make the matrix ``M (rank, num_entries)``, computed in the parameters' dtype, also under autocast.
 
         It must not be a view of what stands in a parameter's place: FSDP1 frees that after the forward.
 
         Args:
-            scale: A factor on it.
             dtype: Of the result; the parameters' if ``None``.
             plain: Leave the backward to autograd, which can differentiate it again but may keep more for it.
         """
@@ -141,7 +131,6 @@ class Factor(AdapterModule, ABC):
         cls,
         factors: Sequence[Self],
         *,
-        scale: float,
         dtype: torch.dtype | None,
         when_differentiated: Callable[[], None] | None = None,
     ) -> Sequence[Tensor]:
@@ -149,23 +138,21 @@ class Factor(AdapterModule, ABC):
 
         Args:
             factors: The factors.
-            scale: A factor on all of them.
             dtype: Of the results; the parameters' if ``None``.
             when_differentiated: May be called as soon as nobody needs the matrices any more: their gradients are there.
         """
-        return [factor(scale=scale, dtype=dtype) for factor in factors]
+        return [factor(dtype=dtype) for factor in factors]
 
     @classmethod
-    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor], *, scale: float) -> None:
+    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor]) -> None:
         """Add to the parameters' gradients what the gradients of the matrices make of them; here by autograd.
 
         Args:
             factors: Factors of one key.
-            gradients: Of the matrices that :meth:`make_many` made of them with ``scale``.
-            scale: The factor on the matrices.
+            gradients: Of the matrices that :meth:`make_many` made of them.
         """
         with torch.inference_mode(False), torch.enable_grad():
-            matrices = cls.make_many(factors, scale=scale, dtype=None)
+            matrices = cls.make_many(factors, dtype=None)
             torch.autograd.backward(matrices, [gradient.to(matrices[0].dtype) for gradient in gradients])
 
     @property
@@ -262,6 +249,8 @@ class FactorPair(WeightUpdate):
         self.A = A
         self.B = B
         self.scaling = scaling
+        #: Whether both are parameters.
+        self.is_stored = A.is_stored and B.is_stored
 
     @property
     @override

@@ -26,6 +26,8 @@ class StoredFactor(Factor):
         generator: Random number generator for the initial values.
     """
 
+    is_stored: ClassVar[bool] = True
+
     def __init__(
         self,
         num_entries: int,
@@ -48,7 +50,6 @@ class StoredFactor(Factor):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.matrix.is_meta:
             return
-        self.changed()
         if self.zero_start:
             self.matrix.zero_()
         else:
@@ -61,9 +62,8 @@ class StoredFactor(Factor):
         return self.rank, self.num_entries
 
     @override
-    def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
-        matrix = self.matrix if scale == 1.0 else scale * self.matrix
-        matrix = matrix if dtype is None else matrix.to(dtype)
+    def forward(self, *, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+        matrix = self.matrix if dtype is None else self.matrix.to(dtype)
         # Where FSDP1 shards the factor, it has put a view in the parameter's place, and frees it after this forward.
         return matrix.clone() if matrix is self.matrix and not isinstance(matrix, nn.Parameter) else matrix
 

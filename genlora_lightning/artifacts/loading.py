@@ -19,7 +19,6 @@ from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import check_adapter_state, load_adapter_state
-from genlora_lightning.layers.sharing import forget_factors
 from genlora_lightning.storage import checkpoint_file
 
 M = TypeVar("M", bound=nn.Module)
@@ -93,7 +92,6 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         check_adapter_state(expected | extra, stored, source)
     for name, tensor in (expected | extra).items():
         tensor.copy_(stored[name])
-    forget_factors(module)
 
 
 def _accepted(cls: type, hyperparameters: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_parameters
-from genlora_lightning.layers.sharing import forget_factors
 from genlora_lightning.overrides import note, noted
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -177,7 +176,6 @@ def load_whole(module: nn.Module, state: Mapping[str, Tensor]) -> None:
         for name, tensor in trained_tensors(module).items():
             target = local_part(tensor)
             target.copy_(local_part(part_of(state[name], tensor)).view(target.shape))
-    forget_factors(module)
 
 
 def whole_gradients(module: nn.Module) -> dict[str, Tensor]:

@@ -132,7 +132,7 @@ def adapters_merged(model: nn.Module, *, dtype: torch.dtype | None = None) -> It
     """Context manager in which the adapters are merged, so that a forward costs what the base's does.
 
     For generating a lot: it pays where forwards are many, and takes a second copy of the adapted weights. In 16 bits
-    the merged weights are rounded, and the outputs with them; ``cached_factors`` rounds nothing and costs little more.
+    the merged weights are rounded, and the outputs with them; without it nothing is rounded, and it costs little more.
 
     Args:
         model: A model with adapters, none of them merged.

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_parameters, require_adapters
-from genlora_lightning.layers.sharing import forget_factors
 
 _SHOWN = 4
 
@@ -70,7 +69,6 @@ def load_adapter_state(model: nn.Module, state: Mapping[str, Tensor], source: st
     check_adapter_state(expected, state, source)
     for name, tensor in expected.items():
         tensor.copy_(state[name])
-    forget_factors(model)
 
 
 def _wrapped_in(expected: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str | None:

@@ -72,8 +72,9 @@ def _note_step(model: nn.Module, optimizer: Optimizer) -> None:
     written = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for layer in layers_of(model):
         for factor in layer.pair or ():
-            if any(id(part) in written for part in factor.parts()):
-                factor.changed()
+            for part in factor.parts():
+                if id(part) in written:
+                    torch.autograd.graph.increment_version(part)
 
 
 def is_generated_once(model: nn.Module) -> bool:
@@ -100,12 +101,12 @@ def pass_gradients(model: nn.Module) -> None:
             if taken:
                 check_current(pair)
             for one, gradient in taken:
-                found.setdefault(batch_key(one.factor, one.scale, one.leaf.dtype), []).append((one, gradient))
+                found.setdefault(batch_key(one.factor, one.leaf.dtype), []).append((one, gradient))
     for key, everything in found.items():
         for some in at_once(key, everything):
             factors, gradients = [one.factor for one, _ in some], [gradient for _, gradient in some]
             with torch.autocast(key.device.type, enabled=False):
-                key.factor.pass_gradients(factors, gradients, scale=key.scale)
+                key.factor.pass_gradients(factors, gradients)
 
 
 def end_generating_once(model: nn.Module) -> None:

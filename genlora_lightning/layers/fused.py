@@ -2,12 +2,12 @@
 
 ::
 
-    x ──┬── W, b ─────────────── y ◄─┐ added in place        forward: 3 matrix products
-        └── A ── h (R per token) ─ B ┘                       kept: x, A, B; W by reference; h if I > O
-    gradients: x ← g·W + (g·B)·A;  A ← (g·B)ᵀ·x;  B ← hᵀ·g: 5 matrix products, none for W; a 6th for h if not kept
+    x ──┬── W, b ───────────────── y ◄─┐ added in place        forward: 3 matrix products
+        └── A ── h (R per token) ─ s·B ┘                       kept: x, A, B; W by reference; h if I > O
+    gradients: x ← g·W + s·(g·B)·A;  A ← s·(g·B)ᵀ·x;  B ← s·hᵀ·g: 5 matrix products, none for W; a 6th for h if not kept
 
-To compute h again takes I products per number, and to keep it one number: the linears that narrow keep theirs. (Stored
-LoRA keeps all h; what we keep of other things leaves room for some.)
+To compute h again takes I products per number, and to keep it one number: the linears that narrow keep theirs. Where A
+and B are parameters, nothing else is kept for the update, and all keep their h.
 
 Shapes: R rank, I in_features, O out_features, T tokens; ``...`` any leading dimensions.
 """
@@ -31,19 +31,25 @@ def adapted_linear(
     A: Tensor,
     B: Tensor,
     *,
+    scaling: float = 1.0,
     dropout: float = 0.0,
     transposed: bool = False,
+    keep_h: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """``y = x Wᵀ + b + (dropout(x) Aᵀ) Bᵀ``.
+    """``y = x Wᵀ + b + s · (dropout(x) Aᵀ) B``.
 
     Args:
         x: ``(..., I)``.
         weight: The frozen ``W (O, I)``; it gets no gradient.
         bias: The frozen ``b (O,)``.
         A: ``(R, I)``, in :func:`compute_dtype`.
-        B: ``(R, O)``: transposed, as it is generated, and with the scaling in it; in :func:`compute_dtype`.
+        B: ``(R, O)``: transposed, as it is generated; in :func:`compute_dtype`.
+        scaling: s.
         dropout: Probability of dropping an entry of the update's input; a mask of one byte per entry is kept then.
         transposed: The weight is stored as ``(I, O)``.
+        keep_h: Keep ``h = x Aᵀ`` for the backward also where computing it again is cheap.
+        dtype: What :func:`compute_dtype` gives, if it is known.
 
     Returns:
         ``(..., O)``, in the dtype that ``F.linear`` gives.
@@ -51,8 +57,15 @@ def adapted_linear(
     Raises:
         RuntimeError: In the backward, if it is to be differentiated itself (``create_graph=True``).
     """
-    output = _AdaptedLinear.apply(x, weight, bias, A, B, dropout, transposed, compute_dtype(weight))  # type: ignore[no-untyped-call]
-    return cast("Tensor", output)
+    dtype = dtype or compute_dtype(weight)
+    if not torch.is_grad_enabled() and not dropout and x.dtype == weight.dtype == dtype:
+        # Nothing to cast, keep or drop. With one token at a time each call that is saved counts.
+        output = F.linear(x, weight.T if transposed else weight, bias)
+        flat, h = output.view(-1, B.shape[1]), F.linear(x, A).view(-1, B.shape[0])
+        flat.addmm_(h, B, alpha=scaling)
+        return output
+    options = scaling, dropout, transposed, keep_h, dtype
+    return cast("Tensor", _AdaptedLinear.apply(x, weight, bias, A, B, *options))  # type: ignore[no-untyped-call]
 
 
 def compute_dtype(weight: Tensor) -> torch.dtype:
@@ -68,9 +81,8 @@ def can_fuse(base: nn.Module, x: Tensor) -> bool:
 
     Not so for a quantized or wrapped linear, a sharded weight, or one with hooks: these are called.
     """
-    weight: Any = base.weight
-    bias: Any = base.bias
-    if not (is_ordinary(weight) and is_ordinary(x) and (bias is None or is_ordinary(bias))):
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
+    if weight is None or not (is_ordinary(weight) and is_ordinary(x) and (bias is None or is_ordinary(bias))):
         return False
     if _hooks(base) or "forward" in vars(base) or weight.ndim != 2 or not weight.is_floating_point():
         return False
@@ -99,8 +111,10 @@ class _AdaptedLinear(torch.autograd.Function):
         bias: Tensor | None,
         A: Tensor,
         B: Tensor,
+        scaling: float,
         dropout: float,
         transposed: bool,
+        keep_h: bool,
         dtype: torch.dtype,
     ) -> Tensor:
         # What autocast would do to them, done here, so that the backward can do the same again and nothing is kept.
@@ -111,11 +125,11 @@ class _AdaptedLinear(torch.autograd.Function):
         if dropout:
             rows, mask = torch.native_dropout(rows, dropout, True)
         h = rows @ A.T
-        output.addmm_(h, B)
+        output.addmm_(h, B, alpha=scaling)
         # To compute it again takes time with the inputs' number, to keep it is cheap beside an x of many inputs.
-        keeps = A.shape[1] > B.shape[1] and ctx.needs_input_grad[4]
+        keeps = (keep_h or A.shape[1] > B.shape[1]) and ctx.needs_input_grad[4]
         ctx.save_for_backward(x, weight, A, B, mask, h if keeps else None)
-        ctx.dropout, ctx.transposed, ctx.dtype = dropout, transposed, dtype
+        ctx.scaling, ctx.dropout, ctx.transposed, ctx.dtype = scaling, dropout, transposed, dtype
         # No view, as F.linear gives none: autograd forbids writing to one in place, and FSDP2 warns of it.
         return cast("Tensor", torch.ops.aten._unsafe_view(output, [*x.shape[:-1], output.shape[-1]]))
 
@@ -126,7 +140,7 @@ class _AdaptedLinear(torch.autograd.Function):
         x, weight, A, B, mask, h = ctx.saved_tensors
         # The backward may be called inside of autocast, which must not have a say in it.
         with torch.autocast(weight.device.type if weight.device.type != "meta" else "cpu", enabled=False):
-            return (*_gradients(ctx, gradient, x, weight, A, B, mask, h), None, None, None)
+            return (*_gradients(ctx, gradient, x, weight, A, B, mask, h), *[None] * 5)
 
 
 def _gradients(
@@ -142,19 +156,20 @@ def _gradients(
     of_x = of_A = of_B = None
     kept = 1 / (1 - ctx.dropout)
     g = gradient.reshape(-1, gradient.shape[-1])
-    of_h = g @ B.T  # (T, R)
+    of_h, s = g @ B.T, ctx.scaling  # (T, R), without the scaling: products with it cost no more than products
     if ctx.needs_input_grad[0]:
         W = weight.to(ctx.dtype)
         of_x = g @ (W.T if ctx.transposed else W)
         if mask is None:
-            of_x.addmm_(of_h, A)
+            of_x.addmm_(of_h, A, alpha=s)
         else:
-            of_x += torch.ops.aten.native_dropout_backward(of_h @ A, mask, kept)
+            of_x += torch.ops.aten.native_dropout_backward(of_h @ A, mask, s * kept)
         of_x = of_x.to(x.dtype).view(x.shape)
     if ctx.needs_input_grad[3] or ctx.needs_input_grad[4]:
         rows = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
         if mask is not None:
             rows = torch.ops.aten.native_dropout_backward(rows, mask, kept)
-        of_A = of_h.T @ rows
-        of_B = (rows @ A.T if h is None else h).T @ g
+        # With `beta=0` nothing of the first argument is used but its shape.
+        of_A = torch.addmm(A, of_h.T, rows, beta=0, alpha=s)
+        of_B = torch.addmm(B, (rows @ A.T if h is None else h).T, g, beta=0, alpha=s)
     return of_x, None, None, of_A, of_B

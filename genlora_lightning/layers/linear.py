@@ -70,35 +70,48 @@ class AdaptedLinear(AdaptedLayer):
         Returns:
             ``(..., out_features)``, in the dtype the base layer gives.
         """
-        base = self.base_layer
-        if not self.is_active:
+        # Hundreds of layers come here for each token, and a module's own lookup is slow.
+        base: nn.Module = self._modules["base_layer"]  # type: ignore[assignment]
+        if not self.enabled or self._unmerged_weight:
             output: Tensor = base(x, *args, **kwargs)
             return output
         pair = self.pair
         if pair is None:
             output = base(x, *args, **kwargs)
             return output + F.linear(self.dropout(x), self.update().to(compute_dtype(x)))
-        if not self.fused:
+        update: Any = self._modules["update"]
+        scaling = update.scaling
+        if not self.fused or torch.jit.is_tracing():  # a trace of functions of our own could not be saved
             output = base(x, *args, **kwargs)
             A, B = pair[0](plain=True), pair[1](plain=True).T
             # The small A and B take x's dtype, never x theirs: a copy of x in float32 would be kept for the backward.
-            return output + F.linear(F.linear(self.dropout(x), A.to(x.dtype)), (self.scaling * B).to(x.dtype))
-        transposed = is_conv1d(base)
+            return output + scaling * F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
         # A class that was derived from these may compute something else.
-        is_known = type(base).__name__ == "Conv1D" if transposed else type(base) is nn.Linear
-        if is_known and not args and not kwargs and can_fuse(base, x):
-            weight = self.weight
-            A, B = self.store.matrices(*pair, self.scaling, compute_dtype(weight))
-            rate = self.config.dropout if self.dropout.training else 0.0
-            return adapted_linear(x, weight, self.bias, A, B, dropout=rate, transposed=transposed)
+        is_linear = type(base) is nn.Linear
+        transposed = not is_linear and type(base).__name__ == "Conv1D" and is_conv1d(base)
+        if (is_linear or transposed) and not args and not kwargs and can_fuse(base, x):
+            weight, bias = base._parameters["weight"], base._parameters["bias"]
+            assert weight is not None
+            dtype = compute_dtype(weight)
+            return adapted_linear(
+                x,
+                weight,
+                bias,
+                *self.store.matrices(*pair, dtype),
+                scaling=scaling,
+                dropout=self.config.dropout if self._modules["dropout"].training else 0.0,  # type: ignore[union-attr]
+                transposed=transposed,
+                keep_h=update.is_stored,
+                dtype=dtype,
+            )
         output = base(x, *args, **kwargs)
-        A, B = self.store.matrices(*pair, self.scaling, compute_dtype(x))
-        return output + F.linear(F.linear(self.dropout(x), A), B.T)
+        A, B = self.store.matrices(*pair, compute_dtype(x))
+        return output + F.linear(scaling * F.linear(self.dropout(x), A), B.T)
 
     @override
     def wanted_dtype(self) -> torch.dtype | None:
         pair = self.pair
-        if not self.is_active or not self.fused or pair is None:
+        if not self.is_active or not self.fused or pair is None or self.update.is_stored:
             return None
         weight = self.weight
         is_narrow = not weight.is_floating_point() or weight.dtype.itemsize < 2  # a quantized one says nothing of x

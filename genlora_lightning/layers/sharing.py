@@ -11,11 +11,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch._subclasses.fake_tensor import FakeTensor
 
 from genlora_lightning.adapters.base import Factor
 from genlora_lightning.layers.adapted import AdaptedLayer
@@ -36,7 +37,6 @@ class BatchKey(NamedTuple):
         factor: The class of their factors.
         key: What it says they have in common.
         cost: Numbers that one of them needs in between.
-        scale: The factor on them.
         dtype: Of the matrices.
         own_dtype: Of the parameters.
         device: Of the parameters.
@@ -45,7 +45,6 @@ class BatchKey(NamedTuple):
     factor: type[Factor]
     key: Hashable
     cost: int
-    scale: float
     dtype: torch.dtype
     own_dtype: torch.dtype
     device: torch.device
@@ -81,37 +80,6 @@ def set_fused(model: nn.Module, on: bool) -> None:
         layer.fused = on
 
 
-@contextmanager
-def cached_factors(model: nn.Module) -> Iterator[None]:
-    """Context manager in which matrices that are generated without autograd are generated once.
-
-    They are generated anew after an optimizer's step, a load, a move or a cast, and after :func:`forget_factors`. Where
-    autograd is on, nothing is cached. Nothing in the model is changed; in the end all is as it was.
-
-    Args:
-        model: A model with adapters, or without, for which it does nothing.
-    """
-    stores = [layer.store for layer in layers_of(model)]
-    before = [store.caches for store in stores]
-    hook = register_optimizer_step_post_hook(lambda *_: forget_factors(model))
-    try:
-        for store in stores:
-            store.caches = True
-        yield
-    finally:
-        hook.remove()
-        for store, keeps in zip(stores, before, strict=True):
-            store.caches = keeps
-            if not keeps:
-                store.forget()
-
-
-def forget_factors(model: nn.Module) -> None:
-    """Drop what :func:`cached_factors` keeps: to be called after writing to adapters' parameters by other ways."""
-    for layer in layers_of(model):
-        layer.store.forget()
-
-
 def sharing_modules(model: nn.Module) -> list[nn.Module]:
     """The modules whose forwards generate for all layers in them."""
     return [m for m in model.modules() if any(_is_ours(hook) for hook in m._forward_pre_hooks.values())]
@@ -120,11 +88,10 @@ def sharing_modules(model: nn.Module) -> list[nn.Module]:
 @contextmanager
 def generated(model: nn.Module) -> Iterator[list[Tensor]]:
     """Context manager that generates as a forward of the model does, without one, and gives A and B of all layers."""
-    forward = _generate_for(layers_of(model))
-    found = [layer.store.for_forward for layer in layers_of(model)]
-    mine = [given for given in found if given is not None and given.forward is forward]
+    forward = ModelForward()
+    served = _generate_for(_wanted_dtypes(layers_of(model)), forward)
     try:
-        yield [matrix for given in mine for matrix in (given.A, given.B) if matrix is not None]
+        yield [matrix for one in served for matrix in (one.given.A, one.given.B) if matrix is not None]
     finally:
         forward.runs = False
 
@@ -134,24 +101,32 @@ class SharedGeneration:
 
     def __init__(self, module: nn.Module) -> None:
         self._forwards: list[tuple[ModelForward, list[AdaptedLayer]]] = []
+        self._kept: _Kept | None = None
         module.register_forward_pre_hook(self.begin)
         module.register_forward_hook(self.end, always_call=True)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_forwards": []}
+        return {**vars(self), "_forwards": [], "_kept": None}
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Before the forward: generate what the layers need, unless an outer module has."""
-        if torch.compiler.is_compiling():
+        if _is_recorded():
             return
+        forward = ModelForward()
         layers = layers_of(module)
         if any(layer.store.is_served for layer in layers):
             layers = []
-        self._forwards.append((_generate_for(layers), layers))
+        wanted = _wanted_dtypes(layers)
+        if self._kept is None or forward.has_graph or not self._kept.serves(forward, wanted):
+            self._kept = None  # freed before anything is generated
+            served = _generate_for(wanted, forward)
+            if served and not forward.has_graph and _may_be_kept(served):
+                self._kept = _Kept(wanted, served)
+        self._forwards.append((forward, layers))
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """After the forward, also one that failed: what was generated is for nobody else."""
-        if torch.compiler.is_compiling() or not self._forwards:
+        if _is_recorded() or not self._forwards:
             return
         forward, layers = self._forwards.pop()
         forward.runs = False
@@ -161,29 +136,94 @@ class SharedGeneration:
                 layer.store.for_forward = None
 
 
-def _generate_for(layers: Iterable[AdaptedLayer]) -> ModelForward:
-    forward = ModelForward()
-    wanted: dict[tuple[bool, BatchKey], list[tuple[ForForward, str, Factor]]] = {}
-    served: list[tuple[AdaptedLayer, tuple[Factor, Factor], ForForward]] = []
-    for layer in layers:
-        store = layer.store
-        pair = layer.pair
-        # First what is soon asked: with one token at a time these questions are a good part of a forward.
-        if pair is None or not layer.is_active or store.has_cached(*pair):
-            continue
-        a, b = pair
-        dtype = layer.wanted_dtype()
-        if dtype is None or store.cached(a, b, dtype) is not None or not (a.is_whole and b.is_whole):
+class _Served(NamedTuple):
+    """A layer for which a model's forward generates."""
+
+    layer: AdaptedLayer
+    pair: tuple[Factor, Factor]
+    given: ForForward
+
+
+class _Kept:
+    """What a forward without autograd has generated, for the forwards after it that find the same parameters.
+
+    Versions of tensors do not tell of all writes (``.data``, fused optimizers, other code's views), so the values are
+    compared, all at once. They are few: that is what a generator is for.
+
+    Args:
+        wanted: The layers and their dtypes.
+        served: What was generated for them.
+    """
+
+    def __init__(self, wanted: list[tuple[AdaptedLayer, torch.dtype | None]], served: list[_Served]) -> None:
+        self._wanted = wanted
+        self._served = served
+        self._parts = self._current_parts()
+        self._places = [part.data_ptr() for part in self._parts]
+        # They look at the parameters' memory: to flatten hundreds of tensors takes longer than to compare their values.
+        self._views = [part.detach().reshape(-1) for part in self._parts]
+        self._values = self._current_values()
+
+    def _current_parts(self) -> list[Tensor]:
+        return [part for one in self._served for factor in one.pair for part in factor.parts()]
+
+    def _current_values(self) -> list[Tensor]:
+        by_dtype: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+        for view in self._views:
+            by_dtype.setdefault((view.dtype, view.device), []).append(view)
+        return [torch.cat(views) for views in by_dtype.values()]
+
+    def serves(self, forward: ModelForward, wanted: list[tuple[AdaptedLayer, torch.dtype | None]]) -> bool:
+        """Give the layers what is kept, if it is what they want and what their parameters make."""
+        if wanted != self._wanted or _is_captured(self._parts[0]):
+            return False
+        parts = self._current_parts()
+        if not all(map(is_, parts, self._parts)) or [part.data_ptr() for part in parts] != self._places:
+            return False
+        if not all(map(torch.equal, self._current_values(), self._values)):
+            return False
+        for layer, _, given in self._served:
+            given.forward = forward
+            layer.store.for_forward = given
+        return True
+
+
+def _may_be_kept(served: list[_Served]) -> bool:
+    """Whether parameters have values that can be compared."""
+    parts = [part for one in served for factor in one.pair for part in factor.parts()]
+    return not any(part.is_meta or isinstance(part, FakeTensor) for part in parts) and not _is_captured(parts[0])
+
+
+def _is_recorded() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+
+
+def _is_captured(part: Tensor) -> bool:
+    """Whether a CUDA graph records what runs: it may not wait for values, and runs again with others."""
+    return part.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _wanted_dtypes(layers: Iterable[AdaptedLayer]) -> list[tuple[AdaptedLayer, torch.dtype | None]]:
+    return [(layer, layer.wanted_dtype()) for layer in layers]
+
+
+def _generate_for(wanted: Iterable[tuple[AdaptedLayer, torch.dtype | None]], forward: ModelForward) -> list[_Served]:
+    """Generate for one forward what layers want, but for those that had better do it themselves."""
+    batches: dict[tuple[bool, BatchKey], list[tuple[ForForward, str, Factor]]] = {}
+    served: list[_Served] = []
+    for layer, dtype in wanted:
+        store, pair = layer.store, layer.pair
+        if pair is None or dtype is None or not all(factor.is_whole for factor in pair):
             continue
         given = ForForward(None, None, forward)
-        served.append((layer, pair, given))
+        served.append(_Served(layer, pair, given))
         hold = store.for_step is not None and forward.has_graph
         if hold and (held := store.for_step_in(dtype)) is not None:
             given.A, given.B = (one.leaf for one in held)
             continue
-        for name, factor, scale in (("A", a, 1.0), ("B", b, layer.scaling)):
-            wanted.setdefault((hold, batch_key(factor, scale, dtype)), []).append((given, name, factor))
-    for (hold, key), matrices in wanted.items():
+        for name, factor in zip(("A", "B"), pair, strict=True):
+            batches.setdefault((hold, batch_key(factor, dtype)), []).append((given, name, factor))
+    for (hold, key), matrices in batches.items():
         with torch.set_grad_enabled(forward.has_graph and not hold):
             for some in at_once(key, matrices):
                 _generate(key, some)
@@ -193,9 +233,8 @@ def _generate_for(layers: Iterable[AdaptedLayer]) -> ModelForward:
         assert given.A is not None
         assert given.B is not None
         if store.for_step is not None and forward.has_graph:
-            given.A, given.B = store.keep_for_step(*pair, given.A, given.B, layer.scaling)
-        store.cache(*pair, given.A, given.B)
-    return forward
+            given.A, given.B = store.keep_for_step(*pair, given.A, given.B)
+    return served
 
 
 def _generate(key: BatchKey, wanted: list[tuple[ForForward, str, Factor]]) -> None:
@@ -209,7 +248,7 @@ def _generate(key: BatchKey, wanted: list[tuple[ForForward, str, Factor]]) -> No
                 setattr(given, name, None)
 
     factors = [factor for _, _, factor in wanted]
-    matrices = key.factor.make_many(factors, scale=key.scale, dtype=key.dtype, when_differentiated=drop)
+    matrices = key.factor.make_many(factors, dtype=key.dtype, when_differentiated=drop)
     for (given, name, _), matrix in zip(wanted, matrices, strict=True):
         setattr(given, name, matrix)
 
@@ -218,9 +257,9 @@ def _is_ours(hook: Any) -> bool:
     return isinstance(getattr(hook, "__self__", None), SharedGeneration)
 
 
-def batch_key(factor: Factor, scale: float, dtype: torch.dtype) -> BatchKey:
+def batch_key(factor: Factor, dtype: torch.dtype) -> BatchKey:
     """Find out with which other matrices a factor's can be made at once."""
-    return BatchKey(type(factor), factor.batch_key(), factor.cost, scale, dtype, factor.own_dtype, factor.device)
+    return BatchKey(type(factor), factor.batch_key(), factor.cost, dtype, factor.own_dtype, factor.device)
 
 
 def at_once(key: BatchKey, wanted: list[T]) -> Iterator[list[T]]:

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
-from genlora_lightning.layers.sharing import cached_factors
 from genlora_lightning.modules.base import Dtype, GenLoRAModule, check_plain
 from genlora_lightning.modules.metrics import Perplexity, WeightedMean
 from genlora_lightning.training.optim import OptimizerConfig
@@ -197,7 +196,7 @@ class CausalLMModule(GenLoRAModule):
         input_ids, tokenizer = batch["input_ids"], self.tokenizer
         model: Any = self.adapter_root()
         arguments = {**_special_tokens(model, tokenizer), **self.generation}
-        with torch.no_grad(), cached_factors(model):
+        with torch.no_grad():
             tokens = model.generate(input_ids=input_ids, attention_mask=batch["attention_mask"], **arguments)
         generated = tokenizer.batch_decode(tokens[:, input_ids.shape[1] :], skip_special_tokens=True)
         prompts = batch.get("prompt") or tokenizer.batch_decode(input_ids, skip_special_tokens=True)

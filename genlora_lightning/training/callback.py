@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +26,6 @@ from genlora_lightning.distributed.shards import whole_like
 from genlora_lightning.errors import NonFiniteGradientError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.report import InjectionReport
-from genlora_lightning.layers.sharing import cached_factors
 from genlora_lightning.overrides import put_on, take_off
 from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.training.checks import (
@@ -135,7 +134,6 @@ class GenLoRAFinetuning(Callback):
         self._resume: Resume | None = None
         self._sync: AdapterSync | None = None
         self._untrained = False
-        self._cache = ExitStack()  # while nothing is trained
         self._steps: StepGeneration | None = None
 
     # -- setting up -------------------------------------------------------------------------------------------------
@@ -267,18 +265,9 @@ class GenLoRAFinetuning(Callback):
                 "Strategies that train in processes of their own (`ddp_spawn`, `ddp_fork`) leave the module in the "
                 "main one untrained."
             )
-        self._cache.close()
-        self._cache.enter_context(cached_factors(pl_module))
 
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._cache.close()
-
-    on_test_end = on_validation_end
-    on_predict_end = on_validation_end
 
     def _choose_folder(self, trainer: Trainer) -> Path | None:
         if not self.save_adapter or getattr(trainer, "fast_dev_run", False):
@@ -395,7 +384,6 @@ class GenLoRAFinetuning(Callback):
             step = self._last_good_step(trainer, pl_module)
             saved = self._save_after_error(trainer, pl_module, step=step)
             rank_zero_info(f"Stopped at step {step}. {saved}")
-        self._cache.close()
         if self._steps is not None:  # a checkpoint may yet be written
             with suppress(RuntimeError):  # must not hide the error that is being handled
                 self._steps.end()
@@ -447,7 +435,6 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._cache.close()
         self._end_watch()
         self._unwrap(pl_module)
         release_loaders(trainer)

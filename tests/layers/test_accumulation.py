@@ -12,7 +12,7 @@ from genlora_lightning import GenLoRAConfig, inject_adapters
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
 from genlora_lightning.layers.accumulation import generated_once, is_generated_once, pass_gradients
 from genlora_lightning.layers.factors import ForStep
-from genlora_lightning.layers.sharing import cached_factors, set_fused
+from genlora_lightning.layers.sharing import set_fused
 from tests.conftest import perturb, small_config
 from tests.layers.test_fused import Operators
 from tests.layers.test_sharing import RENAMED, adapted, assert_same_gradients, generations, gradients, loss_of
@@ -233,7 +233,7 @@ def test_evaluation_in_between_changes_nothing_and_sees_what_others_write():
         accumulate_one = [loss_of(model, seed) / 4 for seed in SEEDS[:2]]
         for loss in accumulate_one:
             loss.backward()
-        with torch.inference_mode(), cached_factors(model):
+        with torch.inference_mode():
             assert torch.equal(loss_of(model, 9), plain)
         with torch.no_grad():
             assert torch.equal(loss_of(model, 9), plain)

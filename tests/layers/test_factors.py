@@ -10,8 +10,6 @@ import torch
 from genlora_lightning.adapters.genlora.generator import RBFGenerator
 from genlora_lightning.layers.factors import FactorStore, ForForward, ForStep, ModelForward
 
-SCALE = 1.5
-
 
 def generators(**changes) -> tuple[RBFGenerator, RBFGenerator]:
     return tuple(RBFGenerator(n, rank=3, num_groups=2, **changes) for n in (6, 4))
@@ -26,11 +24,11 @@ def given_by(pair, dtype: torch.dtype = torch.float32, grad: bool = True) -> For
 
 
 def ask(store: FactorStore, pair, dtype: torch.dtype = torch.float32):
-    return store.matrices(*pair, SCALE, dtype)
+    return store.matrices(*pair, dtype)
 
 
 def own(pair, dtype: torch.dtype = torch.float32):
-    return pair[0](dtype=dtype), pair[1](scale=SCALE, dtype=dtype)
+    return pair[0](dtype=dtype), pair[1](dtype=dtype)
 
 
 def assert_same(found, expected) -> None:
@@ -62,7 +60,7 @@ def test_layer_by_itself_generates_with_the_scaling_in_b():
     pair = generators()
     A, B = ask(FactorStore(), pair)
     assert_same((A, B), own(pair))
-    torch.testing.assert_close(B, SCALE * pair[1]())
+    torch.testing.assert_close(B, pair[1]())
     (A.sum() + B.sum()).backward()
     assert all(generator.latent.grad is not None for generator in pair)
 
@@ -140,67 +138,12 @@ def test_recomputation_under_reentrance_leads_to_the_parameters():
     assert all(generator.latent.grad is not None for generator in pair)
 
 
-def test_nothing_is_kept_unless_told_to_and_never_under_autograd():
-    pair = generators()
-    for store, grad in ((FactorStore(), False), (FactorStore(caches=True), True)):
-        with torch.set_grad_enabled(grad):
-            first = ask(store, pair)
-            assert store.cached(*pair, torch.float32) is None
-            assert ask(store, pair)[0] is not first[0]
-
-
-def test_what_is_kept_is_used_in_its_dtype_until_a_parameter_changes_or_it_is_forgotten():
-    pair, store = generators(), FactorStore(caches=True)
-    with torch.no_grad():
-        first, rounded = ask(store, pair), ask(store, pair, torch.bfloat16)
-        assert ask(store, pair)[0] is first[0]
-        assert ask(store, pair, torch.bfloat16)[1] is rounded[1]
-        pair[1].reset_parameters()
-        changed = ask(store, pair)
-        assert not torch.equal(changed[1], first[1])
-        assert_same(changed, own(pair))
-        store.forget()
-        assert ask(store, pair)[0] is not changed[0]
-
-
-def test_store_has_kept_something_in_whatever_dtype_until_a_change_and_only_where_it_may_be_used():
-    pair, store, forgetful = generators(), FactorStore(caches=True), FactorStore()
-    with torch.no_grad():
-        assert not store.has_cached(*pair)
-        ask(forgetful, pair)
-        assert not forgetful.has_cached(*pair)
-        ask(store, pair, torch.bfloat16)
-        assert store.has_cached(*pair)
-        pair[1].reset_parameters()
-        assert not store.has_cached(*pair)
-        ask(store, pair)  # the other dtype's is still there, and out of date
-        assert store.has_cached(*pair)
-        with torch.enable_grad():
-            assert not store.has_cached(*pair)
-        store.caches = False
-        assert not store.has_cached(*pair)
-        store.caches = True
-        store.forget()
-        assert not store.has_cached(*pair)
-
-
-def test_what_is_kept_is_not_used_after_a_move():
-    pair, store = generators(), FactorStore(caches=True)
-    with torch.no_grad():
-        ask(store, pair)
-        for generator in pair:
-            generator.to("meta")
-        assert ask(store, pair)[0].is_meta
-
-
 @pytest.mark.parametrize("how", [copy.copy, copy.deepcopy, lambda store: pickle.loads(pickle.dumps(store))])
-def test_copy_is_empty_and_keeps_nothing(how):
-    pair, store = generators(), FactorStore(caches=True)
-    with torch.no_grad():
-        ask(store, pair)
+def test_copy_is_empty(how):
+    pair, store = generators(), FactorStore()
     store.for_forward = given_by(pair)
     other = how(store)
-    assert (other.for_forward, other.caches, other._cached) == (None, False, {})
+    assert (other.for_forward, other.for_step) == (None, None)
     assert store.for_forward is not None
 
 
@@ -222,8 +165,8 @@ def test_held_matrices_serve_all_that_is_differentiated_and_nothing_else():
         A, B = own(pair)
     store.for_step = {}
     assert_same(ask(store, pair), own(pair))  # for which nothing was generated beforehand
-    leaves = store.keep_for_step(*pair, A, B, SCALE)
-    assert store.keep_for_step(*pair, 2 * A, 2 * B, SCALE)[0] is leaves[0]
+    leaves = store.keep_for_step(*pair, A, B)
+    assert store.keep_for_step(*pair, 2 * A, 2 * B)[0] is leaves[0]
     assert ask(store, pair)[0] is leaves[0]
     assert recomputed(lambda: ask(store, pair))[1] is leaves[1]
     with torch.no_grad():
@@ -235,7 +178,7 @@ def test_held_matrices_serve_all_that_is_differentiated_and_nothing_else():
 def test_held_matrix_sums_gradients_in_float32_until_they_are_taken(dtype):
     generator = generators()[0]
     with torch.no_grad():
-        held = ForStep(generator(dtype=dtype), generator, 1.0)
+        held = ForStep(generator(dtype=dtype), generator)
     assert held.take() is None
     for _ in range(2):
         for value in (1.0, 1 / 512):  # whose sum has too many bits for bfloat16
@@ -248,7 +191,7 @@ def test_held_matrix_sums_gradients_in_float32_until_they_are_taken(dtype):
 
 def test_held_matrix_of_fixed_parameters_needs_no_gradient():
     generator = generators()[0].requires_grad_(False)
-    held = ForStep(generator(), generator, 1.0)
+    held = ForStep(generator(), generator)
     assert not held.leaf.requires_grad
     held.end()
 
@@ -256,7 +199,7 @@ def test_held_matrix_of_fixed_parameters_needs_no_gradient():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradient_that_comes_after_the_end_is_an_error(dtype):
     generator = generators()[0]
-    held = ForStep(generator(dtype=dtype), generator, 1.0)
+    held = ForStep(generator(dtype=dtype), generator)
     loss = held.leaf.sum()
     held.end()
     with pytest.raises(RuntimeError, match="gradients have been passed on"):
@@ -267,7 +210,7 @@ def test_held_matrices_of_other_values_are_not_given_to_a_forward():
     pair, store = generators(), FactorStore()
     store.for_step = {}
     with torch.no_grad():
-        store.keep_for_step(*pair, *own(pair), SCALE)
+        store.keep_for_step(*pair, *own(pair))
         pair[1].latent.add_(0.1)
     assert store.for_step_in(torch.bfloat16) is None
     with pytest.raises(RuntimeError, match="parameters have changed inside"):

@@ -153,7 +153,7 @@ def test_autocast_adds_two_operators_to_those_of_the_base(kind, input_dtype):
     layer = layer_of(kind)
     x = torch.randn(9, 12).to(input_dtype).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        A, B = layer.store.matrices(layer.update.A, layer.update.B, layer.scaling, torch.bfloat16)
+        A, B = layer.store.matrices(layer.update.A, layer.update.B, torch.bfloat16)
         with Operators() as of_base:
             layer.base_layer(x)
         with Operators() as of_both:

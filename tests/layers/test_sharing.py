@@ -15,13 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from genlora_lightning import inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
 from genlora_lightning.adapters.genlora.generate import generate_matrices
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters, adapters_disabled
-from genlora_lightning.layers.sharing import (
-    cached_factors,
-    forget_factors,
-    set_fused,
-    sharing_modules,
-    stop_sharing_generation,
-)
+from genlora_lightning.injection.merging import adapters_merged
+from genlora_lightning.layers.sharing import set_fused, sharing_modules, stop_sharing_generation
 from tests.conftest import perturb, small_config
 from tests.layers.test_fused import Operators
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
@@ -413,33 +408,37 @@ def test_model_compiles_without_a_graph_break(backend):
     assert_same_gradients(ours, gradients(model))
 
 
-# -- cached factors --------------------------------------------------------------------------------------------------
+# -- forwards without autograd ----------------------------------------------------------------------------------------
 
 
-def test_cached_factors_generate_once_and_change_no_bit(monkeypatch):
+def test_forwards_without_autograd_generate_once_and_change_no_bit(monkeypatch):
     model = adapted().eval()
     before = {name: t.clone() for name, t in model.state_dict().items()}
     with torch.no_grad():
-        expected = loss_of(model)
-        with generations(monkeypatch) as calls, cached_factors(model):
+        expected = loss_of(copy.deepcopy(model))
+        with generations(monkeypatch) as calls:
             for _ in range(3):
                 assert torch.equal(loss_of(model), expected)
         assert len(calls) == 5
-        with generations(monkeypatch) as calls:
-            assert torch.equal(loss_of(model), expected)
-        assert len(calls) == 5
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert not any(layer.store.caches or layer.store._cached for layer in adapter_layers(model).values())
 
 
-def test_cached_factors_serve_parts_that_are_called_by_themselves(monkeypatch):
+def test_generating_text_generates_the_matrices_once(monkeypatch):
+    model = adapted().eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with generations(monkeypatch) as calls:
+        model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, pad_token_id=0)
+    assert len(calls) == 5
+
+
+def test_part_that_is_called_by_itself_generates_for_itself():
     model = adapted().eval()
     part, x = model.model.layers[0].mlp, torch.randn(3, 16)
-    with torch.no_grad(), cached_factors(model), generations(monkeypatch) as calls:
+    with torch.no_grad():
         first = part(x)
+        loss_of(model)
         assert torch.equal(part(x), first)
-    assert len(calls) == 6
 
 
 def by_optimizer(model):
@@ -451,6 +450,11 @@ def by_load(model):
     model.load_state_dict({name: t + 0.1 if ".update." in name else t for name, t in model.state_dict().items()})
 
 
+def by_assigning_load(model):
+    state = {name: t + 0.1 if ".update." in name else t for name, t in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+
+
 def by_generator_load(model):
     generator = next(iter(adapter_layers(model).values())).update.B
     generator.load_state_dict({name: t + 0.1 for name, t in generator.state_dict().items()})
@@ -460,59 +464,125 @@ def by_reset(model):
     next(iter(adapter_layers(model).values())).update.A.reset_parameters()
 
 
-def by_hand(model):
+def by_data(model):
     for parameter in adapter_parameters(model).values():
         parameter.data.add_(0.1)
-    forget_factors(model)
 
 
-@pytest.mark.parametrize("change", [by_optimizer, by_load, by_generator_load, by_reset, by_hand])
-def test_cached_factors_are_generated_anew_after_a_change(change):
+def by_one_value_of_data(model):
+    [*adapter_layers(model).values()][-1].update.B.latent.data.view(-1)[-1] += 0.5
+
+
+def by_new_data(model):
+    for parameter in adapter_parameters(model).values():
+        parameter.data = parameter.data + 0.1
+
+
+def by_new_parameter(model):
+    layer = next(iter(adapter_layers(model).values()))
+    layer.update.A.latent = nn.Parameter(layer.update.A.latent.detach() + 0.1)
+
+
+def by_numpy(model):
+    next(iter(adapter_layers(model).values())).update.A.latent.detach().numpy()[:] += 0.1
+
+
+def by_cast(model):
+    model.bfloat16()
+
+
+CHANGES = [
+    by_optimizer,
+    by_load,
+    by_assigning_load,
+    by_generator_load,
+    by_reset,
+    by_data,
+    by_one_value_of_data,
+    by_new_data,
+    by_new_parameter,
+    by_numpy,
+    by_cast,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_change_of_a_parameter_is_missed(change, mode):
     model = adapted().eval()
-    with cached_factors(model):
-        with torch.no_grad():
-            before = loss_of(model)
-        change(model)
-        with torch.no_grad():
-            after = loss_of(model)
-    assert not torch.equal(after, before)
+    with mode():
+        before = loss_of(model)
+        assert torch.equal(loss_of(model), before)
+    change(model)
+    with mode():
+        after = loss_of(model)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, loss_of(copy.deepcopy(model)))
+
+
+def test_what_a_forward_without_autograd_kept_is_not_used_under_it_and_is_freed_by_training():
+    model = adapted().eval()
+    layer = next(iter(adapter_layers(model).values()))
+    found = []
+    handle = layer.register_forward_hook(lambda *_: found.append(weakref.ref(layer.store.for_forward.A)))
     with torch.no_grad():
-        assert torch.equal(loss_of(model), after)
-
-
-def test_cached_factors_are_not_used_under_autograd():
-    model = adapted().eval()
-    with cached_factors(model):
-        with torch.no_grad():
-            loss_of(model)
-        loss_of(model).backward()
+        loss_of(model)
+    handle.remove()
+    gc.collect()
+    assert found[0]() is not None
+    loss_of(model).backward()
     assert all(gradient is not None for gradient in gradients(model).values())
+    gc.collect()
+    assert found[0]() is None
 
 
-def test_cached_factors_of_inference_mode_and_of_several_dtypes():
+def test_switched_off_merged_and_removed_adapters_are_seen_without_autograd():
+    model = adapted().eval()
+    with torch.no_grad():
+        expected = loss_of(model)
+        with adapters_disabled(model):
+            base = loss_of(model)
+        assert not torch.equal(base, expected)
+        assert torch.equal(loss_of(model), expected)
+        with adapters_merged(model):
+            torch.testing.assert_close(loss_of(model), expected)
+        assert torch.equal(loss_of(model), expected)
+        set_fused(model, False)
+        torch.testing.assert_close(loss_of(model), expected)
+        remove_adapters(model)
+        assert torch.equal(loss_of(model), base)
+
+
+def test_forwards_of_inference_mode_and_of_several_dtypes():
     model = adapted().eval()
     with torch.no_grad():
         expected = loss_of(model)
         with torch.autocast("cpu", torch.bfloat16):
             rounded = loss_of(model)
-    with cached_factors(model):
-        with torch.inference_mode():
-            assert torch.equal(loss_of(model), expected)
-            with torch.autocast("cpu", torch.bfloat16):
-                assert torch.equal(loss_of(model), rounded)
-        with torch.no_grad():
-            assert torch.equal(loss_of(model), expected)
-        loss_of(model).backward()
+    with torch.inference_mode():
+        assert torch.equal(loss_of(model), expected)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loss_of(model), rounded)
+    with torch.no_grad():
+        assert torch.equal(loss_of(model), expected)
+    loss_of(model).backward()
 
 
-def test_caches_may_be_nested_and_end_with_an_error():
-    model = adapted().eval()
-    with pytest.raises(KeyError, match="x"), cached_factors(model):  # noqa: PT012
-        with cached_factors(model), torch.no_grad():
-            loss_of(model)
-        assert all(layer.store.caches for layer in adapter_layers(model).values())
-        raise KeyError("x")
-    assert not any(layer.store.caches for layer in adapter_layers(model).values())
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+def test_traced_model_is_saved_and_generates_from_its_own_parameters():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).eval()
+    inject_adapters(model, small_config())
+    perturb(model)
+    x, file = torch.randn(3, 8), io.BytesIO()
+    with torch.no_grad():
+        expected = model(x)
+        traced = torch.jit.trace(model, x)
+        torch.jit.save(traced, file)
+        for parameter in adapter_parameters(model).values():
+            parameter.add_(0.1)
+        torch.testing.assert_close(traced(x), model(x))
+    file.seek(0)
+    torch.testing.assert_close(torch.jit.load(file)(x), expected)
 
 
 def test_switching_between_the_fused_and_the_plain_path_stays_within_rounding(monkeypatch):

@@ -125,7 +125,6 @@ class RBFGenerator(Factor):
         """Draw new initial values; the class docstring says which. On the meta device there are none to draw."""
         if self.latent.is_meta:
             return
-        self.changed()
         self.centers.uniform_(0.5, 2.0, generator=generator)
         self.centers.mul_(torch.empty_like(self.centers).bernoulli_(0.5, generator=generator).mul_(2).sub_(1))
         self.log_widths.fill_(math.log(self.width))
@@ -183,7 +182,6 @@ class RBFGenerator(Factor):
         cls,
         factors: Sequence[Self],
         *,
-        scale: float,
         dtype: torch.dtype | None,
         when_differentiated: Callable[[], None] | None = None,
     ) -> Sequence[Tensor]:
@@ -191,7 +189,7 @@ class RBFGenerator(Factor):
         return generate_matrices(
             [_parts(factor) for factor in factors],
             first.kernel,
-            scale=scale * first.weight_gain,
+            scale=first.weight_gain,
             signs=first.signs(),
             dtype=dtype,
             when_differentiated=when_differentiated,
@@ -199,22 +197,21 @@ class RBFGenerator(Factor):
 
     @classmethod
     @override
-    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor], *, scale: float) -> None:
+    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor]) -> None:
         first = factors[0]
         parameters = [_parts(factor) for factor in factors]
-        scale *= first.weight_gain
-        pass_gradients_on(parameters, gradients, first.kernel, scale=scale, signs=first.signs())
+        pass_gradients_on(parameters, gradients, first.kernel, scale=first.weight_gain, signs=first.signs())
 
     @override
-    def forward(self, *, scale: float = 1.0, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
+    def forward(self, *, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
         # No matrix product in it, and therefore nothing that autocast would turn into bfloat16. A compiler makes a
         # better backward than ours out of the formula.
-        scale *= self.weight_gain
+        gain = self.weight_gain
         if plain or torch.compiler.is_compiling() or not is_ordinary(self.latent):
             matrix = generate(*_parts(self), self.kernel, self.signs())
-            matrix = matrix if scale == 1.0 else scale * matrix
+            matrix = matrix if gain == 1.0 else gain * matrix
             return matrix if dtype is None else matrix.to(dtype)
-        return generate_matrices([_parts(self)], self.kernel, scale=scale, signs=self.signs(), dtype=dtype)[0]
+        return generate_matrices([_parts(self)], self.kernel, scale=gain, signs=self.signs(), dtype=dtype)[0]
 
     @override
     def extra_repr(self) -> str:
