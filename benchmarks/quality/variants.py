@@ -39,7 +39,7 @@ from typing_extensions import override
 from genlora_lightning import inject_adapters
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, Role
 from genlora_lightning.adapters.config import AdapterConfig, ScalingRule
-from genlora_lightning.adapters.genlora.rbf import Kernel, anchored_rbf, slope_at_zero
+from genlora_lightning.adapters.genlora.rbf import get_kernel
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.layers.adapted import AdaptedLayer
 
@@ -62,7 +62,7 @@ class FactorForm:
     num_groups: int = 8
     num_centers: int = 1
     num_latents: int = 1
-    kernel: Kernel | Literal["linear"] = "gaussian"
+    kernel: str = "gaussian"
     width: float = 1.0
     grouping: Literal["contiguous", "strided"] = "contiguous"
     signs: Literal["", "layer", "shared", "shifted"] = ""
@@ -190,7 +190,7 @@ class VariantFactor(FormulaFactor):
         # Weights whose slopes at zero have a root mean square of 1.
         own = torch.ones_like(self.weight[:, :1])
         if form.kernel != "linear":
-            own = slope_at_zero(self.centers, form.kernel).unsqueeze(1) / form.width
+            own = get_kernel(form.kernel).slope_at_zero(self.centers).unsqueeze(1) / form.width
         self.weight.normal_(generator=generator)
         self.weight.div_((self.weight * own).square().sum(3, keepdim=True).mean(2, keepdim=True).sqrt())
         if is_b:
@@ -221,7 +221,7 @@ class VariantFactor(FormulaFactor):
         if self.form.kernel == "linear":
             return torch.einsum("qnrk,qn->rn", weight, self.latent)
         t = self.latent[:, None, None, :] * torch.exp(-self.log_widths).unsqueeze(-1)
-        psi = anchored_rbf(t, self.centers.unsqueeze(-1), self.form.kernel)  # (q, R, K, n)
+        psi = get_kernel(self.form.kernel).anchored(t, self.centers.unsqueeze(-1))  # (q, R, K, n)
         return (psi * weight.permute(0, 2, 3, 1)).sum((0, 2))
 
 

@@ -12,7 +12,7 @@ from typing_extensions import override
 from genlora_lightning.adapters.base import FactorPair, MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig, ScalingRule
 from genlora_lightning.adapters.genlora.generator import Init, RBFGenerator
-from genlora_lightning.adapters.genlora.rbf import Kernel
+from genlora_lightning.adapters.genlora.rbf import get_kernel
 from genlora_lightning.fields import check_choice, check_flag, check_integer, check_number
 
 # γ·√R of `entry_signs`: found by search (docs/method.md), at a rate that suits the latents.
@@ -56,7 +56,8 @@ class GenLoRAConfig(AdapterConfig):
         init: What makes a new adapter change nothing. ``"zero_latent"``: B's latent is zero, and every basis function
             is zero at zero. ``"zero_weight"``: B's RBF weights are zero.
         kernel: Shape φ(u) of the radial basis functions, ``u = x/h − c``: ``"gaussian"``: ``exp(−u²/2)``;
-            ``"inverse_multiquadric"``: ``1/√(1+u²)``; ``"inverse_quadratic"``: ``1/(1+u²)``.
+            ``"inverse_multiquadric"``: ``1/√(1+u²)``; ``"inverse_quadratic"``: ``1/(1+u²)``; or one that
+            :func:`~genlora_lightning.adapters.genlora.rbf.register_kernel` knows.
         dropout: Probability of dropping an entry of the adapter's input while training.
         target_modules: Linear layers to adapt: ``"all-linear"`` (each but the output head), a list of module names or
             their last parts (``["q_proj", "v_proj"]``), or a regular expression that must match the whole module name.
@@ -86,7 +87,7 @@ class GenLoRAConfig(AdapterConfig):
     learn_centers: bool = False
     learn_widths: bool = False
     init: Init = "zero_latent"
-    kernel: Kernel = "gaussian"
+    kernel: str = "gaussian"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -98,7 +99,7 @@ class GenLoRAConfig(AdapterConfig):
         for name in ("entry_signs", "learn_centers", "learn_widths"):
             check_flag(name, getattr(self, name))
         check_choice("init", self.init, get_args(Init))
-        check_choice("kernel", self.kernel, get_args(Kernel))
+        get_kernel(self.kernel)
 
     @property
     def gain(self) -> float:
@@ -111,10 +112,6 @@ class GenLoRAConfig(AdapterConfig):
     def make(
         self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
     ) -> FactorPair:
-        from genlora_lightning.adapters.genlora.generator import (
-            RBFGenerator,  # it imports the names of kernels from here
-        )
-
         def make(num_entries: int, num_latents: int, num_groups: int, table: int, zero_start: bool) -> RBFGenerator:
             return RBFGenerator(
                 num_entries,

@@ -18,7 +18,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from genlora_lightning.adapters.autograd import refuse_second_derivative
-from genlora_lightning.adapters.genlora.rbf import Kernel, anchored_rbf, factored_rbf, factored_slope, slope_by_center
+from genlora_lightning.adapters.genlora.rbf import get_kernel
 
 _PER_GENERATOR = 4  # tensors: latent, weight, centers, log_widths
 
@@ -28,7 +28,7 @@ def generate(
     weight: Tensor,
     centers: Tensor,
     log_widths: Tensor,
-    kernel: Kernel,
+    kernel: str,
     signs: Tensor | None = None,
 ) -> Tensor:
     """Generate basis vectors: ``M[r, j] = Σ_q σ[r, q, j] Σ_k w[g(j), r, q, k] · ψ(z[j, q] / h[r, q, k]; c[r, q, k])``.
@@ -51,7 +51,7 @@ def generate(
     # Of one latent the transposed gradient would have strides that DDP warns about, though it is contiguous.
     by_latent = latent.view(1, num_entries) if latent.shape[1] == 1 else latent.T
     t = by_latent.unsqueeze(1) * torch.exp(-log_widths).unsqueeze(-1)  # (R, Q, K, n)
-    psi = anchored_rbf(t, centers.unsqueeze(-1), kernel)
+    psi = get_kernel(kernel).anchored(t, centers.unsqueeze(-1))
     psi = (psi if signs is None else psi * signs.unsqueeze(2)).flatten(1, 2)
     by_function = weight.permute(1, 2, 3, 0).flatten(1, 2)  # (R, Q·K, G)
     if num_entries % num_groups == 0:
@@ -62,7 +62,7 @@ def generate(
 
 def generate_matrices(
     parameters: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
-    kernel: Kernel,
+    kernel: str,
     *,
     scale: float = 1.0,
     signs: Tensor | None = None,
@@ -97,7 +97,7 @@ class _Generate(torch.autograd.Function):
     @override
     def forward(
         ctx: Any,
-        kernel: Kernel,
+        kernel: str,
         scale: float,
         signs: Tensor | None,
         dtype: torch.dtype | None,
@@ -108,7 +108,7 @@ class _Generate(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.kernel, ctx.scale, ctx.signs, ctx.when_differentiated = kernel, scale, signs, when_differentiated
         latent, weight, centers, inverse_widths = _stacked(flat, scale)
-        value, factor = factored_rbf(latent * inverse_widths, centers, kernel)
+        value, factor = get_kernel(kernel).factored(latent * inverse_widths, centers)
         matrices = value.mul_(weight if factor is None else weight * factor)
         if signs is not None:
             matrices *= _grouped(signs, latent)
@@ -130,7 +130,7 @@ class _Generate(torch.autograd.Function):
 def pass_gradients_on(
     parameters: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
     gradients: Sequence[Tensor],
-    kernel: Kernel,
+    kernel: str,
     *,
     scale: float = 1.0,
     signs: Tensor | None = None,
@@ -156,7 +156,7 @@ class _PassOn(torch.autograd.Function):
     @staticmethod
     @override
     def forward(
-        ctx: Any, kernel: Kernel, scale: float, signs: Tensor | None, gradients: Sequence[Tensor], *flat: Tensor
+        ctx: Any, kernel: str, scale: float, signs: Tensor | None, gradients: Sequence[Tensor], *flat: Tensor
     ) -> Tensor:
         ctx.save_for_backward(*flat)
         ctx.kernel, ctx.scale, ctx.signs, ctx.gradients = kernel, scale, signs, gradients
@@ -174,7 +174,7 @@ def _of_parameters(
     flat: Sequence[Tensor],
     needed: Sequence[bool],
     gradients: Sequence[Tensor | None],
-    kernel: Kernel,
+    kernel: str,
     scale: float,
     signs: Tensor | None,
 ) -> list[Tensor | None]:
@@ -219,7 +219,7 @@ def _grouped(signs: Tensor, latent: Tensor) -> Tensor:
 def _gradients(
     flat: Sequence[Tensor],
     gradient: Tensor,
-    kernel: Kernel,
+    kernel: str,
     scale: float,
     signs: Tensor | None,
     wanted: Sequence[bool],
@@ -234,7 +234,8 @@ def _gradients(
     if signs is not None:
         gradient = gradient * _grouped(signs, latent)
     t = latent * inverse_widths
-    value, factor = factored_rbf(t, centers, kernel)
+    rbf = get_kernel(kernel)
+    value, factor = rbf.factored(t, centers)
     of_latent = of_weight = of_centers = of_log_widths = None
     if wanted[1]:
         of_weight = (gradient * value).sum(-1)  # (L, R, Q, K, G)
@@ -249,10 +250,10 @@ def _gradients(
         of_weight = of_weight.flatten().view(of_weight.shape)
     if wanted[2]:
         psi = value if factor is None else value * factor
-        of_centers = (gradient * weight * slope_by_center(t, centers, psi, kernel)).sum((-1, -2))
+        of_centers = (gradient * weight * rbf.slope_by_center(t, centers, psi)).sum((-1, -2))
     if wanted[0] or wanted[3]:
         by_t = weight * inverse_widths if factor is None else weight * factor * inverse_widths
-        by_t = factored_slope(t, centers, value, kernel).mul_(gradient).mul_(by_t)
+        by_t = rbf.factored_slope(t, centers, value).mul_(gradient).mul_(by_t)
         if wanted[3]:
             of_log_widths = -(by_t * latent).sum((-1, -2))
         of_latent = by_t.sum((1, 3)).view(num, -1, num_entries).mT

@@ -17,7 +17,7 @@ from typing_extensions import Self, override
 from genlora_lightning.adapters.autograd import is_ordinary
 from genlora_lightning.adapters.base import Factor, Role
 from genlora_lightning.adapters.genlora.generate import generate, generate_matrices, pass_gradients_on
-from genlora_lightning.adapters.genlora.rbf import Kernel, slope_at_zero
+from genlora_lightning.adapters.genlora.rbf import get_kernel
 from genlora_lightning.adapters.genlora.signs import entry_signs
 
 Init = Literal["zero_latent", "zero_weight"]
@@ -82,7 +82,7 @@ class RBFGenerator(Factor):
         num_groups: int = 1,
         num_centers: int = 1,
         width: float = 1.0,
-        kernel: Kernel = "gaussian",
+        kernel: str = "gaussian",
         learn_centers: bool = True,
         learn_widths: bool = True,
         sign_table: int | None = None,
@@ -101,7 +101,7 @@ class RBFGenerator(Factor):
         self.num_groups = num_groups
         self.num_centers = num_centers
         self.width = width
-        self.kernel: Kernel = kernel
+        self.kernel = kernel
         self.sign_table = sign_table
         self.weight_gain = weight_gain
         self.zero_start = zero_start
@@ -130,7 +130,8 @@ class RBFGenerator(Factor):
         self.log_widths.fill_(math.log(self.width))
         bound = 1 / math.sqrt(self.num_entries)
         self.latent.uniform_(-bound, bound, generator=generator)
-        slopes = self.weight_gain * slope_at_zero(self.centers, self.kernel) / self.width  # (R, Q, K), per unit weight
+        # (R, Q, K), per unit weight
+        slopes = self.weight_gain * get_kernel(self.kernel).slope_at_zero(self.centers) / self.width
         if self.sign_table is None:
             self.weight.normal_(generator=generator)
             # Of a basis function's K slopes the squares are summed, not the slopes: their sum may be nearly zero.
