@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from typing import TYPE_CHECKING, Any
 
 from genlora_lightning.backbone.catalog import SHAPES, TASKS
@@ -30,7 +31,12 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     for name, what in _SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{what} (default: the kind's)")
-    parser.add_argument("--strategy", choices=["single", "ddp", "fsdp1", "fsdp2"], help="default: single, or fsdp2")
+    parser.add_argument(
+        "--strategy",
+        choices=["auto", "single", "ddp", "fsdp1", "fsdp2"],
+        default="auto",
+        help="auto (the default): one GPU, else ddp where it fits, else fsdp2",
+    )
     parser.add_argument(
         "--adapter-sharding", choices=["replicate", "shard"], default="replicate", help="default: %(default)s"
     )
@@ -105,13 +111,15 @@ def _model(options: argparse.Namespace) -> tuple[Any, str]:
 
 def run_plan(options: argparse.Namespace) -> None:
     """Print a plan."""
+    if sys.stderr.isatty():  # torch's import alone takes seconds
+        print(f"Counting what a step of {options.model} holds, without weights: up to half a minute.", file=sys.stderr)
     import torch
 
     from genlora_lightning.planning.plan import make_plan
     from genlora_lightning.planning.traffic import Setup
 
     setup = Setup(
-        strategy=options.strategy or ("fsdp2" if options.gpus > 1 else "single"),
+        strategy=options.strategy,
         adapter_sharding=options.adapter_sharding,
         gpus=options.gpus,
         gpu_memory=options.gpu_memory,

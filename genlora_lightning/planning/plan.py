@@ -43,6 +43,7 @@ keeps in reserve. A tenth of the GPU's memory is left for them.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +105,7 @@ class Plan:
         memory: Bytes on one GPU.
         traffic: By kind and policy (``"genlora replicate"``, …): what is sent per optimizer step.
         layers: The number of FSDP units beside the root.
+        remedy: If it does not fit: what would.
     """
 
     model: str
@@ -116,11 +118,12 @@ class Plan:
     memory: Memory
     traffic: dict[str, Traffic]
     layers: int
+    remedy: str | None = None
 
     @property
     def fits(self) -> bool:
         """Whether the sum stays below 90 % of a GPU's memory."""
-        return self.memory.total <= USABLE * self.setup.gpu_memory * GIB
+        return _fits(self.memory, self.setup)
 
     @property
     def overlay(self) -> str | None:
@@ -173,7 +176,14 @@ def make_plan(
             enable_gradient_checkpointing(model)
         step = count_step(model, setup.batch, setup.tokens, autocast=setup.autocast, num_labels=labels)
         counts[checkpointing] = step
-    here = counts[setup.gradient_checkpointing]
+
+    def memory(setup: Setup) -> Memory:
+        here, other = (counts[on] for on in (setup.gradient_checkpointing, not setup.gradient_checkpointing))
+        return _memory(sizes, setup, here.activations, here.factors, other.activations)
+
+    if setup.strategy == "auto":
+        setup = _simplest(setup, memory)
+    held = memory(setup)
     cases: list[tuple[str, bool, Sharding]] = [
         (f"{config.kind} replicate", False, "replicate"),
         ("lora replicate", True, "replicate"),
@@ -188,11 +198,50 @@ def make_plan(
         total_parameters=report.total_parameters,
         trainable_parameters=report.trainable_parameters,
         lora_parameters=sizes.num_lora,
-        memory=_memory(
-            sizes, setup, here.activations, here.factors, counts[not setup.gradient_checkpointing].activations
-        ),
+        memory=held,
         traffic={label: plan_traffic(sizes, setup, lora=lora, sharding=kind) for label, lora, kind in cases},
         layers=len(sizes.base) - 1,
+        remedy=None if _fits(held, setup) else _remedy(setup, memory),
+    )
+
+
+def _fits(memory: Memory, setup: Setup) -> bool:
+    return memory.total <= USABLE * setup.gpu_memory * GIB
+
+
+def _simplest(setup: Setup, memory: Callable[[Setup], Memory]) -> Setup:
+    """The simplest strategy that fits; the one that takes least if none does."""
+    if setup.gpus == 1 and setup.adapter_sharding == "replicate":
+        return dataclasses.replace(setup, strategy="single")
+    sharded = dataclasses.replace(setup, strategy="fsdp2")
+    if setup.adapter_sharding == "shard":
+        return sharded
+    whole = dataclasses.replace(setup, strategy="ddp")
+    return whole if _fits(memory(whole), whole) else sharded
+
+
+def _remedy(setup: Setup, memory: Callable[[Setup], Memory]) -> str:
+    """What would fit: the least change of gradient checkpointing, strategy and number of GPUs."""
+    strategies = ["fsdp2"] if setup.gpus == 1 else [setup.strategy, "fsdp2"]
+    numbers = [setup.gpus, *(n for n in (2**k for k in range(1, 11)) if n > setup.gpus)]
+    for gpus in numbers:
+        for strategy in ["single"] if gpus == 1 else dict.fromkeys(strategies):
+            for checkpointing in dict.fromkeys((setup.gradient_checkpointing, True)):
+                other = dataclasses.replace(
+                    setup,
+                    gpus=gpus,
+                    strategy=strategy,
+                    gradient_checkpointing=checkpointing,  # type: ignore[arg-type]
+                )
+                held = memory(other)
+                if _fits(held, other):
+                    where = f"{gpus} GPU{'s' * (gpus > 1)}{'' if gpus == 1 else f' under {strategy}'}"
+                    how = f", with{'' if checkpointing else 'out'} gradient checkpointing"
+                    return f"It would fit on {where}{how}: {held.total / GIB:.1f} GiB on each."
+    least = min(memory(setup).activations, memory(setup).activations_other_way)
+    return (
+        f"No number of GPUs changes that: the activations alone take {least / GIB:.1f} GiB. Take fewer tokens or a "
+        "smaller micro-batch."
     )
 
 
@@ -263,6 +312,8 @@ def _text(plan: Plan) -> str:
         f"{verdict}: {memory.total / GIB:.1f} of {limit:.1f} GiB (90 % of {setup.gpu_memory:g}; the rest is for what "
         "is not counted)."
     )
+    if plan.remedy:
+        lines.append(plan.remedy)
     if plan.overlay:
         sizes = "devices * num_nodes" + (" = data_parallel_size" if setup.strategy == "fsdp2" else "")
         lines.append(f"Configuration: add --config {plan.overlay}, with {sizes} = {setup.gpus}.")

@@ -14,7 +14,7 @@ from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.layers.adapted import AdaptedLayer
 
-Strategy = Literal["single", "ddp", "fsdp1", "fsdp2"]
+Strategy = Literal["auto", "single", "ddp", "fsdp1", "fsdp2"]
 Sharding = Literal["replicate", "shard"]
 Shape = tuple[int, ...]
 FLOAT32 = 4
@@ -25,7 +25,8 @@ class Setup:
     """How a run is spread over GPUs, and what a step of it holds.
 
     Args:
-        strategy: ``"single"``, ``"ddp"``, ``"fsdp1"`` or ``"fsdp2"``.
+        strategy: ``"single"``, ``"ddp"``, ``"fsdp1"`` or ``"fsdp2"``; ``"auto"`` leaves it to :func:`make_plan`: the
+            simplest that fits, which is a single GPU, else DDP, else FSDP2.
         adapter_sharding: With FSDP: whether the adapters are replicated or sharded.
         gpus: Number of GPUs.
         gpu_memory: Memory of each, GiB.
@@ -39,7 +40,7 @@ class Setup:
         ValueError: A value is out of its range, or does not fit the strategy.
     """
 
-    strategy: Strategy = "single"
+    strategy: Strategy = "auto"
     adapter_sharding: Sharding = "replicate"
     gpus: int = 1
     gpu_memory: float = 80.0
@@ -55,7 +56,7 @@ class Setup:
                 raise ValueError(f"`{name}` must be greater than 0, got {getattr(self, name)}.")
         if self.strategy == "single" and self.gpus > 1:
             raise ValueError(f"The strategy 'single' is for one GPU, got {self.gpus}. Choose ddp, fsdp1 or fsdp2.")
-        if self.adapter_sharding == "shard" and not self.is_sharded:
+        if self.adapter_sharding == "shard" and not self.is_sharded and self.strategy != "auto":
             raise ValueError(f"Adapters are sharded by fsdp1 and fsdp2, not by {self.strategy!r}. Choose replicate.")
 
     @property

@@ -22,6 +22,7 @@ def model(tmp_path):
 
 def test_plan_prints_what_json_holds(model, capsys):
     arguments = ["plan", "--model", model, "--rank", "4", "--num-groups-b", "2", "--gpus", "4", "--seq", "16"]
+    arguments += ["--strategy", "fsdp2"]
     assert main([*arguments, "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert main(arguments) == 0
@@ -30,6 +31,15 @@ def test_plan_prints_what_json_holds(model, capsys):
     assert plan["overlay"] in text
     assert plan["setup"]["strategy"] == "fsdp2"
     assert "lora shard" in text
+
+
+def test_plan_says_at_once_what_it_does_and_takes_ddp_where_it_fits(model, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert main(["plan", "--model", model, "--num-groups-b", "2", "--gpus", "4", "--seq", "16"]) == 0
+    found = capsys.readouterr()
+    assert found.err.startswith(f"Counting what a step of {model} holds")
+    assert "4 GPUs, ddp;" in found.out
+    assert "add --config configs/strategy/ddp.yaml" in found.out
 
 
 def test_plan_takes_names_or_an_expression_as_targets(model, capsys):

@@ -116,3 +116,44 @@ def test_a_70b_shape_is_built_and_adapted_without_drawing_numbers():
     assert torch.equal(torch.random.get_rng_state(), state)
     assert len(report.adapted) == 560
     assert {p.device.type for p in model.parameters()} == {"meta"}
+
+
+def test_strategy_is_the_simplest_that_fits():
+    assert tiny_plan().setup.strategy == "single"
+    whole = tiny_plan(gpus=4)
+    assert whole.setup.strategy == "ddp"
+    need = whole.memory.total / GIB / 0.9
+    assert tiny_plan(gpus=4, gpu_memory=1.01 * need).setup.strategy == "ddp"
+    cut = tiny_plan(gpus=4, gpu_memory=0.99 * need)
+    assert cut.setup.strategy == "fsdp2"
+    assert cut == tiny_plan(gpus=4, gpu_memory=0.99 * need, strategy="fsdp2")
+    assert tiny_plan(gpus=4, adapter_sharding="shard").setup.strategy == "fsdp2"
+
+
+def test_plan_that_does_not_fit_says_what_would():
+    fits = {"gradient_checkpointing": True, "batch": 4}
+    with_checkpointing, without = tiny_plan(**fits), tiny_plan(batch=4)
+    room = (with_checkpointing.memory.total + without.memory.total) / 2 / GIB / 0.9
+    assert with_checkpointing.remedy is None
+    plan = tiny_plan(batch=4, gpu_memory=room)
+    assert not plan.fits
+    assert plan.remedy in str(plan)
+    assert plan.remedy.startswith("It would fit on 1 GPU, with gradient checkpointing: ")
+    hopeless = tiny_plan(batch=4, gpu_memory=0.5 * with_checkpointing.memory.activations / GIB)
+    assert hopeless.remedy.startswith("No number of GPUs changes that: the activations alone take")
+
+
+def test_remedy_names_the_least_number_of_gpus():
+    config = tiny_llama(num_hidden_layers=16).config  # of two layers all is gathered at once
+
+    def plan(**setup: object) -> Plan:
+        made = Setup(**{"tokens": 2, "gradient_checkpointing": True, **setup})  # type: ignore[arg-type]
+        return make_plan(config, "deep", "causal-lm", small_config(), made)
+
+    room = 0.9 * plan().memory.total / GIB / 0.9
+    remedy = plan(gpu_memory=room).remedy
+    gpus = int(remedy.removeprefix("It would fit on ").split(" GPU")[0])
+    assert remedy.startswith(f"It would fit on {gpus} GPUs under fsdp2, with gradient checkpointing: ")
+    assert plan(gpu_memory=room, gpus=gpus).fits
+    assert plan(gpu_memory=room, gpus=gpus).setup.strategy == "fsdp2"
+    assert not plan(gpu_memory=room, gpus=gpus // 2).fits

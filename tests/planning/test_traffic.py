@@ -58,7 +58,7 @@ def test_padding_is_to_multiples_of_the_ranks():
     ("changes", "message"),
     [
         ({"gpus": 0}, "`gpus` must be greater than 0, got 0"),
-        ({"gpus": 2}, "'single' is for one GPU, got 2"),
+        ({"strategy": "single", "gpus": 2}, "'single' is for one GPU, got 2"),
         ({"strategy": "ddp", "gpus": 2, "adapter_sharding": "shard"}, "not by 'ddp'"),
     ],
 )

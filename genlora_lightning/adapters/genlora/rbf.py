@@ -211,7 +211,7 @@ def check_kernel(name: str, kernel: Kernel) -> None:
     is_alone = psi.shape == (len(t), len(centers)) and torch.equal(kernel.anchored(t[4], centers[2]), psi[4, 2][None])
     if not is_alone or not psi.isfinite().all() or psi[0].any():
         raise ValueError(
-            f"The kernel {name!r} must be a finite function of each element alone, and ψ(0) = φ(−c) − φ(−c) exactly zero."
+            f"The kernel {name!r} must be a finite function of each element alone, and ψ(0) = φ(−c) − φ(−c) zero."
         )
     value, factor = kernel.factored(t, centers)
     scale = torch.ones_like(psi) if factor is None else factor
