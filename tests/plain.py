@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from genlora_lightning.training.callback import GenLoRAFinetuning
 from tests.models import tiny_bert
 
 
@@ -82,8 +83,11 @@ def encoder_loader(n: int = 32, batch_size: int = 8) -> DataLoader[Any]:
     return DataLoader(TensorDataset(ids, ids[:, 1] % 3), batch_size=batch_size)
 
 
-def trainer(root: Any, *callbacks: Any, **settings: Any) -> Trainer:
-    """A quiet CPU trainer for tests."""
+def trainer(root: Any, *callbacks: Any, overwrite: bool = True, **settings: Any) -> Trainer:
+    """A quiet CPU trainer for tests, many of which run again and again in one folder."""
+    for callback in callbacks:
+        if isinstance(callback, GenLoRAFinetuning):
+            callback.overwrite |= overwrite
     return Trainer(
         **{
             "accelerator": "cpu",

@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+from jsonargparse import ActionYesNo
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -36,7 +37,9 @@ TRACEBACK_VARIABLE = "GENLORA_TRACEBACK"
 AUTO = "auto"
 # The callback's arguments that are settings of the command line; types and defaults are the callback's own.
 _CALLBACK_HELP = {
-    "adapter_dir": "Where fit saves the adapter folder; `adapter` in the log directory if not given.",
+    "adapter_dir": "Where fit saves the adapter folder; `adapter` in the run's log directory if not given.",
+    "overwrite": "Let fit replace the adapter of another run in `adapter_dir`.",
+    "base_check": "What to do with a checkpoint of another base: refuse it, warn, or do not look.",
     "save_adapter": "Whether fit saves the adapter folder.",
     "train_mode": "Whether fit puts the whole model into train mode, in which its dropout acts.",
     "check_finite_every_n_steps": "Check the gradients for NaN and infinity this often, in optimizer steps; 0: never.",
@@ -87,7 +90,10 @@ class GenLoRACLI(LightningCLI):
         )
         types = get_type_hints(GenLoRAFinetuning.__init__)
         for name, text in _CALLBACK_HELP.items():
-            parser.add_argument(f"--{name}", type=types[name], default=_CALLBACK_DEFAULTS[name], help=text)
+            kind: dict[str, Any] = {"type": types[name]}
+            if types[name] is bool:  # `--overwrite`, `--overwrite false` and `--no_overwrite`
+                kind = {"action": ActionYesNo, "nargs": "?"}
+            parser.add_argument(f"--{name}", default=_CALLBACK_DEFAULTS[name], help=text, **kind)
         for source, target in (("model", "tokenizer"), ("label_names", "label_names")):
             parser.link_arguments(
                 (f"model.init_args.{source}", "data"),
@@ -140,7 +146,7 @@ class GenLoRACLI(LightningCLI):
         settings = config.trainer
         callbacks: list[Callback] = settings.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        callbacks += self._adapter_callback(config)
+        callbacks += self._adapter_callback(config, [c for c in callbacks if isinstance(c, GenLoRAFinetuning)])
         if self.subcommand == "predict" and (config.predictions_path or not _any(BasePredictionWriter, callbacks)):
             callbacks.append(PredictionWriter(config.predictions_path))
         if not settings.barebones:
@@ -151,10 +157,16 @@ class GenLoRACLI(LightningCLI):
             kwargs.setdefault("logger", _default_logger(settings.logger, settings.default_root_dir))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
-    def _adapter_callback(self, config: Any) -> list[Callback]:
+    def _adapter_callback(self, config: Any, own: list[GenLoRAFinetuning]) -> list[Callback]:
         """The callback that the `adapter…` settings ask for; without them the trainer's or the module's own does."""
         settings = {name: config[name] for name in _CALLBACK_DEFAULTS}
-        if config.adapter is None and settings == _CALLBACK_DEFAULTS:
+        chosen = {name for name, value in settings.items() if value != _CALLBACK_DEFAULTS[name]}
+        if config.adapter is None and chosen == {"overwrite"}:  # which by itself asks for no adapters
+            for callback in own:
+                callback.overwrite = True
+            if own or not isinstance(self.model, GenLoRAModule):
+                return []
+        if config.adapter is None and not chosen:
             return []
         adapter = self.model.adapter if isinstance(self.model, GenLoRAModule) else None
         if config.adapter is not None:
