@@ -30,8 +30,8 @@ def local_path(path: str | os.PathLike[str], what: str) -> Path:
     text = os.fspath(path)
     if is_remote(text):
         raise ValueError(
-            f"The {what} {text!r} is a URL, and must be a local path: it is written, and proved when it is read, in ways "
-            "that a remote store does not offer. Give a local path, and copy it from or to the store."
+            f"The {what} {text!r} is a URL, and must be a local path: it is written, and proved when it is read, in "
+            "ways that a remote store does not offer. Give a local path, and copy it from or to the store."
         )
     found = _SCHEME.match(text)
     return Path("/" + text[found.end() :]) if found else Path(path)

@@ -96,8 +96,8 @@ class GenLoRAFinetuning(Callback):
             ``<adapter_dir>-interrupted``, so that a finished adapter is never replaced by an unfinished one.
         overwrite: Replace the adapter of another run that lies in ``adapter_dir``. If not, such a run ends with an
             error before it trains. A run that goes on (``ckpt_path``) replaces its own in any case.
-        base_check: What to do with a checkpoint (``ckpt_path``) of another base: ``"error"``, ``"warn"``, or ``"off"``: do
-            not look.
+        base_check: What to do with a checkpoint (``ckpt_path``) of another base: ``"error"``, ``"warn"``, or ``"off"``:
+            do not look.
         save_adapter: Whether to save the folder. Checkpoints are Lightning's matter and not concerned.
         train_mode: Whether to set the module to train mode when fitting starts (``from_pretrained`` returns models in
             evaluation mode, in which their dropout does nothing).
@@ -328,8 +328,8 @@ class GenLoRAFinetuning(Callback):
             return local_path(folder, "adapter folder")
         except ValueError as error:
             raise ValueError(
-                f"{error} Set `adapter_dir` to a local folder, or `save_adapter` to False: this run's checkpoints may be "
-                "remote, and hold the adapters, too."
+                f"{error} Set `adapter_dir` to a local folder, or `save_adapter` to False: this run's checkpoints may "
+                "be remote, and hold the adapters, too."
             ) from None
 
     def _settle_folder(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -37,7 +37,7 @@ def run_folder(trainer: Trainer) -> str:
     return agreed
 
 
-# -- which run it is ----------------------------------------------------------------------------------------------------
+# -- which run it is ---------------------------------------------------------------------------------------------
 
 
 def begin_run(trainer: Trainer, *, goes_on: bool) -> None:
@@ -57,7 +57,7 @@ def run_name(trainer: Trainer) -> str | None:
     return found
 
 
-# -- what lies in its place ---------------------------------------------------------------------------------------------
+# -- what lies in its place -------------------------------------------------------------------------------------------
 
 
 def check_not_taken(folder: Path, run: str | None, *, overwrite: bool) -> None:
