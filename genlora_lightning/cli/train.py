@@ -28,8 +28,10 @@ from genlora_lightning.cli.errors import find_user_error, leave, one_line
 from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
 from genlora_lightning.storage.checkpoint_file import verify_checkpoint
+from genlora_lightning.storage.paths import is_remote, local_path
 from genlora_lightning.training.callback import GenLoRAFinetuning
 from genlora_lightning.training.last_checkpoint import last_good_checkpoint
+from genlora_lightning.training.run_folder import logs_folder
 
 # A class is known by its short name once its module is imported.
 SHORT_NAMES = (CausalLMModule, SequenceClassificationModule, InstructionDataModule, TextClassificationDataModule)
@@ -50,7 +52,7 @@ _CALLBACK_HELP = {
 _CALLBACK_DEFAULTS = {
     name: inspect.signature(GenLoRAFinetuning.__init__).parameters[name].default for name in _CALLBACK_HELP
 }
-_SPECIAL_CHECKPOINTS = (AUTO, "best", "last", "hpc", "registry")
+_SPECIAL_CHECKPOINTS = (AUTO, "last", "hpc", "registry")
 _USAGE_ERROR = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -60,7 +62,8 @@ class GenLoRACLI(LightningCLI):
 
     - Any LightningModule and LightningDataModule by ``class_path``; those of this package by their names alone.
     - ``data.init_args.tokenizer`` and ``data.init_args.label_names``, where the class has them and they are not set,
-      are ``model.init_args.model`` and ``model.init_args.label_names``.
+      are ``model.init_args.model`` and ``model.init_args.label_names``; with the model's tokenizer go its
+      ``trust_remote_code`` and ``revision``.
     - A checkpoint gives weights, not settings: the configuration and the command line always win over the
       hyperparameters stored in it.
     - ``fit --ckpt_path auto`` goes on from the newest good checkpoint of the run's directory, or starts a new run.
@@ -82,6 +85,10 @@ class GenLoRACLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.epilog = (
+            "More help: `--adapter.help` lists the adapter's settings, `--model.help CLASS` and `--data.help CLASS` "
+            "those of a class, `--trainer.callbacks.help CLASS` those of a callback."
+        )
         parser.add_argument(
             "--adapter",
             type=AdapterOptions | None,
@@ -99,6 +106,12 @@ class GenLoRACLI(LightningCLI):
                 (f"model.init_args.{source}", "data"),
                 f"data.init_args.{target}",
                 compute_fn=partial(_given_or_linked, target),
+            )
+        for name in ("trust_remote_code", "revision"):  # of the model, so of its tokenizer, too
+            parser.link_arguments(
+                (f"model.init_args.{name}", "model", "data"),
+                f"data.init_args.{name}",
+                compute_fn=partial(_given_or_linked_tokenizer, name),
             )
 
     @override
@@ -134,7 +147,7 @@ class GenLoRACLI(LightningCLI):
         settings = self.config_init["fit"]
         if str(settings.ckpt_path) != AUTO:
             return
-        path, skipped = last_good_checkpoint(_checkpoint_folders(self.trainer))
+        path, skipped = last_good_checkpoint(checkpoint_folders(self.trainer))
         for line in skipped:
             rank_zero_warn(line)
         rank_zero_info(f"Going on from {path}." if path else f"`ckpt_path: {AUTO}`: no checkpoint yet, a new run.")
@@ -260,30 +273,55 @@ def _given_or_linked(name: str, linked: Any, data: Any) -> Any:
     return linked if given is None else given
 
 
+def _given_or_linked_tokenizer(name: str, linked: Any, model: Any, data: Any) -> Any:
+    """As :func:`_given_or_linked`, as long as the tokenizer is the model's and not another one."""
+    given = data.get("init_args", {}) if data else {}
+    other = given.get("tokenizer") not in (None, model.get("init_args", {}).get("model") if model else None)
+    return given.get(name) if other else _given_or_linked(name, linked, data)
+
+
 def _check_checkpoint_path(path: str | Path | None) -> None:
     name = str(path or "")
-    if not name or name.partition(":")[0] in _SPECIAL_CHECKPOINTS or "://" in name:
+    if name == "best":
+        raise ValueError(
+            "`--ckpt_path best` means the best checkpoint of a run in this process, and none has run yet. Give the "
+            "file: it lies in `checkpoints` of that run's log directory."
+        )
+    if not name or name.partition(":")[0] in _SPECIAL_CHECKPOINTS or is_remote(name):
         return
-    if not Path(name).exists():
+    file = local_path(name, "checkpoint")
+    if not file.exists():
         raise FileNotFoundError(f"There is no checkpoint {name!r} (`--ckpt_path`).")
-    if is_adapter_folder(Path(name)):
+    if is_adapter_folder(file):
         raise ValueError(
             f"`--ckpt_path` {name!r} is an adapter folder; a checkpoint is a file, such as last.ckpt. To use the "
             "folder, load it in Python with `load_module` or `load_adapter`."
         )
-    if Path(name).is_file():
-        verify_checkpoint(name)
+    if file.is_file():
+        verify_checkpoint(file)
 
 
-def _checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Where this run and those before it with the same directories have put their checkpoints."""
+def checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """Where a run and those before it with the same directories have put their checkpoints.
+
+    Raises:
+        ValueError: One of them is a URL, where nobody here can look.
+    """
     savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
-    folders = [Path(saver.dirpath) for saver in savers if saver.dirpath is not None]
+    given = [str(saver.dirpath) for saver in savers if saver.dirpath is not None]
+    logs = logs_folder(trainer, trainer.loggers[0]) if trainer.loggers else trainer.default_root_dir
+    own = [] if given and len(given) == len(savers) and is_remote(logs) else [logs]  # nothing was put there then
+    try:
+        folders = [local_path(folder, "folder of checkpoints") for folder in given]
+        places = [local_path(folder, "folder of checkpoints") for folder in own]
+    except ValueError as error:
+        raise ValueError(
+            f"`ckpt_path: {AUTO}` looks for checkpoints in local folders only. {error} Or give `ckpt_path` the "
+            "checkpoint itself, which may be a URL."
+        ) from None
     if not trainer.loggers:
-        return [*folders, Path(trainer.default_root_dir) / "checkpoints"]
-    logger = trainer.loggers[0]  # as ModelCheckpoint does
-    place = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
-    return [*folders, *sorted(place.glob("*/checkpoints"))]
+        return [*folders, *(place / "checkpoints" for place in places)]
+    return [*folders, *(found for place in places for found in sorted(place.glob("*/checkpoints")))]
 
 
 def _default_logger(logger: Any, root: Any) -> Logger | list[Logger] | bool:
