@@ -276,3 +276,7 @@ def _load_base(
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"genlora: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

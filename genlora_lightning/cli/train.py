@@ -327,3 +327,7 @@ def checkpoint_folders(trainer: Trainer) -> list[Path]:
 def _default_logger(logger: Any, root: Any) -> Logger | list[Logger] | bool:
     """CSV files unless something is chosen: they need no further package, and any tool reads them."""
     return CSVLogger(save_dir=root or os.getcwd(), name="logs") if logger in (None, True) else logger
+
+
+if __name__ == "__main__":
+    main()
