@@ -73,8 +73,12 @@ class AdapterRecord:
     base_is_transformers: bool
 
 
-def adapter_record(model: nn.Module) -> AdapterRecord:
+def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> AdapterRecord:
     """What :func:`save_adapter` saves of a model; the tensors are the model's own, not copies.
+
+    Args:
+        model: A model with adapters.
+        base: Its base's identity, if it is known already.
 
     Raises:
         ValueError: The model has no adapters.
@@ -84,7 +88,7 @@ def adapter_record(model: nn.Module) -> AdapterRecord:
     return AdapterRecord(
         state=state,
         config=next(iter(layers.values())).config,
-        base=base_identity(model),
+        base=base_identity(model) if base is None else base,
         layers={name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
         trained_modules={
             name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()

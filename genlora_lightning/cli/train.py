@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
@@ -143,20 +143,31 @@ class GenLoRACLI(LightningCLI):
         _check_checkpoint_path(path)
 
     def before_fit(self) -> None:
-        """Called by Lightning before it fits: find what ``ckpt_path: auto`` stands for."""
+        """Called by Lightning before it fits: find what ``ckpt_path: auto`` stands for, and what lies in the way."""
         settings = self.config_init["fit"]
-        if str(settings.ckpt_path) != AUTO:
-            return
+        if str(settings.ckpt_path) == AUTO:
+            settings.ckpt_path = self._newest_checkpoint()
+        own = [c for c in self.trainer.callbacks if isinstance(c, GenLoRAFinetuning)]  # type: ignore[attr-defined]
+        if not own and isinstance(self.model, GenLoRAModule):
+            own = [GenLoRAFinetuning()]  # as the module will bring one along
+        # On other ranks the first may have made the folder already.
+        if own and settings.ckpt_path is None and getattr(rank_zero_only, "rank", 0) == 0:
+            own[0].check_new_run(self.trainer)
+
+    def _newest_checkpoint(self) -> Path | None:
         path, skipped = last_good_checkpoint(checkpoint_folders(self.trainer))
         for line in skipped:
             rank_zero_warn(line)
         rank_zero_info(f"Going on from {path}." if path else f"`ckpt_path: {AUTO}`: no checkpoint yet, a new run.")
-        settings.ckpt_path = path
+        return path
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
         settings = config.trainer
+        root = settings.default_root_dir
+        if root is not None and not is_remote(root):
+            settings.default_root_dir = str(local_path(root, "`default_root_dir`"))  # of `file://…`, too
         callbacks: list[Callback] = settings.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
         callbacks += self._adapter_callback(config, [c for c in callbacks if isinstance(c, GenLoRAFinetuning)])

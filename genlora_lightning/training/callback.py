@@ -195,7 +195,8 @@ class GenLoRAFinetuning(Callback):
         keep_base_out_of_files(trainer)
         if stage == "fit":
             use_resumable_loaders(trainer)
-            self._planned = self._choose_folder(trainer)
+            # Loggers may know their version on the first rank only.
+            self._planned = self._choose_folder(trainer, trainer.strategy.broadcast(run_folder(trainer)))
             begin_run(trainer, goes_on=bool(adapter_layers(pl_module)))
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -317,13 +318,24 @@ class GenLoRAFinetuning(Callback):
     on_test_end = on_validation_end
     on_predict_end = on_validation_end
 
-    def _choose_folder(self, trainer: Trainer) -> Path | None:
-        """Where the adapter is to be saved; collective."""
+    def check_new_run(self, trainer: Trainer) -> None:
+        """Find out, before anything is loaded or logged, that a new run would replace the adapter of another one.
+
+        The trainer's ``fit`` finds it out, too, when the model is built and the loggers have opened their files.
+
+        Raises:
+            FileExistsError: It would, and ``overwrite`` is not set.
+        """
+        folder = self._choose_folder(trainer, run_folder(trainer))
+        if folder is not None:
+            check_not_taken(folder, "", overwrite=self.overwrite)
+
+    def _choose_folder(self, trainer: Trainer, run: str) -> Path | None:
         if not self.save_adapter or getattr(trainer, "fast_dev_run", False):
             return None
         if self.adapter_dir is not None:
             return Path(self.adapter_dir)
-        folder = os.path.join(run_folder(trainer), "adapter")
+        folder = os.path.join(run, "adapter")
         try:
             return local_path(folder, "adapter folder")
         except ValueError as error:

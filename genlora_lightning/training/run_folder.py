@@ -24,17 +24,15 @@ def logs_folder(trainer: Trainer, logger: Logger) -> str:
 
 
 def run_folder(trainer: Trainer) -> str:
-    """The folder of a run, or its URL: that in which ModelCheckpoint makes its ``checkpoints``; collective.
+    """The folder of a run as this process sees it, or its URL: that in which ModelCheckpoint makes ``checkpoints``.
 
     Trackers of experiments log to one directory for all runs, so that ``trainer.log_dir`` may be shared by many.
     """
-    folder = trainer.default_root_dir
-    if trainer.loggers:
-        version = trainer.loggers[0].version
-        name = version if isinstance(version, str) else f"version_{version}"
-        folder = os.path.join(logs_folder(trainer, trainer.loggers[0]), name)
-    agreed: str = trainer.strategy.broadcast(folder)
-    return agreed
+    if not trainer.loggers:
+        return trainer.default_root_dir
+    version = trainer.loggers[0].version
+    name = version if isinstance(version, str) else f"version_{version}"
+    return os.path.join(logs_folder(trainer, trainer.loggers[0]), name)
 
 
 # -- which run it is ---------------------------------------------------------------------------------------------

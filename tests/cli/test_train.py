@@ -352,6 +352,21 @@ def test_finished_adapter_is_replaced_only_if_it_is_said(
     assert (tmp_path / "adapter" / "manifest.json").read_bytes() != finished
 
 
+def test_run_in_the_place_of_another_leaves_its_metrics_and_settings_too(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "runs", "version": "mine"}}
+    named = write_config(tmp_path / "named.yaml", trainer={"logger": logger, "max_steps": 1})
+    command = ["fit", "--config", str(config), "--config", str(named)]
+    main(command)
+    before = {path: path.read_bytes() for path in (tmp_path / "runs" / "mine").rglob("*") if path.is_file()}
+    assert {"metrics.csv", "config.yaml", "adapter_config.json"} <= {path.name for path in before}
+    code, errors = run_fails([*command, "--model.optimizer.lr", "0.02"], capsys)
+    assert code == 1
+    assert f"{tmp_path / 'runs' / 'mine' / 'adapter'} holds the adapter of another run" in errors[0]
+    assert {path: path.read_bytes() for path in (tmp_path / "runs" / "mine").rglob("*") if path.is_file()} == before
+
+
 def test_overwrite_alone_adds_no_adapters_and_reaches_a_callback_of_the_trainer(tmp_path: Path) -> None:
     trainer = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "1", "--trainer.default_root_dir", str(tmp_path)]
     command = ["fit", "--model", "tests.plain.PlainMLP", "--data", f"{__name__}.MLPData", *trainer, "--overwrite"]
