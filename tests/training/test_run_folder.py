@@ -234,10 +234,15 @@ def test_checkpoint_of_another_base_is_refused_everywhere(tmp_path, use):
 
 
 class Unfrozen(PlainMLP):
-    """Trains a weight of the base beside the adapters."""
+    """Trains parameters of the base beside the adapters."""
+
+    def extra(self) -> list[torch.Tensor]:
+        first: Any = self.net[0]
+        return [self.net[4].weight, getattr(first, "base_layer", first).bias]
 
     def configure_optimizers(self) -> Any:
-        self.net[4].weight.requires_grad_(True)
+        for parameter in self.extra():
+            parameter.requires_grad_(True)
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
@@ -245,13 +250,13 @@ def test_what_is_trained_beside_the_adapters_is_no_other_base(tmp_path):
     made, module = trainer(tmp_path, GenLoRAFinetuning(CONFIG)), Unfrozen()
     made.fit(module, mlp_loader())
     made.save_checkpoint(tmp_path / "x.ckpt")
-    assert not torch.equal(module.net[4].weight, PlainMLP().net[4].weight)
-    loaded = load_module(module, tmp_path / "x.ckpt")
-    assert torch.equal(loaded.net[4].weight, module.net[4].weight)
+    assert not any(map(torch.equal, module.extra(), Unfrozen().extra()))
     again = Unfrozen()
     with torch.no_grad():
-        again.net[4].weight.zero_()  # as a new head is, another one each time
-    assert torch.equal(load_module(again, tmp_path / "x.ckpt").net[4].weight, module.net[4].weight)
+        for parameter in again.extra():
+            parameter.zero_()  # as a new head is, another one each time
+    load_module(again, tmp_path / "x.ckpt")
+    assert all(map(torch.equal, module.extra(), again.extra()))
 
 
 def test_base_check_is_one_of_three():
