@@ -45,9 +45,7 @@ def test_url_is_refused_and_makes_no_local_folder_of_its_name(tmp_path: Path, mo
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"The file of the predictions 's3://bucket/p\.jsonl' is a URL"):
         PredictionWriter("s3://bucket/p.jsonl")
-    with pytest.raises(
-        ValueError, match=r"The file of the predictions 'memory://bucket/run/predictions\.jsonl' is a URL"
-    ):
+    with pytest.raises(ValueError, match=r"'memory://bucket/run/predictions\.jsonl' is a URL"):
         trainer("memory://bucket/run", PredictionWriter()).predict(Squares())
     assert not list(tmp_path.iterdir())
 
