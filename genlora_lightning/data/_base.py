@@ -170,7 +170,10 @@ class FileDataModule(LightningDataModule):
                 self._summary[split]["also_in_train"] = sum(key in self._train_keys for key in keys)
         new = [split for split in self._summary if split not in before]
         if new:
-            rank_zero_info(f"Data of this run:\n{self.summary_table(new)}")
+            # With their files: those of a configuration that another one is laid over may have been forgotten.
+            sources = {SPLITS[split]: self.files[self._source(split) or split] for split in new}
+            files = ", ".join(f"{words} {file}" for words, file in sources.items())
+            rank_zero_info(f"Data of this run ({files}):\n{self.summary_table(new)}")
 
     @override
     def train_dataloader(self) -> Any:
