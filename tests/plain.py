@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from genlora_lightning.training.callback import GenLoRAFinetuning
 from tests.models import tiny_bert
 
 
@@ -82,8 +83,18 @@ def encoder_loader(n: int = 32, batch_size: int = 8) -> DataLoader[Any]:
     return DataLoader(TensorDataset(ids, ids[:, 1] % 3), batch_size=batch_size)
 
 
-def trainer(root: Any, *callbacks: Any, **settings: Any) -> Trainer:
-    """A quiet CPU trainer for tests."""
+class Overwrite(Callback):
+    """Lets runs replace each other's adapters, those of the module's own callback, too."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GenLoRAFinetuning):
+                callback.overwrite = True
+
+
+def trainer(root: Any, *callbacks: Any, overwrite: bool = True, **settings: Any) -> Trainer:
+    """A quiet CPU trainer for tests, many of which run again and again in one folder."""
+    callbacks = (*callbacks, Overwrite()) if overwrite else callbacks
     return Trainer(
         **{
             "accelerator": "cpu",

@@ -218,7 +218,7 @@ class Module(LightningModule):
 def _fit(device: str, tiny: bool, folder: Path, *callbacks: Callback, head: bool = False, **settings: Any) -> Module:
     module = Module(tiny, head)
     ckpt_path = settings.pop("ckpt_path", None)
-    adapter = GenLoRAFinetuning(GenLoRAConfig(rank=8), adapter_dir=str(folder / "adapter"))
+    adapter = GenLoRAFinetuning(GenLoRAConfig(rank=8), adapter_dir=str(folder / "adapter"), overwrite=True)
     given: dict[str, Any] = {
         "accelerator": "cuda" if torch.device(device).type == "cuda" else "cpu",
         "devices": 1,

@@ -121,10 +121,14 @@ def fit(config: Path) -> None:
         sys.exit(status if status > 0 else 1)
 
 
-def training_rate(folder: Path) -> float:
-    """Tokens per second of the whole training, from the metrics that the newest run logged below a folder."""
-    files = sorted(folder.glob("logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime)
-    with files[-1].open(newline="") as file:
+def newest_run(root: Path) -> Path:
+    """The folder of the run that logged last below a `default_root_dir`."""
+    return max(root.glob("logs/version_*/metrics.csv"), key=lambda path: path.stat().st_mtime).parent
+
+
+def training_rate(run: Path) -> float:
+    """Tokens per second of the whole training, from a run's metrics."""
+    with (run / "metrics.csv").open(newline="") as file:
         rates = [row.get("fit_tokens_per_second") for row in csv.DictReader(file)]
     return float([rate for rate in rates if rate][-1])
 
@@ -184,7 +188,8 @@ def run(config: Path) -> dict[str, Any]:
         from genlora_lightning import effective_ranks, load_adapter
         from genlora_lightning.artifacts.adapter_io import adapter_bytes
 
-        adapter_dir = settings["adapter_dir"]
+        newest = newest_run(Path(settings["trainer"]["default_root_dir"]))
+        adapter_dir = newest / "adapter"
         coverage = load_adapter(evaluation.module.adapter_root(), adapter_dir)
         evaluation.module.eval()
         after, said_after = evaluation.measure(), evaluation.generate()
@@ -200,8 +205,8 @@ def run(config: Path) -> dict[str, Any]:
         "adapted_linears": len(coverage.adapted),
         "effective_rank_mean": sum(ranks.values()) / len(ranks),
         "adapter_bytes": adapter_bytes(adapter_dir),
-        "adapter_dir": adapter_dir,
-        "tokens_per_second": training_rate(Path(settings["trainer"]["default_root_dir"])),
+        "adapter_dir": str(adapter_dir),
+        "tokens_per_second": training_rate(newest),
         "seconds": {**seconds, "total": time.perf_counter() - start},
         "generations": [
             {

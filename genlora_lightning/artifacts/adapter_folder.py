@@ -31,6 +31,7 @@ from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.sites import adapt
 from genlora_lightning.storage.atomic import find_folder
 from genlora_lightning.storage.digests import sha256
+from genlora_lightning.storage.paths import local_path
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -105,7 +106,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
         DamagedFileError: A file is not what was written.
         ValueError: The folder is of another library, or of a newer release.
     """
-    place = find_folder(folder)
+    place = find_folder(local_path(folder, "adapter folder"))
     files = {CONFIG_FILE: _config_bytes(place)}
     description = _parse_description(place / CONFIG_FILE, files[CONFIG_FILE])
     for name in (MANIFEST_FILE, WEIGHTS_FILE):
@@ -150,7 +151,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         FileNotFoundError: There is no such folder or no configuration in it.
         ValueError: The configuration cannot be read, is another library's, or comes from a newer release.
     """
-    place = find_folder(folder)
+    place = find_folder(local_path(folder, "adapter folder"))
     return _read_config(place / CONFIG_FILE, _parse_description(place / CONFIG_FILE, _config_bytes(place)))
 
 
@@ -162,6 +163,21 @@ def is_adapter_folder(folder: Path) -> bool:
         return bool(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["format"] == FORMAT)
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def stored_facts(folder: Path) -> dict[str, Any] | None:
+    """What an adapter folder says of its training and when it was written, unproved; ``None`` if there is no adapter.
+
+    Empty if its manifest cannot be read: there is something all the same.
+    """
+    place = find_folder(folder)
+    if not place.is_dir() or not any(place.iterdir()) or not is_adapter_folder(place):
+        return None
+    try:
+        manifest = json.loads((place / MANIFEST_FILE).read_text(encoding="utf-8"))
+        return {"created": manifest["created"], **manifest["training"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _config_bytes(folder: Path) -> bytes:

@@ -8,12 +8,11 @@ import os
 import platform
 import shutil
 import sys
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -34,8 +33,13 @@ from genlora_lightning.artifacts.adapter_folder import (
     read_adapter,
 )
 from genlora_lightning.artifacts.model_card import model_card
-from genlora_lightning.backbone.identity import base_identity, compare_bases, describe_base
-from genlora_lightning.errors import WrongBaseError
+from genlora_lightning.backbone.identity import (
+    BaseCheck,
+    base_identity,
+    describe_base,
+    identity_of_part,
+    require_same_base,
+)
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers, check_configuration, inject_adapters
 from genlora_lightning.injection.report import InjectionReport
@@ -43,8 +47,8 @@ from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
 from genlora_lightning.storage.atomic import atomic_folder
 from genlora_lightning.storage.digests import dtype_name, sha256
+from genlora_lightning.storage.paths import local_path
 
-BaseCheck = Literal["error", "warn", "off"]
 _OWN_FILES = {WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE}
 
 
@@ -69,8 +73,12 @@ class AdapterRecord:
     base_is_transformers: bool
 
 
-def adapter_record(model: nn.Module) -> AdapterRecord:
+def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> AdapterRecord:
     """What :func:`save_adapter` saves of a model; the tensors are the model's own, not copies.
+
+    Args:
+        model: A model with adapters.
+        base: Its base's identity, if it is known already.
 
     Raises:
         ValueError: The model has no adapters.
@@ -80,7 +88,7 @@ def adapter_record(model: nn.Module) -> AdapterRecord:
     return AdapterRecord(
         state=state,
         config=next(iter(layers.values())).config,
-        base=base_identity(model),
+        base=base_identity(model) if base is None else base,
         layers={name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
         trained_modules={
             name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()
@@ -119,7 +127,7 @@ def write_adapter(
     content: AdapterRecord, folder: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None
 ) -> Path:
     """Write an adapter folder; see :func:`save_adapter`."""
-    folder = Path(folder)
+    folder = local_path(folder, "adapter folder")
     # Copies: the file's format refuses tensors that share memory, such as tied weights that are trained in full.
     state = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in content.state.items()}
     broken = _not_finite(state)
@@ -161,7 +169,8 @@ def load_adapter(
     anything is wrong, the model is as it was.
 
     Args:
-        model: The base model the adapter was trained on, with or without adapters of the same configuration.
+        model: The base model the adapter was trained on, with or without adapters of the same configuration. An adapter
+            of a module that holds such a model (a LightningModule, say) is loaded without the prefix of its names.
         folder: A folder that :func:`save_adapter` wrote.
         base_check: What to do if the base is another one: ``"error"``, ``"warn"``, or ``"off"``: do not look.
 
@@ -174,18 +183,17 @@ def load_adapter(
         ValueError: A file is damaged or of another format, the adapter does not fit the model, or the model's adapters
             are merged.
     """
-    if base_check not in ("error", "warn", "off"):
-        raise ValueError(f"`base_check` must be 'error', 'warn' or 'off', got {base_check!r}.")
     merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
     if merged:
         raise ValueError(
             f"{len(merged)} adapters of this model are merged into its weights, {merged[0]} among them, and would "
             "go on to act beside the loaded ones. Call `unmerge_adapters(model)` first, or load into a fresh base."
         )
-    stored = read_adapter(folder)
+    stored = _fitted(read_adapter(folder), model)
     check_configuration(model, stored.config)
     if base_check != "off":
-        _check_base(model, stored, Path(folder), base_check)
+        present = base_identity(model, without=stored.trained_modules)
+        require_same_base(stored.base, present, f"The adapter in {folder}", base_check)
     with restored_after_error(model):
         try:
             report = inject_adapters(model, stored.config)
@@ -267,21 +275,32 @@ def _keep_other_files(folder: Path, staging: Path) -> None:
                 shutil.copy2(path, staging / path.name, follow_symlinks=False)
 
 
-def _check_base(model: nn.Module, stored: StoredAdapter, folder: Path, base_check: BaseCheck) -> None:
-    present = base_identity(model, without=stored.trained_modules)
-    problems = compare_bases(stored.base, present)
-    if not problems:
-        return
-    message = (
-        f"The adapter in {folder} was trained on another base: on {describe_base(stored.base)}; this one is "
-        f"{describe_base(present)}. {'; '.join(problems)}."
-    )
-    if base_check == "warn":
-        warnings.warn(f"{message} It is loaded all the same.", stacklevel=3)
-        return
-    raise WrongBaseError(
-        f"{message} Nothing was loaded. Load it into the base it was trained on; if you know that this one is right, "
-        'give base_check="warn" or "off".'
+def _fitted(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
+    """A stored adapter by this model's names, if it was saved from a module that holds such a model.
+
+    All its names then begin with one prefix, that of the model in the module: ``"lm."``.
+    """
+    modules = {name for name, _ in model.named_modules() if name}
+    names = [*stored.layers, *stored.trained_modules]
+    # Adapted linears are there under the same name, with adapters and without.
+    if not names or modules.issuperset(names):
+        return stored
+    parts = names[0].split(".")
+    prefixes = (".".join(parts[:end]) + "." for end in range(1, len(parts)))
+    for prefix in prefixes:
+        if all(name.startswith(prefix) and name.removeprefix(prefix) in modules for name in names):
+            break
+    else:
+        return stored
+    return replace(
+        stored,
+        tensors={name.removeprefix(prefix): tensor for name, tensor in stored.tensors.items()},
+        layers={name.removeprefix(prefix): shape for name, shape in stored.layers.items()},
+        trained_modules={
+            name.removeprefix(prefix): [own.removeprefix(prefix) for own in tensors]
+            for name, tensors in stored.trained_modules.items()
+        },
+        base=identity_of_part(stored.base, prefix),
     )
 
 

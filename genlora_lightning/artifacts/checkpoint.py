@@ -16,7 +16,14 @@ from torch.optim import Optimizer
 
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts import format1
-from genlora_lightning.backbone.identity import base_model_name
+from genlora_lightning.backbone.identity import (
+    BaseCheck,
+    base_identity,
+    base_model_name,
+    identity_of_part,
+    require_same_base,
+    without_samples,
+)
 from genlora_lightning.distributed.shards import (
     plain_name,
     plain_parameters,
@@ -27,9 +34,11 @@ from genlora_lightning.distributed.shards import (
 )
 from genlora_lightning.injection.inject import adapter_config, adapter_layers, require_adapters
 from genlora_lightning.injection.state import check_adapter_state
+from genlora_lightning.overrides import note, noted
 
 CHECKPOINT_KEY = "genlora"
 CHECKPOINT_VERSION = 2
+_BASE = "base identity"
 _HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
@@ -48,6 +57,23 @@ def checkpoint_state(module: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint must hold: the adapter's state, and whatever else is trained; pieces of it if it is sharded."""
     require_adapters(module)
     return trained_tensors(module)
+
+
+def remember_base(module: nn.Module, *, anew: bool) -> None:
+    """Note the identity of a module's base, as long as it is whole and as it was loaded, for checkpoints and checks.
+
+    Args:
+        module: A module with adapters.
+        anew: Whether it may have another base than what is noted is of.
+    """
+    if anew or noted(module, _BASE) is None:
+        note(module, _BASE, base_identity(adapter_root(module)))
+
+
+def base_of(module: nn.Module) -> dict[str, Any]:
+    """The identity of a module's base: what was remembered, or what it is now."""
+    found: dict[str, Any] | None = noted(module, _BASE)
+    return base_identity(adapter_root(module)) if found is None else found
 
 
 # -- writing ----------------------------------------------------------------------------------------------------------
@@ -74,11 +100,14 @@ def keep_adapters_only(module: nn.Module, checkpoint: dict[str, Any], optimizers
             "written that could not be resumed from."
         )
     root = adapter_root(module)
+    prefix = prefix_of(root, module)
     checkpoint[CHECKPOINT_KEY] = {
         "format_version": CHECKPOINT_VERSION,
         "config": adapter_config(root).to_dict(),
         "base_model": base_model_name(root),
-        "prefix": prefix_of(root, module),
+        # What is trained beside the adapters has other values in each checkpoint, and is in its state dict.
+        "base": without_samples(base_of(module), _base_names(root, prefix, kept)),
+        "prefix": prefix,
         # As in an adapter folder, but by the names in this state dict.
         "layers": {
             sys.intern(plain_name(name)): [layer.out_features, layer.in_features]
@@ -106,6 +135,15 @@ def keep_adapters_only(module: nn.Module, checkpoint: dict[str, Any], optimizers
     packed = ["state_dict", "optimizer_states"]
     blocks = pack({name: checkpoint[name] for name in packed if name in checkpoint})
     checkpoint.update(blocks)
+
+
+def _base_names(root: nn.Module, prefix: str, names: Iterable[str]) -> Iterable[str]:
+    """The names that tensors of a state dict have in the base without adapters."""
+    layers = adapter_layers(root)
+    for name in names:
+        own = plain_name(name).removeprefix(prefix)
+        place, _, last = own.rpartition(".base_layer.")
+        yield f"{place}.{last}" if place in layers else own
 
 
 def pack(tree: Any) -> Any:
@@ -290,6 +328,39 @@ def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
             f"version {CHECKPOINT_VERSION}. It was probably written by a newer release: update genlora-lightning."
         )
     return described
+
+
+def check_base(
+    checkpoint: Mapping[str, Any],
+    present: dict[str, Any],
+    source: str,
+    base_check: BaseCheck = "error",
+    prefix: str | None = None,
+) -> None:
+    """Refuse a checkpoint of another base; one that was written before checkpoints said which is taken on trust.
+
+    Args:
+        checkpoint: What was loaded.
+        present: Identity of the base at hand.
+        source: What the checkpoint is, for the message.
+        base_check: What to do if it is another one.
+        prefix: What the names of ``present`` have before them in the checkpoint's state dict; that of its adapters'
+            root if ``None``.
+
+    Raises:
+        WrongBaseError: The base is another one.
+    """
+    described = describe(checkpoint)
+    stored = described.get("base")
+    if stored is None:
+        return
+    root = described["prefix"]
+    prefix = root if prefix is None else prefix
+    if prefix.startswith(root):
+        stored = identity_of_part(stored, prefix.removeprefix(root))
+    else:
+        present = identity_of_part(present, root.removeprefix(prefix))
+    require_same_base(stored, present, source, base_check)
 
 
 def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from genlora_lightning.artifacts.checkpoint import describe
 from genlora_lightning.artifacts.loading import read_checkpoint
 from genlora_lightning.backbone.identity import describe_base
 from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.storage.paths import local_path
 from genlora_lightning.text import text_table
 
 
@@ -170,9 +171,10 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
         FileNotFoundError: There is no such folder or file.
         ValueError: It is damaged, or holds no adapters of ours; as :func:`verify_adapter` says.
     """
-    if Path(path).is_file():
-        return _describe_checkpoint(Path(path))
-    folder, stored = path, read_adapter(path)
+    folder = local_path(path, "checkpoint or adapter folder")
+    if folder.is_file():
+        return _describe_checkpoint(folder)
+    stored = read_adapter(folder)
     return AdapterDescription(
         folder=str(folder),
         base=describe_base(stored.base),
@@ -215,7 +217,9 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
         raise ValueError(f"{what} ({error!r}).") from error
     return AdapterDescription(
         folder=str(path),
-        base=described.get("base_model") or "an unnamed base",
+        base=describe_base(described["base"])
+        if "base" in described
+        else described.get("base_model") or "an unnamed base",
         config=config.to_dict(),
         training={name: content[name] for name in ("global_step", "epoch") if name in content},
         versions={"lightning": str(content.get("pytorch-lightning_version", "unknown"))},

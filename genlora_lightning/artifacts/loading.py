@@ -14,12 +14,21 @@ from torch import Tensor, nn
 
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts.adapter_io import adapter_record, load_adapter, write_adapter
-from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoint, checkpoint_state, describe, upgrade
+from genlora_lightning.artifacts.checkpoint import (
+    adapter_root,
+    check_base,
+    check_checkpoint,
+    checkpoint_state,
+    describe,
+    upgrade,
+)
+from genlora_lightning.backbone.identity import BaseCheck, base_identity
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import check_adapter_state, load_adapter_state
 from genlora_lightning.storage import checkpoint_file
+from genlora_lightning.storage.paths import local_path
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -27,6 +36,8 @@ M = TypeVar("M", bound=nn.Module)
 def load_module(
     module: type[M] | M,
     path: str | os.PathLike[str],
+    *,
+    base_check: BaseCheck = "error",
     **arguments: Any,
 ) -> M:
     """A module with trained adapters, from a checkpoint or an adapter folder.
@@ -39,6 +50,8 @@ def load_module(
         module: The LightningModule's class, which is called with the hyperparameters that the checkpoint holds; or a
             module (any ``nn.Module``), which is changed in place.
         path: A checkpoint file, or an adapter folder.
+        base_check: What to do if the base is not the one that was trained on: ``"error"``, ``"warn"``, or ``"off"``: do
+            not look.
         arguments: For the class: they replace those of the checkpoint. An adapter folder holds none, so all are needed.
 
     Returns:
@@ -47,10 +60,11 @@ def load_module(
     Raises:
         FileNotFoundError: There is nothing at ``path``.
         TypeError: An argument of the class is missing.
+        WrongBaseError: The base is not the one that was trained on.
         ValueError: What is there is damaged or holds no adapters, or they do not fit the module. A module that was
             given has the model that its ``configure_model`` builds then, and is as it was otherwise.
     """
-    path = Path(path)
+    path = local_path(path, "checkpoint or adapter folder")
     checkpoint = None if path.is_dir() else read_checkpoint(path)
     if isinstance(module, type):
         if checkpoint is not None:
@@ -71,10 +85,22 @@ def load_module(
     if configure is not None:
         configure()
     if checkpoint is None:
-        load_adapter(adapter_root(made), path)
+        load_adapter(adapter_root(made), path, base_check=base_check)
     else:
+        _check_base(checkpoint, adapter_root(made), str(path), base_check)
         _load_state(made, checkpoint, str(path))
     return made.eval()
+
+
+def _check_base(
+    checkpoint: dict[str, Any], model: nn.Module, source: str, base_check: BaseCheck, prefix: str | None = None
+) -> None:
+    described = describe(checkpoint)
+    if base_check == "off" or "base" not in described:
+        return
+    here = described["prefix"] if prefix is None else prefix
+    trained = [name.removeprefix(here) for name in described["trained_modules"]]  # theirs are the state dict's names
+    check_base(checkpoint, base_identity(model, without=trained), f"The checkpoint {source}", base_check, prefix)
 
 
 @torch.no_grad()
@@ -109,7 +135,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         FileNotFoundError: There is no such file.
         ValueError: It is damaged, is no checkpoint with adapters, or holds objects that are not loaded safely.
     """
-    path = Path(path)
+    path = local_path(path, "checkpoint")
     if not path.is_file():
         raise FileNotFoundError(f"There is no checkpoint {path}.")
     try:
@@ -128,7 +154,11 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def convert_checkpoint(
-    checkpoint: str | os.PathLike[str], base_model: nn.Module, folder: str | os.PathLike[str]
+    checkpoint: str | os.PathLike[str],
+    base_model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    base_check: BaseCheck = "error",
 ) -> Path:
     """Make an adapter folder from a Lightning checkpoint. After an error the model is as it was.
 
@@ -137,12 +167,15 @@ def convert_checkpoint(
         base_model: The model that was trained: what the adapters were injected into, or the part of it that holds all
             of them. It has the checkpoint's adapters afterwards.
         folder: Where to save, as in :func:`~genlora_lightning.save_adapter`.
+        base_check: What to do if the base is not the one that was trained on: ``"error"``, ``"warn"``, or ``"off"``: do
+            not look.
 
     Returns:
         The folder.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
+        WrongBaseError: The base is not the one that was trained on.
         ValueError: It is damaged, holds no adapters, or does not fit the model.
         OSError: The folder cannot be written, or is no adapter folder (``FileExistsError``).
     """
@@ -157,6 +190,7 @@ def convert_checkpoint(
         prefixes = [name[: -len(first)] for name in stored if name.endswith(first)]
         default = described.get("prefix", "")
         prefix = next((p for p in prefixes if all(p + name in stored for name in expected)), default)
+        _check_base(content, base_model, str(checkpoint), base_check, prefix)
         state = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
         # What else was trained, or a base in a full checkpoint, has no place in an adapter folder.
         base = set(base_model.state_dict()) - set(expected)

@@ -68,7 +68,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
             "The base is quantized, and merging into it would round the update away. Load the original, unquantized "
             "base model, load the adapter into it and save that, or call the base's `dequantize()` before."
         )
-    check_replaceable(Path(folder), _is_unchanged_merge, "merged model")
+    check_replaceable(folder, _is_unchanged_merge, "merged model")
     state, rows = _merged_state(base, dtype)
     clean = _without_adapters(base, state)
     copied: list[str] = []

@@ -35,6 +35,8 @@ def read_config(source: str, **options: Any) -> Any:
             f"Hugging Face Hub, or one of the built-in shapes: {', '.join(SHAPES)}."
         )
     try:
+        # Said, because transformers asks on the terminal where it is left open.
+        options = {"trust_remote_code": False, **options}
         return transformers.AutoConfig.from_pretrained(str(path) if path.exists() else source, **options)
     except (OSError, ValueError) as error:
         cause = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -57,6 +59,34 @@ def task_of(config: Any, source: str) -> str:
     raise ValueError(
         f"{source} does not say what it is for (its architectures are {getattr(config, 'architectures', None)}). Give "
         f"--task {' or --task '.join(TASKS)}."
+    )
+
+
+def class_of(config: Any, source: str, trained: str | None = None) -> Any:
+    """The class of transformers that loads a model: the one an adapter was trained on, else the one it says it is.
+
+    Args:
+        config: The model's configuration.
+        source: Where it is, for the message.
+        trained: Name of the class that the adapter was trained on, if it is known.
+
+    Raises:
+        ValueError: Neither is a class that transformers has, and the model brings none along.
+    """
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    for name in [trained, *names]:
+        found = getattr(transformers, name or "", None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    for auto_class, target in (getattr(config, "auto_map", None) or {}).items():  # code of its own
+        if str(target).rpartition(".")[2] in names and hasattr(transformers, auto_class):
+            return getattr(transformers, auto_class)
+    raise ValueError(
+        f"{source} does not say which class of transformers it is of (its architectures are {names or None}). Give "
+        f"--task {' or --task '.join(TASKS)}, or load it in Python and call `load_adapter`, then `save_merged` or "
+        "`export_lora`."
     )
 
 

@@ -14,17 +14,21 @@ that is quantized here and was not there is another base, since its adapted laye
 from __future__ import annotations
 
 import base64
+import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from genlora_lightning.backbone.low_memory import WeightSource, weight_source
+from genlora_lightning.errors import WrongBaseError
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.storage.digests import dtype_name, sha256
+
+BaseCheck = Literal["error", "warn", "off"]
 
 SAMPLES_PER_TENSOR = 8
 _MOST_TENSORS = 512
@@ -86,7 +90,6 @@ def base_identity(model: nn.Module, without: Iterable[str] = ()) -> dict[str, An
         without: Names of modules that are going to be trained in full, and belong to the adapter then.
     """
     parameters = sorted(base_parameters(model, without), key=lambda item: item[0])
-    structure = "".join(f"{name} {tuple(tensor.shape)}\n" for name, tensor in parameters)
     stride = max(1, -(-len(parameters) // _MOST_TENSORS))
     config = next((c for m in model.modules() if hasattr(c := getattr(m, "config", None), "model_type")), None)
     values = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
@@ -102,7 +105,7 @@ def base_identity(model: nn.Module, without: Iterable[str] = ()) -> dict[str, An
         "fingerprint": {
             "num_tensors": len(parameters),
             "num_values": sum(tensor.numel() for _, tensor in parameters),
-            "structure_sha256": sha256(structure.encode()),
+            "structure_sha256": _structure((name, tensor.shape) for name, tensor in parameters),
             "samples": {
                 name: [dtype_name(tensor.dtype), list(tensor.shape), _sample(tensor, name, source)]
                 for name, tensor in islice(parameters, 0, None, stride)
@@ -122,7 +125,8 @@ def compare_bases(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
         if key in present["config"] and present["config"][key] != value
     ]
     then, now = stored["fingerprint"], present["fingerprint"]
-    if then["structure_sha256"] != now["structure_sha256"]:
+    structures = {then["structure_sha256"], now["structure_sha256"]}
+    if None not in structures and len(structures) > 1:
         shapes = [
             f"{name} is {tuple(now['samples'][name][1])}, was {tuple(entry[1])}"
             for name, entry in then["samples"].items()
@@ -136,6 +140,8 @@ def compare_bases(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
             + (f" ({'; '.join(details)})" if details else "")
         )
     both = [name for name, e in then["samples"].items() if name in now["samples"] and now["samples"][name][1] == e[1]]
+    if None in structures and then["samples"] and not both:
+        problems.append("none of its sampled tensors is there under its name and with its shape")
     dtypes = [name for name in both if not _comparable(then["samples"][name][0], now["samples"][name][0])]
     if dtypes:
         was, is_ = (side["samples"][dtypes[0]][0] for side in (then, now))
@@ -149,6 +155,60 @@ def compare_bases(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
         shown = ", ".join(different[:_SHOWN]) + (", …" if len(different) > _SHOWN else "")
         problems.append(f"{len(different)} of {len(both)} sampled tensors have other values ({shown})")
     return problems
+
+
+def require_same_base(stored: dict[str, Any], present: dict[str, Any], what: str, base_check: BaseCheck) -> None:
+    """Refuse another base than the one that was trained on, or warn of it.
+
+    Args:
+        stored: Identity of the base that was trained on.
+        present: Identity of the base at hand.
+        what: What was trained, for the message: ``"The adapter in runs/a"``.
+        base_check: ``"error"``, ``"warn"``, or ``"off"``: do not look.
+
+    Raises:
+        WrongBaseError: It is another base; the message names both and how they differ.
+        ValueError: ``base_check`` is none of the three.
+    """
+    if base_check not in ("error", "warn", "off"):
+        raise ValueError(f"`base_check` must be 'error', 'warn' or 'off', got {base_check!r}.")
+    problems = [] if base_check == "off" else compare_bases(stored, present)
+    if not problems:
+        return
+    message = (
+        f"{what} was trained on another base: on {describe_base(stored)}; this one is {describe_base(present)}. "
+        f"{'; '.join(problems)}."
+    )
+    if base_check == "warn":
+        warnings.warn(f"{message} It is loaded all the same.", stacklevel=3)
+        return
+    raise WrongBaseError(
+        f"{message} Nothing was loaded. Load it into the base it was trained on; if you know that this one is right, "
+        'give base_check="warn" or "off" (--base-check on the command line).'
+    )
+
+
+def without_samples(identity: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """An identity that does not look at the values of some parameters, because a run trains them."""
+    left_out = set(names)
+    fingerprint = identity["fingerprint"]
+    samples = {name: entry for name, entry in fingerprint["samples"].items() if name not in left_out}
+    return {**identity, "fingerprint": {**fingerprint, "samples": samples}}
+
+
+def identity_of_part(identity: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """The identity of a base that lies in a larger module, whose names begin with a prefix there.
+
+    Where the module holds more than that base, or too many tensors to have each of them in its samples, the number and
+    digest of all names are not known; they are not compared then.
+    """
+    if not prefix:
+        return identity
+    fingerprint = identity["fingerprint"]
+    samples = {n.removeprefix(prefix): e for n, e in fingerprint["samples"].items() if n.startswith(prefix)}
+    whole = len(samples) == fingerprint["num_tensors"]
+    structure = _structure((name, entry[1]) for name, entry in samples.items()) if whole else None
+    return {**identity, "fingerprint": {**fingerprint, "structure_sha256": structure, "samples": samples}}
 
 
 def describe_base(identity: dict[str, Any]) -> str:
@@ -167,6 +227,10 @@ def base_model_name(model: nn.Module) -> str | None:
         name for module in model.modules() if isinstance(name := getattr(module, "name_or_path", None), str) and name
     }
     return names.pop() if len(names) == 1 else None
+
+
+def _structure(shapes: Iterable[tuple[str, Iterable[int]]]) -> str:
+    return sha256("".join(f"{name} {tuple(shape)}\n" for name, shape in shapes).encode())
 
 
 def _sample(tensor: Tensor, name: str, source: WeightSource | None) -> str | None:

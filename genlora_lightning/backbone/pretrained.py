@@ -117,6 +117,8 @@ def _explained(error: Exception, source: str, how: str) -> Exception:
     """The error to raise instead of one from deep inside transformers."""
     cause = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
     cause = f"{type(error).__name__}: {cause}"
+    if "trust_remote_code" in str(error):
+        cause += " Set `trust_remote_code` to run it (--trust-remote-code on the command line)."
     if Path(source).is_dir():
         return ValueError(f"The model in {source!r} cannot be loaded {how}. {cause}")
     if isinstance(error, OSError):

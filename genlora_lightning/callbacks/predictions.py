@@ -14,6 +14,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from genlora_lightning.storage.paths import local_path
+
 
 class PredictionWriter(BasePredictionWriter):
     """Write one JSON object a line and example: ``index`` (the example's place in the data), then the prediction.
@@ -26,7 +28,7 @@ class PredictionWriter(BasePredictionWriter):
     one then puts these together. That needs a file system that all processes see.
 
     Args:
-        path: The file to write; one that exists is replaced. ``<log dir>/predictions.jsonl`` if ``None``.
+        path: The local file to write; one that exists is replaced. ``<log dir>/predictions.jsonl`` if ``None``.
 
     Raises:
         ValueError: While predicting: what ``predict_step`` returned does not have one entry an example.
@@ -34,7 +36,7 @@ class PredictionWriter(BasePredictionWriter):
 
     def __init__(self, path: str | None = None) -> None:
         super().__init__("batch")
-        self.path = path
+        self.path = None if path is None else str(local_path(path, "file of the predictions"))
         self._target: Path | None = None
         self._part: TextIO | None = None
         self._written: dict[int, int] = {}
@@ -43,7 +45,8 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The trainer's log directory is agreed between the processes, so each of them must ask here.
         log_dir = trainer.log_dir or trainer.default_root_dir
-        self._target = Path(self.path) if self.path is not None else Path(log_dir) / "predictions.jsonl"
+        file = self.path if self.path is not None else os.path.join(log_dir, "predictions.jsonl")
+        self._target = local_path(file, "file of the predictions")
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._written = {}
         self._part = self._part_path(trainer.global_rank).open("w", encoding="utf-8")

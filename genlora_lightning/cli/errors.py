@@ -15,6 +15,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_only
 
 _PACKAGE = __name__.partition(".")[0]
+_SETTING_UP = (
+    "lightning.fabric.strategies.",
+    "lightning.pytorch.loggers.",
+    "lightning.pytorch.strategies.",
+    "lightning.pytorch.trainer.connectors.",
+)
 _NOISE = "Does not validate against|Subtypes:|Errors:|Given value|Expected a <class 'NoneType'>|Expected a path but"
 
 
@@ -24,13 +30,16 @@ def find_user_error(error: BaseException) -> BaseException | None:
     An error is meant for the user if a ``raise`` statement of this package raised it (an error that comes out of an
     expression, and a failed assertion, are faults of the program), if the operating system refused something that this
     package asked for, or if it is Lightning's complaint about its settings. The parser packs errors of the classes it
-    instantiates into errors of its own; these are unpacked.
+    instantiates into errors of its own; these are unpacked. What Lightning raises where it sets a run up is meant for
+    the user, too: a package that a logger needs, sizes that do not fit the devices.
     """
     current: BaseException | None = error
     while current is not None:
         if isinstance(current, MisconfigurationException):
             return current
         module, is_raise_statement = _origin(current)
+        if is_raise_statement and module.startswith(_SETTING_UP):
+            return current
         if module.partition(".")[0] == _PACKAGE and not isinstance(current, AssertionError):
             return current if is_raise_statement or isinstance(current, OSError) else None
         current = current.__cause__ if module.partition(".")[0] == "jsonargparse" else None

@@ -10,7 +10,6 @@ import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlora_lightning.backbone.catalog import TASKS
@@ -97,6 +96,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     convert.add_argument("checkpoint", metavar="CKPT", help="checkpoint of a run with adapters")
     _add_base_out(convert, "adapter folder to write")
+    _add_base_check(convert)
+    _add_overwrite(convert)
 
     export = _command(
         commands,
@@ -117,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     imported.add_argument("lora", metavar="LORA", help="LoRA adapter folder in PEFT's format")
     _add_base_out(imported, "adapter folder to write")
+    _add_overwrite(imported)
 
     merge = _command(
         commands,
@@ -145,6 +147,20 @@ def _command(
 def _add_adapter_base_out(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
     _add_base_out(parser, out)
+    _add_base_check(parser)
+
+
+def _add_base_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--base-check",
+        choices=["error", "warn", "off"],
+        default="error",
+        help="if BASE is not the one that was trained on: refuse, warn, or do not look (default: %(default)s)",
+    )
+
+
+def _add_overwrite(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace the adapter that lies in OUT")
 
 
 def _add_base_out(parser: argparse.ArgumentParser, out: str) -> None:
@@ -152,6 +168,8 @@ def _add_base_out(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("out", metavar="OUT", help=out)
     parser.add_argument("--task", choices=list(TASKS), help="what the model is for (default: as the base says)")
     parser.add_argument("--num-labels", type=int, help="labels of a sequence classification model")
+    parser.add_argument("--revision", help="the base's branch, tag or commit on the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the base")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -169,11 +187,14 @@ def _verify(options: argparse.Namespace) -> None:
 
 
 def _convert(options: argparse.Namespace) -> None:
+    from genlora_lightning.artifacts.checkpoint import describe
     from genlora_lightning.artifacts.loading import convert_checkpoint, read_checkpoint
 
-    stored = set(read_checkpoint(options.checkpoint)["state_dict"])
-    base = _load_base(options, {name.partition(".")[2] for name in stored} | stored)
-    print(f"The adapter is in {convert_checkpoint(options.checkpoint, base, options.out)}.")
+    _check_out(options)
+    content = read_checkpoint(options.checkpoint)
+    base = _load_base(options, set(content["state_dict"]), describe(content).get("base"))
+    written = convert_checkpoint(options.checkpoint, base, options.out, base_check=options.base_check)
+    print(f"The adapter is in {written}.")
 
 
 def _export_lora(options: argparse.Namespace) -> None:
@@ -198,51 +219,64 @@ def _import_lora(options: argparse.Namespace) -> None:
     from genlora_lightning.interop.lora_files import read_lora
     from genlora_lightning.interop.lora_import import import_lora
 
+    _check_out(options)
     model = _load_base(options, set(read_lora(options.lora).saved))
     print(import_lora(model, options.lora).summary())
     print(f"The adapter is in {save_adapter(model, options.out)}.")
 
 
-def _load_adapted(options: argparse.Namespace) -> nn.Module:
-    from safetensors import safe_open
+def _check_out(options: argparse.Namespace) -> None:
+    """Refuse to replace an adapter, which may have taken days to train."""
+    from genlora_lightning.artifacts.adapter_folder import stored_facts
+    from genlora_lightning.storage.paths import local_path
 
-    from genlora_lightning.artifacts.adapter_folder import WEIGHTS_FILE, read_adapter_config
+    if not options.overwrite and stored_facts(local_path(options.out, "adapter folder")) is not None:
+        raise FileExistsError(f"{options.out} holds an adapter. Give another OUT, or --overwrite to replace it.")
+
+
+def _load_adapted(options: argparse.Namespace) -> nn.Module:
+    from genlora_lightning.artifacts.adapter_folder import read_adapter
     from genlora_lightning.artifacts.adapter_io import load_adapter
 
-    read_adapter_config(options.adapter)
-    try:
-        with safe_open(Path(options.adapter) / WEIGHTS_FILE, framework="pt") as file:
-            names = set(file.keys())
-    except Exception:  # `load_adapter` finds it again, and says what is wrong
-        names = set()
-    model = _load_base(options, names)
-    load_adapter(model, options.adapter)
+    stored = read_adapter(options.adapter)
+    model = _load_base(options, set(stored.tensors), stored.base)
+    load_adapter(model, options.adapter, base_check=options.base_check)
     return model.eval()
 
 
-def _load_base(options: argparse.Namespace, adapter_tensors: set[str]) -> nn.Module:
+def _load_base(
+    options: argparse.Namespace, adapter_tensors: set[str], trained_on: dict[str, Any] | None = None
+) -> nn.Module:
     """Load the base in its own dtype; weights that neither it nor the adapter has are an error."""
     import transformers
 
-    from genlora_lightning.backbone.architectures import task_of
+    from genlora_lightning.backbone.architectures import class_of
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    config = transformers.AutoConfig.from_pretrained(options.base)
-    task = options.task or task_of(config, options.base)
+    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(options.base, **source)
+    if options.task:
+        loader = getattr(transformers, TASKS[options.task])
+    else:
+        loader = class_of(config, options.base, (trained_on or {}).get("class"))
     changes = {} if options.num_labels is None else {"num_labels": options.num_labels}
-    model, info = getattr(transformers, TASKS[task]).from_pretrained(
-        options.base, dtype="auto", output_loading_info=True, **changes
-    )
+    model, info = loader.from_pretrained(options.base, dtype="auto", output_loading_info=True, **source, **changes)
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
-    absent = sorted({str(key) for key in info["missing_keys"]} - adapter_tensors - tied)
+    # Of an adapter of a module that holds the model: by the model's own names, too.
+    theirs = {name[at:] for name in adapter_tensors for at in (0, *(i + 1 for i, c in enumerate(name) if c == "."))}
+    absent = sorted({str(key) for key in info["missing_keys"]} - theirs - tied)
     if absent:
         raise ValueError(
-            f"{options.base} lacks weights that a model for {task} needs ({', '.join(absent[:3])}), and the adapter "
-            "does not have them either. Give the base the adapter was trained on, or another --task."
+            f"{options.base} lacks weights that a {type(model).__name__} needs ({', '.join(absent[:3])}), and the "
+            "adapter does not have them either. Give the base the adapter was trained on, or another --task."
         )
     return model  # type: ignore[no-any-return]
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     print(f"genlora: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

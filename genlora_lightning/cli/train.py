@@ -11,11 +11,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
+from jsonargparse import ActionYesNo
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
@@ -27,8 +28,10 @@ from genlora_lightning.cli.errors import find_user_error, leave, one_line
 from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
 from genlora_lightning.storage.checkpoint_file import verify_checkpoint
+from genlora_lightning.storage.paths import is_remote, local_path
 from genlora_lightning.training.callback import GenLoRAFinetuning
 from genlora_lightning.training.last_checkpoint import last_good_checkpoint
+from genlora_lightning.training.run_folder import logs_folder
 
 # A class is known by its short name once its module is imported.
 SHORT_NAMES = (CausalLMModule, SequenceClassificationModule, InstructionDataModule, TextClassificationDataModule)
@@ -36,7 +39,9 @@ TRACEBACK_VARIABLE = "GENLORA_TRACEBACK"
 AUTO = "auto"
 # The callback's arguments that are settings of the command line; types and defaults are the callback's own.
 _CALLBACK_HELP = {
-    "adapter_dir": "Where fit saves the adapter folder; `adapter` in the log directory if not given.",
+    "adapter_dir": "Where fit saves the adapter folder; `adapter` in the run's log directory if not given.",
+    "overwrite": "Let fit replace the adapter of another run in `adapter_dir`.",
+    "base_check": "What to do with a checkpoint of another base: refuse it, warn, or do not look.",
     "save_adapter": "Whether fit saves the adapter folder.",
     "train_mode": "Whether fit puts the whole model into train mode, in which its dropout acts.",
     "check_finite_every_n_steps": "Check the gradients for NaN and infinity this often, in optimizer steps; 0: never.",
@@ -47,7 +52,7 @@ _CALLBACK_HELP = {
 _CALLBACK_DEFAULTS = {
     name: inspect.signature(GenLoRAFinetuning.__init__).parameters[name].default for name in _CALLBACK_HELP
 }
-_SPECIAL_CHECKPOINTS = (AUTO, "best", "last", "hpc", "registry")
+_SPECIAL_CHECKPOINTS = (AUTO, "last", "hpc", "registry")
 _USAGE_ERROR = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -57,7 +62,8 @@ class GenLoRACLI(LightningCLI):
 
     - Any LightningModule and LightningDataModule by ``class_path``; those of this package by their names alone.
     - ``data.init_args.tokenizer`` and ``data.init_args.label_names``, where the class has them and they are not set,
-      are ``model.init_args.model`` and ``model.init_args.label_names``.
+      are ``model.init_args.model`` and ``model.init_args.label_names``; with the model's tokenizer go its
+      ``trust_remote_code`` and ``revision``.
     - A checkpoint gives weights, not settings: the configuration and the command line always win over the
       hyperparameters stored in it.
     - ``fit --ckpt_path auto`` goes on from the newest good checkpoint of the run's directory, or starts a new run.
@@ -79,6 +85,10 @@ class GenLoRACLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.epilog = (
+            "More help: `--adapter.help` lists the adapter's settings, `--model.help CLASS` and `--data.help CLASS` "
+            "those of a class, `--trainer.callbacks.help CLASS` those of a callback."
+        )
         parser.add_argument(
             "--adapter",
             type=AdapterOptions | None,
@@ -87,12 +97,21 @@ class GenLoRACLI(LightningCLI):
         )
         types = get_type_hints(GenLoRAFinetuning.__init__)
         for name, text in _CALLBACK_HELP.items():
-            parser.add_argument(f"--{name}", type=types[name], default=_CALLBACK_DEFAULTS[name], help=text)
+            kind: dict[str, Any] = {"type": types[name]}
+            if types[name] is bool:  # `--overwrite`, `--overwrite false` and `--no_overwrite`
+                kind = {"action": ActionYesNo, "nargs": "?"}
+            parser.add_argument(f"--{name}", default=_CALLBACK_DEFAULTS[name], help=text, **kind)
         for source, target in (("model", "tokenizer"), ("label_names", "label_names")):
             parser.link_arguments(
                 (f"model.init_args.{source}", "data"),
                 f"data.init_args.{target}",
                 compute_fn=partial(_given_or_linked, target),
+            )
+        for name in ("trust_remote_code", "revision"):  # of the model, so of its tokenizer, too
+            parser.link_arguments(
+                (f"model.init_args.{name}", "model", "data"),
+                f"data.init_args.{name}",
+                compute_fn=partial(_given_or_linked_tokenizer, name),
             )
 
     @override
@@ -124,23 +143,34 @@ class GenLoRACLI(LightningCLI):
         _check_checkpoint_path(path)
 
     def before_fit(self) -> None:
-        """Called by Lightning before it fits: find what ``ckpt_path: auto`` stands for."""
+        """Called by Lightning before it fits: find what ``ckpt_path: auto`` stands for, and what lies in the way."""
         settings = self.config_init["fit"]
-        if str(settings.ckpt_path) != AUTO:
-            return
-        path, skipped = last_good_checkpoint(_checkpoint_folders(self.trainer))
+        if str(settings.ckpt_path) == AUTO:
+            settings.ckpt_path = self._newest_checkpoint()
+        own = [c for c in self.trainer.callbacks if isinstance(c, GenLoRAFinetuning)]  # type: ignore[attr-defined]
+        if not own and isinstance(self.model, GenLoRAModule):
+            own = [GenLoRAFinetuning()]  # as the module will bring one along
+        # On other ranks the first may have made the folder already.
+        if own and settings.ckpt_path is None and getattr(rank_zero_only, "rank", 0) == 0:
+            own[0].check_new_run(self.trainer)
+
+    def _newest_checkpoint(self) -> Path | None:
+        path, skipped = last_good_checkpoint(checkpoint_folders(self.trainer))
         for line in skipped:
             rank_zero_warn(line)
         rank_zero_info(f"Going on from {path}." if path else f"`ckpt_path: {AUTO}`: no checkpoint yet, a new run.")
-        settings.ckpt_path = path
+        return path
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         config = self.config_init[self.subcommand]
         settings = config.trainer
+        root = settings.default_root_dir
+        if root is not None and not is_remote(root):
+            settings.default_root_dir = str(local_path(root, "`default_root_dir`"))  # of `file://…`, too
         callbacks: list[Callback] = settings.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        callbacks += self._adapter_callback(config)
+        callbacks += self._adapter_callback(config, [c for c in callbacks if isinstance(c, GenLoRAFinetuning)])
         if self.subcommand == "predict" and (config.predictions_path or not _any(BasePredictionWriter, callbacks)):
             callbacks.append(PredictionWriter(config.predictions_path))
         if not settings.barebones:
@@ -151,10 +181,16 @@ class GenLoRACLI(LightningCLI):
             kwargs.setdefault("logger", _default_logger(settings.logger, settings.default_root_dir))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
-    def _adapter_callback(self, config: Any) -> list[Callback]:
+    def _adapter_callback(self, config: Any, own: list[GenLoRAFinetuning]) -> list[Callback]:
         """The callback that the `adapter…` settings ask for; without them the trainer's or the module's own does."""
         settings = {name: config[name] for name in _CALLBACK_DEFAULTS}
-        if config.adapter is None and settings == _CALLBACK_DEFAULTS:
+        chosen = {name for name, value in settings.items() if value != _CALLBACK_DEFAULTS[name]}
+        if config.adapter is None and chosen == {"overwrite"}:  # which by itself asks for no adapters
+            for callback in own:
+                callback.overwrite = True
+            if own or not isinstance(self.model, GenLoRAModule):
+                return []
+        if config.adapter is None and not chosen:
             return []
         adapter = self.model.adapter if isinstance(self.model, GenLoRAModule) else None
         if config.adapter is not None:
@@ -248,32 +284,61 @@ def _given_or_linked(name: str, linked: Any, data: Any) -> Any:
     return linked if given is None else given
 
 
+def _given_or_linked_tokenizer(name: str, linked: Any, model: Any, data: Any) -> Any:
+    """As :func:`_given_or_linked`, as long as the tokenizer is the model's and not another one."""
+    given = data.get("init_args", {}) if data else {}
+    other = given.get("tokenizer") not in (None, model.get("init_args", {}).get("model") if model else None)
+    return given.get(name) if other else _given_or_linked(name, linked, data)
+
+
 def _check_checkpoint_path(path: str | Path | None) -> None:
     name = str(path or "")
-    if not name or name.partition(":")[0] in _SPECIAL_CHECKPOINTS or "://" in name:
+    if name == "best":
+        raise ValueError(
+            "`--ckpt_path best` means the best checkpoint of a run in this process, and none has run yet. Give the "
+            "file: it lies in `checkpoints` of that run's log directory."
+        )
+    if not name or name.partition(":")[0] in _SPECIAL_CHECKPOINTS or is_remote(name):
         return
-    if not Path(name).exists():
+    file = local_path(name, "checkpoint")
+    if not file.exists():
         raise FileNotFoundError(f"There is no checkpoint {name!r} (`--ckpt_path`).")
-    if is_adapter_folder(Path(name)):
+    if is_adapter_folder(file):
         raise ValueError(
             f"`--ckpt_path` {name!r} is an adapter folder; a checkpoint is a file, such as last.ckpt. To use the "
             "folder, load it in Python with `load_module` or `load_adapter`."
         )
-    if Path(name).is_file():
-        verify_checkpoint(name)
+    if file.is_file():
+        verify_checkpoint(file)
 
 
-def _checkpoint_folders(trainer: Trainer) -> list[Path]:
-    """Where this run and those before it with the same directories have put their checkpoints."""
+def checkpoint_folders(trainer: Trainer) -> list[Path]:
+    """Where a run and those before it with the same directories have put their checkpoints.
+
+    Raises:
+        ValueError: One of them is a URL, where nobody here can look.
+    """
     savers = [callback for callback in trainer.callbacks if isinstance(callback, ModelCheckpoint)]  # type: ignore[attr-defined]
-    folders = [Path(saver.dirpath) for saver in savers if saver.dirpath is not None]
+    given = [str(saver.dirpath) for saver in savers if saver.dirpath is not None]
+    logs = logs_folder(trainer, trainer.loggers[0]) if trainer.loggers else trainer.default_root_dir
+    own = [] if given and len(given) == len(savers) and is_remote(logs) else [logs]  # nothing was put there then
+    try:
+        folders = [local_path(folder, "folder of checkpoints") for folder in given]
+        places = [local_path(folder, "folder of checkpoints") for folder in own]
+    except ValueError as error:
+        raise ValueError(
+            f"`ckpt_path: {AUTO}` looks for checkpoints in local folders only. {error} Or give `ckpt_path` the "
+            "checkpoint itself, which may be a URL."
+        ) from None
     if not trainer.loggers:
-        return [*folders, Path(trainer.default_root_dir) / "checkpoints"]
-    logger = trainer.loggers[0]  # as ModelCheckpoint does
-    place = Path(logger.save_dir or trainer.default_root_dir) / str(logger.name)
-    return [*folders, *sorted(place.glob("*/checkpoints"))]
+        return [*folders, *(place / "checkpoints" for place in places)]
+    return [*folders, *(found for place in places for found in sorted(place.glob("*/checkpoints")))]
 
 
 def _default_logger(logger: Any, root: Any) -> Logger | list[Logger] | bool:
     """CSV files unless something is chosen: they need no further package, and any tool reads them."""
     return CSVLogger(save_dir=root or os.getcwd(), name="logs") if logger in (None, True) else logger
+
+
+if __name__ == "__main__":
+    main()

@@ -58,6 +58,8 @@ class FileDataModule(LightningDataModule):
         pad_to_multiple_of: int,
         group_by_length: bool,
         cache_dir: str | None,
+        trust_remote_code: bool | None,
+        revision: str | None,
     ) -> None:
         super().__init__()
         at_least_one = {"batch_size": batch_size, "max_length": max_length, "pad_to_multiple_of": pad_to_multiple_of}
@@ -86,6 +88,8 @@ class FileDataModule(LightningDataModule):
         self.group_by_length = group_by_length
         self.cache_dir = cache_dir
         self._tokenizer_source = tokenizer
+        # Said, because transformers asks on the terminal where it is left open.
+        self._tokenizer_options = {"trust_remote_code": bool(trust_remote_code), "revision": revision}
         self._tokenizer: Any = None
         self._datasets: dict[str, Any] = {}
         self._summary: dict[str, dict[str, int]] = {}
@@ -126,7 +130,7 @@ class FileDataModule(LightningDataModule):
     def tokenizer(self) -> Any:
         """The tokenizer; loaded when it is first asked for."""
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self._tokenizer_source)
+            self._tokenizer = load_tokenizer(self._tokenizer_source, **self._tokenizer_options)
         return self._tokenizer
 
     @override
@@ -166,7 +170,10 @@ class FileDataModule(LightningDataModule):
                 self._summary[split]["also_in_train"] = sum(key in self._train_keys for key in keys)
         new = [split for split in self._summary if split not in before]
         if new:
-            rank_zero_info(f"Data of this run:\n{self.summary_table(new)}")
+            # With their files: those of a configuration that another one is laid over may have been forgotten.
+            sources = {SPLITS[split]: self.files[self._source(split) or split] for split in new}
+            files = ", ".join(f"{words} {file}" for words, file in sources.items())
+            rank_zero_info(f"Data of this run ({files}):\n{self.summary_table(new)}")
 
     @override
     def train_dataloader(self) -> Any:

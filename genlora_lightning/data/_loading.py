@@ -31,8 +31,12 @@ def import_datasets() -> Any:
     return datasets
 
 
-def load_tokenizer(source: Any) -> Any:
+def load_tokenizer(source: Any, **options: Any) -> Any:
     """Returns a tokenizer from a Hugging Face id, a local folder, or a tokenizer object.
+
+    Args:
+        source: What the tokenizer is made from.
+        options: For `from_pretrained`.
 
     Raises:
         TypeError: It is something else.
@@ -47,9 +51,11 @@ def load_tokenizer(source: Any) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **options)
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        if "trust_remote_code" in str(error) and not options.get("trust_remote_code"):
+            raise ValueError(f"tokenizer {source!r}: {reason} Set trust_remote_code to run it.") from error
         raise ValueError(
             f"tokenizer {source!r} is neither a folder with a tokenizer nor an id that can be fetched (no network, "
             f"no such id, or no access): {reason}"

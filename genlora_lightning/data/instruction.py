@@ -53,6 +53,8 @@ class InstructionDataModule(FileDataModule):
         group_by_length: Make training batches of examples of similar length, which saves padding. It has no effect
             where Lightning puts its distributed sampler in place.
         cache_dir: A folder in which tokenized data are kept for the next run. By default nothing is written.
+        trust_remote_code: Run the Python code that comes with the tokenizer.
+        revision: The tokenizer's branch, tag or commit on the Hub.
 
     Raises:
         ValueError: An argument is out of its range, or arguments exclude each other; the message names both.
@@ -78,6 +80,8 @@ class InstructionDataModule(FileDataModule):
         pad_to_multiple_of: int = 8,
         group_by_length: bool = False,
         cache_dir: str | None = None,
+        trust_remote_code: bool | None = None,
+        revision: str | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -91,6 +95,8 @@ class InstructionDataModule(FileDataModule):
             pad_to_multiple_of=pad_to_multiple_of,
             group_by_length=group_by_length,
             cache_dir=cache_dir,
+            trust_remote_code=trust_remote_code,
+            revision=revision,
         )
         for name, value, allowed in (
             ("truncation", truncation, ("error", "drop", "left")),

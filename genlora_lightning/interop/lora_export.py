@@ -129,7 +129,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
     full_rank = adapter_config(model).rank
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full_rank):
         raise ValueError(f"`rank` must be an integer from 1 to the adapter's rank {full_rank}, got {rank!r}.")
-    check_replaceable(Path(folder), _is_export, "LoRA adapter")
+    check_replaceable(folder, _is_export, "LoRA adapter")
     base = transformers_base(model) or model
     layers = adapter_layers(base)
     _check_places(base)

@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from genlora_lightning.storage.paths import local_path
 from genlora_lightning.text import natural_key
 
 # PEFT's names; that ours are the same is our choice and not a need.
@@ -84,7 +85,7 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged, or the adapter is not a plain LoRA; the message says what is in the way.
     """
-    folder = Path(folder)
+    folder = local_path(folder, "LoRA adapter folder")
     config = _read_config(folder)
     try:
         tensors = load_file(_existing(folder / WEIGHTS_FILE))

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from genlora_lightning.storage.atomic import atomic_folder
+from genlora_lightning.storage.paths import local_path
 
 
 def write_folder(
@@ -26,11 +27,11 @@ def write_folder(
         The folder's path.
 
     Raises:
+        ValueError: The folder is a URL of a remote store.
         FileExistsError: The folder exists and is not ours; it is left as it is.
         OSError: It cannot be written; then nothing is left behind.
     """
-    folder = Path(folder)
-    check_replaceable(folder, is_ours, what)
+    folder = check_replaceable(folder, is_ours, what)
     try:
         with atomic_folder(folder) as staging:
             write(staging)
@@ -45,10 +46,11 @@ def write_folder(
     return folder
 
 
-def check_replaceable(folder: Path, is_ours: Callable[[Path], bool], what: str) -> None:
+def check_replaceable(folder: str | os.PathLike[str], is_ours: Callable[[Path], bool], what: str) -> Path:
     """Raise what :func:`write_folder` would raise if a folder must not be replaced, before any work is done."""
+    folder = local_path(folder, f"folder of the {what}")
     if not folder.exists() or (folder.is_dir() and (not any(folder.iterdir()) or is_ours(folder))):
-        return
+        return folder
     raise FileExistsError(
         f"{folder} exists and is not a {what} as this library wrote it; it is left as it is. Give another folder, or "
         "remove this one."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from collections.abc import Callable
@@ -19,7 +20,16 @@ from typing_extensions import override
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts.adapter_io import write_adapter
-from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoint, upgrade
+from genlora_lightning.artifacts.checkpoint import (
+    CHECKPOINT_KEY,
+    adapter_root,
+    base_of,
+    check_base,
+    check_checkpoint,
+    remember_base,
+    upgrade,
+)
+from genlora_lightning.backbone.identity import BaseCheck
 from genlora_lightning.backbone.low_memory import weight_source
 from genlora_lightning.callbacks.reading import ReadingTimes
 from genlora_lightning.distributed.shards import whole_like
@@ -27,6 +37,7 @@ from genlora_lightning.errors import NonFiniteGradientError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.overrides import put_on, take_off
+from genlora_lightning.storage.paths import local_path
 from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.training.checks import (
     GradientWatch,
@@ -43,6 +54,14 @@ from genlora_lightning.training.resume import (
     release_loaders,
     use_resumable_loaders,
     write_content,
+)
+from genlora_lightning.training.run_folder import (
+    begin_run,
+    check_not_taken,
+    free_folder,
+    resume_run,
+    run_folder,
+    run_name,
 )
 from genlora_lightning.training.step_generation import Generate, StepGeneration
 from genlora_lightning.training.strategies import check_averaging, check_strategy
@@ -71,9 +90,13 @@ class GenLoRAFinetuning(Callback):
 
     Args:
         config: What to adapt, and how, also as a dictionary; the defaults if ``None``.
-        adapter_dir: Where to save the adapter folder when fitting ends; ``<log dir>/adapter`` if ``None`` (without a
-            logger ``<default_root_dir>/adapter``, which the next run replaces). After an error or Ctrl-C it is
+        adapter_dir: Where to save the adapter folder when fitting ends, on a local disk; ``adapter`` beside the run's
+            ``checkpoints`` if ``None`` (without a logger in ``default_root_dir``). After an error or Ctrl-C it is
             ``<adapter_dir>-interrupted``, so that a finished adapter is never replaced by an unfinished one.
+        overwrite: Replace the adapter of another run that lies in ``adapter_dir``. If not, such a run ends with an
+            error before it trains. A run that goes on (``ckpt_path``) replaces its own in any case.
+        base_check: What to do with a checkpoint (``ckpt_path``) of another base: ``"error"``, ``"warn"``, or ``"off"``:
+            do not look.
         save_adapter: Whether to save the folder. Checkpoints are Lightning's matter and not concerned.
         train_mode: Whether to set the module to train mode when fitting starts (``from_pretrained`` returns models in
             evaluation mode, in which their dropout does nothing).
@@ -96,6 +119,7 @@ class GenLoRAFinetuning(Callback):
     Raises:
         ValueError: From the trainer's run: given twice, a strategy it does not support, a configuration that does not
             fit the model, a checkpoint that does not.
+        FileExistsError: ``adapter_dir`` holds the adapter of another run, or something else.
     """
 
     def __init__(
@@ -103,6 +127,8 @@ class GenLoRAFinetuning(Callback):
         config: AdapterConfig | dict[str, Any] | None = None,
         *,
         adapter_dir: str | None = None,
+        overwrite: bool = False,
+        base_check: BaseCheck = "error",
         save_adapter: bool = True,
         train_mode: bool = True,
         check_finite_every_n_steps: int = 1,
@@ -111,7 +137,11 @@ class GenLoRAFinetuning(Callback):
         generate: Generate = "forward",
     ) -> None:
         self.config = read_config(config)
-        self.adapter_dir = adapter_dir
+        self.adapter_dir = None if adapter_dir is None else str(local_path(adapter_dir, "`adapter_dir`"))
+        self.overwrite = overwrite
+        if base_check not in get_args(BaseCheck):
+            raise ValueError(f"`base_check` must be one of {get_args(BaseCheck)}, got {base_check!r}.")
+        self.base_check: BaseCheck = base_check
         self.save_adapter = save_adapter
         self.train_mode = train_mode
         self.check_finite_every_n_steps = check_finite_every_n_steps
@@ -125,7 +155,9 @@ class GenLoRAFinetuning(Callback):
             raise ValueError(f"`generate` must be one of {get_args(Generate)}, got {generate!r}.")
         self.generate: Generate = generate
         self.report: InjectionReport | None = None
-        self._folder: Path | None = None
+        self._planned: Path | None = None  # where the adapter is to be saved ...
+        self._folder: Path | None = None  # ... and may be
+        self._settled = False
         self._saved_after_error = False
         self._gradient_watch = GradientWatch()
         self._finite: FiniteWatch | None = None
@@ -154,12 +186,16 @@ class GenLoRAFinetuning(Callback):
         release_loaders(trainer)
         self.report = None
         self._folder = None  # of an earlier run
+        self._settled = False
         self._resume = None
         self._untrained = False
         self._wrap(trainer, pl_module)
         keep_base_out_of_files(trainer)
         if stage == "fit":
             use_resumable_loaders(trainer)
+            # Loggers may know their version on the first rank only.
+            self._planned = self._choose_folder(trainer, trainer.strategy.broadcast(run_folder(trainer)))
+            begin_run(trainer, goes_on=bool(adapter_layers(pl_module)))
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Instance attributes, because the class is the user's. `functools.wraps` must not be used: Lightning looks
@@ -184,8 +220,11 @@ class GenLoRAFinetuning(Callback):
             upgrade(checkpoint)
             original_load(checkpoint)
             check_checkpoint(pl_module, checkpoint)
+            source = f"The checkpoint {trainer.ckpt_path or ''}".rstrip()
+            check_base(checkpoint, base_of(pl_module), source, self.base_check)
             self._untrained = False
             if trainer.state.fn == "fit":
+                resume_run(trainer, checkpoint[CHECKPOINT_KEY].get("run"))
                 self._resume = Resume(checkpoint)
                 if trainer.strategy.restore_checkpoint_after_setup:  # with the optimizers there
                     self._resume.prepare(trainer, pl_module)
@@ -218,6 +257,7 @@ class GenLoRAFinetuning(Callback):
         waiting = weight_source(pl_module)
         if waiting is not None:
             waiting.start_trained()
+        remember_base(pl_module, anew=self._untrained)
         self._sync_of_run.equalize_and_shard(pl_module)
 
     @property
@@ -237,10 +277,8 @@ class GenLoRAFinetuning(Callback):
         self._finite = FiniteWatch(trainer.strategy.root_device, self._sync_of_run.set_on_any_rank)
         self._saved_after_error = False
         self._last_loss = None
-        # The trainer's log directory is agreed between the ranks, so that each of them must ask here.
-        self._folder = self._choose_folder(trainer)
-        if self._folder is not None and trainer.is_global_zero:
-            check_writable(self._folder, needed=2 * _state_bytes(pl_module))
+        if not trainer.strategy.restore_checkpoint_after_setup:  # else nobody knows yet which run it is
+            self._settle_folder(trainer, pl_module)
         # Before the optimizer's state is restored: the state refers to parameters by their place in the groups.
         pruned = prune_frozen(trainer.optimizers)
         if pruned:
@@ -269,17 +307,58 @@ class GenLoRAFinetuning(Callback):
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 
-    def _choose_folder(self, trainer: Trainer) -> Path | None:
+    def check_new_run(self, trainer: Trainer) -> None:
+        """Find out, before anything is loaded or logged, that a new run would replace the adapter of another one.
+
+        The trainer's ``fit`` finds it out, too, when the model is built and the loggers have opened their files.
+
+        Raises:
+            FileExistsError: It would, and ``overwrite`` is not set.
+        """
+        folder = self._choose_folder(trainer, run_folder(trainer))
+        if folder is not None:
+            check_not_taken(folder, "", overwrite=self.overwrite)
+
+    def _choose_folder(self, trainer: Trainer, run: str) -> Path | None:
         if not self.save_adapter or getattr(trainer, "fast_dev_run", False):
             return None
         if self.adapter_dir is not None:
             return Path(self.adapter_dir)
-        return Path(trainer.log_dir or trainer.default_root_dir) / "adapter"
+        folder = os.path.join(run, "adapter")
+        try:
+            return local_path(folder, "adapter folder")
+        except ValueError as error:
+            raise ValueError(
+                f"{error} Set `adapter_dir` to a local folder, or `save_adapter` to False: this run's checkpoints may "
+                "be remote, and hold the adapters, too."
+            ) from None
+
+    def _settle_folder(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find out before the training that the adapter cannot be saved, or would replace another run's; collective."""
+        if self._settled:
+            return
+        self._settled = True
+        problem: OSError | None = None
+        if self._planned is not None and trainer.is_global_zero:
+            try:
+                check_writable(self._planned, needed=2 * _state_bytes(pl_module))
+                check_not_taken(self._planned, run_name(trainer), overwrite=self.overwrite)
+            except OSError as error:
+                problem = error
+        problem = trainer.strategy.broadcast(problem)
+        if problem is not None:
+            raise problem
+        self._folder = self._planned
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle_folder(trainer, pl_module)
 
     # -- while training ---------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._settle_folder(trainer, pl_module)
         self._times = ReadingTimes(trainer)  # not earlier: a resumed run has its steps by now
 
     @override
@@ -367,8 +446,11 @@ class GenLoRAFinetuning(Callback):
         content = self._sync_of_run.record(pl_module)
         if not trainer.is_global_zero:
             return
+        place = free_folder(self._folder, run_name(trainer), overwrite=self.overwrite)
+        if place != self._folder:
+            rank_zero_warn(f"Another run has saved its adapter in {self._folder} meanwhile; it is left as it is.")
         try:
-            folder = write_adapter(content, self._folder, training=_facts(trainer, trainer.global_step))
+            folder = write_adapter(content, place, training=_facts(trainer, trainer.global_step))
         except OSError as error:
             # Hours of training must not end in a full disk: any other place is better than none.
             rank_zero_warn(str(error))
@@ -423,6 +505,7 @@ class GenLoRAFinetuning(Callback):
         if not trainer.is_global_zero:
             return "The adapter is saved by rank 0."
         folder = self._folder.with_name(f"{self._folder.name}-interrupted")
+        folder = free_folder(folder, run_name(trainer), overwrite=self.overwrite)
         problems = []
         for place in (folder, _spare_folder()):
             try:
@@ -461,6 +544,7 @@ def _spare_folder() -> Path:
 def _facts(trainer: Trainer, step: int) -> dict[str, Any]:
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     return {
+        "run": run_name(trainer),
         "global_step": step,
         "epoch": trainer.current_epoch,
         "metrics": {name: value for name, value in metrics.items() if value == value and abs(value) != float("inf")},

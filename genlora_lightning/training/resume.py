@@ -19,6 +19,7 @@ from genlora_lightning.overrides import note, noted, put_on, take_off
 from genlora_lightning.training.lightning_internals import count_step, end_restart, validation_is_due
 from genlora_lightning.training.random_state import random_state, set_random_state
 from genlora_lightning.training.resumable import is_resumable, make_resumable, make_unnoticed
+from genlora_lightning.training.run_folder import run_name
 
 RESUME_KEY = "resume"
 _OWNER = "trainer whose files hold adapters only"
@@ -143,6 +144,7 @@ def _at_rest(batches: _Progress) -> bool:
 def write_content(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Turn what Lightning wants to save into what we save, in place; collective, like saving itself."""
     keep_adapters_only(module, checkpoint, trainer.optimizers)
+    checkpoint[CHECKPOINT_KEY]["run"] = run_name(trainer)
     add_resume_state(trainer, module, checkpoint)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from genlora_lightning.artifacts.adapter_io import AdapterRecord, adapter_record
-from genlora_lightning.artifacts.checkpoint import adapter_root, prefix_of
+from genlora_lightning.artifacts.checkpoint import adapter_root, base_of, prefix_of
 from genlora_lightning.distributed.collectives import (
     any_rank,
     broadcast_from_first,
@@ -120,7 +120,7 @@ class AdapterSync:
 
     def _describe(self, module: LightningModule) -> AdapterRecord:
         """What an adapter folder says of the module, taken while it is whole; the tensors' values are left out."""
-        content = adapter_record(adapter_root(module))
+        content = adapter_record(adapter_root(module), base_of(module))
         digests: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(digests, sha256(json.dumps(content.base, sort_keys=True).encode()))
         if len(set(digests)) > 1:

@@ -41,6 +41,15 @@ def predict(root: Path, model: LightningModule, **settings: Any) -> Trainer:
     return runner
 
 
+def test_url_is_refused_and_makes_no_local_folder_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"The file of the predictions 's3://bucket/p\.jsonl' is a URL"):
+        PredictionWriter("s3://bucket/p.jsonl")
+    with pytest.raises(ValueError, match=r"'memory://bucket/run/predictions\.jsonl' is a URL"):
+        trainer("memory://bucket/run", PredictionWriter()).predict(Squares())
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("form", ["tensor", "list", "columns", "rows"])
 def test_each_example_becomes_one_line(tmp_path: Path, form: str) -> None:
     predict(tmp_path, Squares(form))

@@ -46,6 +46,13 @@ def test_an_error_of_several_lines_is_for_the_user() -> None:
     assert find_user_error(error) is error
 
 
+@pytest.mark.parametrize("module", ["lightning.pytorch.loggers.wandb", "lightning.fabric.strategies.model_parallel"])
+def test_what_lightning_raises_where_it_sets_a_run_up_is_for_the_user(module: str) -> None:
+    error = raised_in(module, "raise ModuleNotFoundError('x')")
+    assert find_user_error(error) is error
+    assert find_user_error(raised_in(module, "{}['x']")) is None
+
+
 @pytest.mark.parametrize("module", ["torch.nn", "genlora_lightning_of_others", "__main__", "jsonargparse._typehints"])
 def test_an_error_raised_elsewhere_is_a_fault(module: str) -> None:
     assert find_user_error(raised_in(module, "raise ValueError('x')")) is None

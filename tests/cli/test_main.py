@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file
 
 import genlora_lightning
-from genlora_lightning import export_lora, load_adapter, save_adapter
+from genlora_lightning import export_lora, inject_adapters, load_adapter, save_adapter
 from genlora_lightning.artifacts.checkpoint import keep_adapters_only
 from genlora_lightning.cli.main import main
 from genlora_lightning.injection.inject import adapter_layers
+from tests.conftest import perturb, small_config
 from tests.interop.test_lora_export import adapted, load_with_peft, logits
 from tests.models import tiny_bert, tiny_llama
 
@@ -42,6 +43,7 @@ def current_umask() -> int:
 
 def failure(capsys, *arguments: object) -> str:
     """The one line that a failing command prints."""
+    capsys.readouterr()
     assert run(*arguments) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -107,12 +109,10 @@ def test_classifier_is_loaded_as_the_base_says_or_as_asked(tmp_path, capsys):
     model = adapted("bert")
     save_adapter(model, tmp_path / "adapter")
     tiny_bert(num_labels=2).bert.save_pretrained(tmp_path / "encoder")  # as an encoder is published: without a head
-    message = failure(capsys, "merge", tmp_path / "adapter", tmp_path / "encoder", tmp_path / "merged")
-    assert "does not say what it is for" in message
-    assert "--task causal-lm or --task sequence-classification" in message
     task = ["--task", "sequence-classification"]
-    message = failure(capsys, "merge", tmp_path / "adapter", tmp_path / "encoder", tmp_path / "merged", *task)
-    assert "classifier.weight: stored (3, 16), needed (2, 16)" in message
+    for asked in ([], task):  # the adapter says which class it was trained on
+        message = failure(capsys, "merge", tmp_path / "adapter", tmp_path / "encoder", tmp_path / "merged", *asked)
+        assert "classifier.weight: stored (3, 16), needed (2, 16)" in message
     task += ["--num-labels", "3"]
     assert run("merge", tmp_path / "adapter", tmp_path / "encoder", tmp_path / "merged", *task) == 0
     merged = type(model).from_pretrained(tmp_path / "merged").eval()
@@ -121,9 +121,144 @@ def test_classifier_is_loaded_as_the_base_says_or_as_asked(tmp_path, capsys):
     headless = adapted("bert", modules_to_train=[])
     save_adapter(headless, tmp_path / "headless")
     message = failure(capsys, "merge", tmp_path / "headless", tmp_path / "encoder", tmp_path / "other", *task)
-    assert (
-        "lacks weights that a model for sequence-classification needs (classifier.bias, classifier.weight)" in message
+    assert "lacks weights that a BertForSequenceClassification needs (classifier.bias, classifier.weight)" in message
+
+
+def small_models():
+    import transformers as T
+
+    bert = T.BertConfig(vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24)
+    t5 = T.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    vit = T.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=24, image_size=16, patch_size=8
     )
+    return {
+        "t5": lambda: T.T5ForConditionalGeneration(t5),
+        "tokens": lambda: T.BertForTokenClassification(bert),
+        "encoder": lambda: T.BertModel(bert),
+        "vit": lambda: T.ViTForImageClassification(vit),
+    }
+
+
+@pytest.mark.parametrize("name", ["t5", "tokens", "encoder", "vit"])
+def test_any_class_of_transformers_is_merged(tmp_path, capsys, name):
+    model = small_models()[name]()
+    model.save_pretrained(tmp_path / "base")
+    inject_adapters(model, small_config())
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", tmp_path / "base", tmp_path / "merged") == 0
+    merged = type(model).from_pretrained(tmp_path / "merged").state_dict()
+    for place, layer in adapter_layers(model).items():
+        torch.testing.assert_close(merged[f"{place}.weight"], layer.merged_weight(None))
+
+
+def test_base_that_names_no_class_and_an_adapter_that_knows_none_ask_for_the_task(tmp_path, capsys):
+    inner = tiny_llama()
+    inner.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps({**config, "architectures": None}))
+    outer = torch.nn.ModuleDict({"lm": inner})
+    inject_adapters(outer, small_config())
+    save_adapter(outer, tmp_path / "adapter")
+    message = failure(capsys, "merge", tmp_path / "adapter", tmp_path / "base", tmp_path / "merged")
+    assert "does not say which class of transformers it is of" in message
+    assert "--task causal-lm or --task sequence-classification" in message
+    assert run("merge", tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", "--task", "causal-lm") == 0
+
+
+def test_adapter_of_a_module_around_the_base_goes_into_the_base(tmp_path, capsys):
+    inner = tiny_llama().eval()
+    inner.save_pretrained(tmp_path / "base")
+    outer = torch.nn.ModuleDict({"lm": inner, "other": torch.nn.Embedding(2, 3)})
+    inject_adapters(outer, small_config(exclude_modules=["lm_head"]))
+    perturb(outer)
+    save_adapter(outer, tmp_path / "adapter")
+    assert run("merge", tmp_path / "adapter", tmp_path / "base", tmp_path / "merged") == 0
+    merged = type(inner).from_pretrained(tmp_path / "merged").eval()
+    assert (logits(merged) - logits(inner)).abs().max() <= 1e-5
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.add_(1.0)
+    other.save_pretrained(tmp_path / "other")
+    arguments = ("merge", tmp_path / "adapter", tmp_path / "other", tmp_path / "wrong")
+    message = failure(capsys, *arguments)
+    assert "1 of 20 sampled tensors have other values (model.layers.0.mlp.up_proj.weight)" in message
+    assert "--base-check on the command line" in message
+    assert run(*arguments, "--base-check", "off") == 0
+
+
+def test_code_of_the_base_is_run_if_asked_and_nobody_is_asked_on_the_terminal(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    model = adapted("llama")
+    tiny_llama().save_pretrained(tmp_path / "base")
+    save_adapter(model, tmp_path / "adapter")
+    (tmp_path / "base" / "own_code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Conf(LlamaConfig):\n    model_type = 'own'\n"
+        "class LM(LlamaForCausalLM):\n    config_class = Conf\n"
+    )
+    file = tmp_path / "base" / "config.json"
+    auto = {"AutoConfig": "own_code.Conf", "AutoModelForCausalLM": "own_code.LM"}
+    own = {"model_type": "own", "architectures": ["LM"], "auto_map": auto}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    arguments = ("merge", tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", "--base-check", "off")
+    assert "contains custom code" in failure(capsys, *arguments)
+    assert run(*arguments, "--trust-remote-code") == 0
+    assert "Merged 14 linears" in capsys.readouterr().out
+
+
+def test_tool_replaces_no_adapter_unasked_and_its_own_exports_each_time(files, capsys):
+    folder, model = files
+    export_lora(model, folder / "lora")
+    content = {"state_dict": dict(model.state_dict())}
+    keep_adapters_only(model, content, [])
+    torch.save(content, folder / "last.ckpt")
+    for command in (["convert", folder / "last.ckpt"], ["import-lora", folder / "lora"]):
+        before = (folder / "adapter" / "manifest.json").read_bytes()
+        message = failure(capsys, *command, folder / "base", folder / "adapter")
+        assert "holds an adapter. Give another OUT, or --overwrite to replace it" in message
+        assert (folder / "adapter" / "manifest.json").read_bytes() == before
+        assert run(*command, folder / "base", folder / "adapter", "--overwrite") == 0
+        assert (folder / "adapter" / "manifest.json").read_bytes() != before
+        capsys.readouterr()
+    for command in ("merge", "export-lora"):
+        for _ in range(2):
+            assert run(command, folder / "adapter", folder / "base", folder / command) == 0
+
+
+def test_checkpoint_is_not_converted_on_another_base(files, capsys):
+    folder, model = files
+    content = {"state_dict": dict(model.state_dict())}
+    keep_adapters_only(model, content, [])
+    torch.save(content, folder / "last.ckpt")
+    other = tiny_llama()
+    with torch.no_grad():
+        other.model.norm.weight.add_(1.0)
+    other.save_pretrained(folder / "other")
+    convert = ("convert", folder / "last.ckpt", folder / "other", folder / "converted")
+    assert f"The checkpoint {folder / 'last.ckpt'} was trained on another base" in failure(capsys, *convert)
+    assert not (folder / "converted").exists()
+    assert run(*convert, "--base-check", "warn") == 0
+
+
+def test_urls_are_refused_with_what_to_do(files, capsys):
+    folder, _ = files
+    store = "memory://bucket/run"
+    for command in (
+        ["inspect", store],
+        ["verify", store],
+        ["convert", store, folder / "base", folder / "out"],
+        ["merge", store, folder / "base", folder / "out"],
+        ["merge", folder / "adapter", folder / "base", store],
+        ["export-lora", folder / "adapter", folder / "base", store],
+        ["import-lora", store, folder / "base", folder / "out"],
+    ):
+        message = failure(capsys, *command)
+        assert f"{store!r} is a URL, and must be a local path" in message
+    assert not list(folder.glob("memory*"))
+    assert run("verify", f"file://{folder / 'adapter'}") == 0
 
 
 def test_inspect_describes_folders_and_checkpoints_alike(files, capsys):

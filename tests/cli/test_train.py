@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,13 @@ import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 
 import tests.plain
 from genlora_lightning.callbacks.predictions import PredictionWriter
 from genlora_lightning.callbacks.progress import LineProgressBar
 from genlora_lightning.callbacks.throughput import TokensPerSecond
-from genlora_lightning.cli.train import _CALLBACK_DEFAULTS, GenLoRACLI, main
+from genlora_lightning.cli.train import _CALLBACK_DEFAULTS, GenLoRACLI, checkpoint_folders, main
 from genlora_lightning.layers.linear import AdaptedLinear
 from genlora_lightning.training.callback import GenLoRAFinetuning
 from tests.models import tiny_bert, tiny_llama
@@ -144,7 +146,8 @@ def test_each_shipped_config_is_valid_for_each_subcommand(
         main([subcommand, "--config", str(path), "--print_config"])
     printed = yaml.safe_load(capsys.readouterr().out)
     given = yaml.safe_load(path.read_text())
-    assert printed["adapter_dir"] == given["adapter_dir"]
+    assert printed["adapter_dir"] is None  # all that a run writes is below its `default_root_dir`
+    assert printed["trainer"]["logger"] is None
     assert printed["adapter"].items() >= given["adapter"].items()
     assert printed["model"]["init_args"]["model"] == given["model"]["init_args"]["model"]
     assert printed["data"]["init_args"].items() >= given["data"]["init_args"].items()
@@ -334,6 +337,80 @@ def test_adapter_section_adapts_a_module_that_knows_nothing_of_adapters(tmp_path
     assert not any(isinstance(m, AdaptedLinear) for m in unadapted.model.modules())
 
 
+def test_finished_adapter_is_replaced_only_if_it_is_said(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["fit", "--config", str(config), "--adapter_dir", str(tmp_path / "adapter"), "--trainer.max_steps", "1"]
+    main(command)
+    finished = (tmp_path / "adapter" / "manifest.json").read_bytes()
+    code, errors = run_fails(command, capsys)
+    assert code == 1
+    assert len(errors) == 1
+    assert f"error: {tmp_path / 'adapter'} holds the adapter of another run (1 steps, written" in errors[0]
+    assert (tmp_path / "adapter" / "manifest.json").read_bytes() == finished
+    main([*command, "--overwrite"])
+    assert (tmp_path / "adapter" / "manifest.json").read_bytes() != finished
+
+
+def test_run_in_the_place_of_another_leaves_its_metrics_and_settings_too(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "runs", "version": "mine"}}
+    named = write_config(tmp_path / "named.yaml", trainer={"logger": logger, "max_steps": 1})
+    command = ["fit", "--config", str(config), "--config", str(named)]
+    main(command)
+    before = {path: path.read_bytes() for path in (tmp_path / "runs" / "mine").rglob("*") if path.is_file()}
+    assert {"metrics.csv", "config.yaml", "adapter_config.json"} <= {path.name for path in before}
+    code, errors = run_fails([*command, "--model.optimizer.lr", "0.02"], capsys)
+    assert code == 1
+    assert f"{tmp_path / 'runs' / 'mine' / 'adapter'} holds the adapter of another run" in errors[0]
+    assert {path: path.read_bytes() for path in (tmp_path / "runs" / "mine").rglob("*") if path.is_file()} == before
+
+
+def test_overwrite_alone_adds_no_adapters_and_reaches_a_callback_of_the_trainer(tmp_path: Path) -> None:
+    trainer = ["--trainer.accelerator", "cpu", "--trainer.max_steps", "1", "--trainer.default_root_dir", str(tmp_path)]
+    command = ["fit", "--model", "tests.plain.PlainMLP", "--data", f"{__name__}.MLPData", *trainer, "--overwrite"]
+    assert not any(isinstance(m, AdaptedLinear) for m in main(command).model.modules())
+    own = {"class_path": "genlora_lightning.GenLoRAFinetuning", "init_args": {"config": {"num_groups_b": 2}}}
+    overlay = write_config(tmp_path / "overlay.yaml", trainer={"callbacks": [own]})
+    (callback,) = callbacks_of(main([*command, "--config", str(overlay)]), GenLoRAFinetuning)
+    assert callback.overwrite
+
+
+def overlay_in_the_comment(path: Path) -> str:
+    """What a configuration's comment says to lay over it."""
+    return "".join(
+        line[1:] + "\n" for line in path.read_text().splitlines() if line.startswith("#     ") and "{" in line
+    )
+
+
+def test_quickstart_s_comment_changes_all_that_is_the_quickstart_s(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quickstart = ROOT / "configs" / "quickstart.yaml"
+    (tmp_path / "my_task.yaml").write_text(textwrap.dedent(overlay_in_the_comment(quickstart)))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["fit", "--config", str(quickstart), "--config", str(tmp_path / "my_task.yaml"), "--print_config"])
+    printed = capsys.readouterr().out
+    assert "train_file: my/train.jsonl" in printed
+    assert "default_root_dir: runs/my_task" in printed
+    assert "quickstart" not in printed
+
+
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_options_of_the_model_reach_the_data_s_tokenizer_unless_it_is_another_one(
+    config: Path, models: Path, monkeypatch: pytest.MonkeyPatch, own_tokenizer: bool
+) -> None:
+    for step in ("instantiate_classes", "_run_subcommand"):  # the arguments alone are of interest
+        monkeypatch.setattr(GenLoRACLI, step, lambda *_: None)
+    args = ["--model.trust_remote_code", "true", "--model.revision", "v2"]
+    args += ["--data.tokenizer", str(models / "bert")] if own_tokenizer else []
+    data = main(["fit", "--config", str(config), *args]).config["fit"]["data"]["init_args"]
+    assert (data["trust_remote_code"], data["revision"]) == ((None, None) if own_tokenizer else (True, "v2"))
+    data = main(["fit", "--config", str(config), *args, "--data.revision", "v3"]).config["fit"]["data"]["init_args"]
+    assert data["revision"] == "v3"
+
+
 def test_adapter_dir_alone_keeps_the_adapter_of_the_module(config: Path, tmp_path: Path) -> None:
     sections = yaml.safe_load(config.read_text())
     sections["model"]["init_args"]["adapter"] = sections.pop("adapter")
@@ -376,6 +453,7 @@ def test_help_loads_no_model_and_no_model_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert "--adapter_dir" in done.stdout
+    assert "`--adapter.help` lists the adapter's settings" in " ".join(done.stdout.split())
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -426,6 +504,8 @@ def test_unknown_class_is_told_with_those_that_are_known(capsys: pytest.CaptureF
         (["--ckpt_path", "nowhere.ckpt"], "There is no checkpoint 'nowhere.ckpt'"),
         (["--adapter.target_modules", "nowhere"], "nowhere"),
         (["--trainer.accelerator", "gpu"], "gpu"),
+        (["--ckpt_path", "best"], "`--ckpt_path best` means the best checkpoint of a run in this process"),
+        (["--adapter_dir", "s3://bucket/adapter"], "The `adapter_dir` 's3://bucket/adapter' is a URL"),
     ],
 )
 def test_errors_for_users_are_told_without_traceback(
@@ -524,6 +604,20 @@ def test_auto_finds_checkpoints_where_the_callback_puts_them(config, tmp_path):
         run = main(["fit", "--config", str(config), "--ckpt_path", "auto", "--trainer.max_steps", str(steps)])
     assert Path(run.trainer.ckpt_path).parent == tmp_path / "kept"
     assert run.trainer.global_step == 2
+
+
+@pytest.mark.parametrize("place", ["logger", "dirpath"])
+def test_auto_does_not_start_anew_where_it_cannot_look(place: str, tmp_path: Path) -> None:
+    saver = ModelCheckpoint(dirpath="memory://bucket/kept" if place == "dirpath" else None)
+    logger = CSVLogger("memory://bucket/run" if place == "logger" else tmp_path)
+    with pytest.raises(ValueError, match=r"`ckpt_path: auto` looks .* local folders only.*'memory://bucket/"):
+        checkpoint_folders(tests.plain.trainer(tmp_path, saver, logger=logger, enable_checkpointing=True))
+
+
+def test_auto_looks_where_checkpoints_are_kept_though_logs_go_elsewhere(tmp_path: Path) -> None:
+    saver, logger = ModelCheckpoint(dirpath=tmp_path / "kept"), CSVLogger("memory://bucket/run")
+    made = tests.plain.trainer(tmp_path, saver, logger=logger, enable_checkpointing=True)
+    assert checkpoint_folders(made) == [tmp_path / "kept"]
 
 
 def test_auto_is_for_fit_only(config, capsys):

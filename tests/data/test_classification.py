@@ -95,6 +95,18 @@ def test_validation_split_shares_no_text_with_training_and_keeps_the_shares(writ
     }
 
 
+def test_files_of_a_run_are_named_beside_its_numbers(
+    tokenizer: Any, write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = write("train.jsonl", reviews()), write("val.jsonl", reviews(4))
+    with caplog.at_level("INFO"):
+        module(tokenizer, files[0], val_file=files[1]).setup("fit")
+        module(tokenizer, files[0], test_file=files[1]).setup("predict")
+    fitted, predicted = (r.getMessage() for r in caplog.records if r.getMessage().startswith("Data of this run"))
+    assert f"Data of this run (training {files[0]}, validation {files[1]}):\n" in fitted
+    assert f"Data of this run (prediction {files[1]}):\n" in predicted
+
+
 def test_long_texts_lose_their_end_and_are_counted(write: Write, make_tokenizer: Callable[..., Any]) -> None:
     from tokenizers import processors
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from genlora_lightning.data import InstructionDataModule
 from genlora_lightning.data._loading import (
     LengthGroupedSampler,
     PadCollator,
@@ -16,6 +18,28 @@ from genlora_lightning.data._loading import (
     map_examples,
     padding_id,
 )
+
+
+def test_code_of_a_tokenizer_is_run_if_asked_and_nobody_is_asked_on_the_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    backend = Tokenizer(WordLevel({"<pad>": 0, "<unk>": 1}, unk_token="<unk>"))
+    PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>").save_pretrained(tmp_path)
+    code = "from transformers import PreTrainedTokenizerFast\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    (tmp_path / "own_code.py").write_text(code)
+    file = tmp_path / "tokenizer_config.json"
+    own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own_code.Own"]}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    with pytest.raises(ValueError, match=r"contains custom code .* Set trust_remote_code to run it"):
+        _ = InstructionDataModule(str(tmp_path), "x.jsonl").tokenizer
+    trusting = InstructionDataModule(str(tmp_path), "x.jsonl", trust_remote_code=True)
+    assert type(trusting.tokenizer).__name__ == "Own"
 
 
 def test_missing_datasets_library_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,4 +67,5 @@ def test_rate_is_that_of_the_newest_run(run: ModuleType, tmp_path: Path) -> None
         file.parent.mkdir(parents=True)
         file.write_text(f"step,tokens_per_second,fit_tokens_per_second\n5,99.0,\n10,,{rate}\n")
         os.utime(file, (1_000_000 - age, 1_000_000 - age))
-    assert run.training_rate(tmp_path) == 222.0
+    assert run.newest_run(tmp_path) == tmp_path / "logs" / "version_1"
+    assert run.training_rate(run.newest_run(tmp_path)) == 222.0

@@ -13,6 +13,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
+from tests.plain import Overwrite
 
 PAD, EOS = 0, 1
 VOCABULARY = 64
@@ -64,9 +65,10 @@ def model_folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def make_trainer(tmp_path: Path) -> Callable[..., Trainer]:
-    """Make a trainer for the CPU that writes nothing by itself."""
+    """Make a trainer for the CPU that writes nothing by itself; its runs replace each other's adapters."""
 
     def make(**changes: Any) -> Trainer:
+        changes["callbacks"] = [*(changes.get("callbacks") or []), Overwrite()]
         return Trainer(
             **{
                 "accelerator": "cpu",
