@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning._version import __version__
+from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.artifacts.adapter_folder import (
     CARD_FILE,
@@ -29,6 +30,8 @@ from genlora_lightning.artifacts.adapter_folder import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     StoredAdapter,
+    check_layers,
+    config_entries,
     is_adapter_folder,
     manifest_bytes,
     read_adapter,
@@ -37,7 +40,13 @@ from genlora_lightning.artifacts.model_card import model_card
 from genlora_lightning.backbone.identity import base_identity, compare_bases, describe_base
 from genlora_lightning.errors import WrongBaseError
 from genlora_lightning.injection.full_training import trained_modules
-from genlora_lightning.injection.inject import adapter_layers, check_configuration, inject_adapters
+from genlora_lightning.injection.inject import (
+    adapter_configs,
+    adapter_layers,
+    check_configuration,
+    inject_adapters,
+    inject_layers,
+)
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
@@ -54,7 +63,7 @@ class AdapterRecord:
 
     Attributes:
         state: The adapter's tensors by name.
-        config: The adapters' configuration.
+        configs: The configuration of each adapted linear.
         base: The base's identity (:func:`~genlora_lightning.backbone.identity.base_identity`).
         layers: ``[out_features, in_features]`` of each adapted linear.
         trained_modules: The names of the tensors of each module trained in full.
@@ -62,7 +71,7 @@ class AdapterRecord:
     """
 
     state: dict[str, Tensor]
-    config: AdapterConfig
+    configs: dict[str, AdapterConfig]
     base: dict[str, Any]
     layers: dict[str, list[int]]
     trained_modules: dict[str, list[str]]
@@ -74,12 +83,16 @@ def adapter_record(model: nn.Module) -> AdapterRecord:
 
     Raises:
         ValueError: The model has no adapters.
+
+    Warns:
+        UserWarning: Something else is trainable, which is not saved.
     """
     state = adapter_state_dict(model)
     layers = adapter_layers(model)
+    _warn_of_unsaved(model, state)
     return AdapterRecord(
         state=state,
-        config=next(iter(layers.values())).config,
+        configs=adapter_configs(model),
         base=base_identity(model),
         layers={name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
         trained_modules={
@@ -108,7 +121,8 @@ def save_adapter(
         The folder's path.
 
     Raises:
-        ValueError: The model has no adapters, a tensor to save is not finite, or ``training`` is no JSON.
+        ValueError: The model has no adapters, a tensor to save is not finite, ``training`` is no JSON, or the folder
+            could not be loaded: the tensors are not those that the configuration makes.
         FileExistsError: ``folder`` exists and is no adapter folder; nothing of yours is overwritten.
         OSError: It cannot be written, for example because the disk is full; then nothing is left behind.
     """
@@ -134,6 +148,18 @@ def write_adapter(
             "Give another folder, or remove this one."
         )
     try:
+        check_layers(
+            {name: MatrixShape(*shape) for name, shape in content.layers.items()},
+            content.configs,
+            content.trained_modules,
+            state,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"The adapter could not be loaded from {folder}, and was not saved: {error} A layer or its configuration "
+            "was changed after the injection."
+        ) from error
+    try:
         facts = json.loads(json.dumps(dict(training or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"`training` must hold JSON values, got {training!r}: {error}.") from error
@@ -151,7 +177,7 @@ def write_adapter(
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, base_check: BaseCheck = "error"
+    model: nn.Module, folder: str | os.PathLike[str], *, base_check: BaseCheck = "error", replace: bool = False
 ) -> InjectionReport:
     """Load an adapter folder into its base model, in place; adapters are injected if the model has none yet.
 
@@ -164,6 +190,7 @@ def load_adapter(
         model: The base model the adapter was trained on, with or without adapters of the same configuration.
         folder: A folder that :func:`save_adapter` wrote.
         base_check: What to do if the base is another one: ``"error"``, ``"warn"``, or ``"off"``: do not look.
+        replace: Whether adapters that the model has already, and that act, may lose their values.
 
     Returns:
         What is adapted.
@@ -171,24 +198,35 @@ def load_adapter(
     Raises:
         FileNotFoundError: There is no such folder, or a file of it is missing.
         WrongBaseError: The adapter was trained on another base; the message names both and how they differ.
-        ValueError: A file is damaged or of another format, the adapter does not fit the model, or the model's adapters
-            are merged.
+        ValueError: A file is damaged or of another format, the adapter does not fit the model, the model's adapters
+            are merged, or they act and ``replace`` is not given.
     """
     if base_check not in ("error", "warn", "off"):
         raise ValueError(f"`base_check` must be 'error', 'warn' or 'off', got {base_check!r}.")
-    merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
+    present = adapter_layers(model)
+    merged = [name for name, layer in present.items() if layer.merged]
     if merged:
         raise ValueError(
             f"{len(merged)} adapters of this model are merged into its weights, {merged[0]} among them, and would "
             "go on to act beside the loaded ones. Call `unmerge_adapters(model)` first, or load into a fresh base."
         )
     stored = read_adapter(folder)
-    check_configuration(model, stored.config)
-    if base_check != "off":
-        _check_base(model, stored, Path(folder), base_check)
+    check_configuration(model, stored.configs)
+    acting = None if replace else next((name for name, layer in present.items() if layer.acts()), None)
+    if acting is not None:
+        raise ValueError(
+            f"This model has adapters that were trained or loaded before, {acting} among them, and {folder} would take "
+            "their place: a model has one adapter at a time. Give `replace=True`, or call `remove_adapters(model)` "
+            "first; `merge_adapters` keeps what they do."
+        )
+    is_proved = base_check != "off" and _check_base(model, stored, Path(folder), base_check)
+    several = len({id(config) for config in stored.configs.values()}) > 1
     with restored_after_error(model):
         try:
-            report = inject_adapters(model, stored.config)
+            if is_proved or several:
+                report = inject_layers(model, stored.configs, stored.trained_modules)
+            else:  # that the configuration chooses the same modules is all that speaks for this base
+                report = inject_adapters(model, stored.config)
         except ValueError as error:
             raise ValueError(
                 f"The adapter in {folder} does not fit this {type(model).__name__}: {error} It was trained on "
@@ -213,6 +251,17 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def _warn_of_unsaved(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    lost = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in state]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} trainable parameters, {lost[0]} among them, are neither adapters nor in `modules_to_train`: "
+            "an adapter folder does not hold them, and it will not load into a base whose values for them are others. "
+            "Freeze them, or name their modules in `modules_to_train`.",
+            stacklevel=4,
+        )
+
+
 def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
     floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
     largest = torch._foreach_norm(list(floating.values()), float("inf")) if floating else ()
@@ -220,12 +269,12 @@ def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], training: dict[str, Any]) -> None:
-    base, config = content.base, content.config
+    base = content.base
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base_model": base["name"],
-        "config": config.to_dict(),
+        **config_entries(content.configs),
     }
     files = {
         CONFIG_FILE: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(),
@@ -235,7 +284,7 @@ def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], trai
         (staging / name).write_bytes(data)
     versions = library_versions()
     card = model_card(
-        config=config,
+        configs=list({id(config): config for config in content.configs.values()}.values()),
         base=base,
         training=training,
         versions=versions,
@@ -267,18 +316,19 @@ def _keep_other_files(folder: Path, staging: Path) -> None:
                 shutil.copy2(path, staging / path.name, follow_symlinks=False)
 
 
-def _check_base(model: nn.Module, stored: StoredAdapter, folder: Path, base_check: BaseCheck) -> None:
+def _check_base(model: nn.Module, stored: StoredAdapter, folder: Path, base_check: BaseCheck) -> bool:
+    """Whether the base is proved to be the adapter's."""
     present = base_identity(model, without=stored.trained_modules)
     problems = compare_bases(stored.base, present)
     if not problems:
-        return
+        return True
     message = (
         f"The adapter in {folder} was trained on another base: on {describe_base(stored.base)}; this one is "
         f"{describe_base(present)}. {'; '.join(problems)}."
     )
     if base_check == "warn":
         warnings.warn(f"{message} It is loaded all the same.", stacklevel=3)
-        return
+        return False
     raise WrongBaseError(
         f"{message} Nothing was loaded. Load it into the base it was trained on; if you know that this one is right, "
         'give base_check="warn" or "off".'

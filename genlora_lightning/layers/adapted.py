@@ -125,6 +125,13 @@ class AdaptedLayer(nn.Module, ABC):
         """Compute the update ``ΔW (out_features, in_features)`` in the parameters' dtype, float32."""
         return self.update.delta_weight()
 
+    @torch.no_grad()
+    def acts(self) -> bool:
+        """Whether the update is other than the zero that it starts as."""
+        if self.pair is not None:
+            return all(bool(factor.any()) for factor in self.factors())
+        return bool(self.delta_weight().any())
+
     def stored_delta(self) -> Tensor:
         """Compute the update in the layout of the base layer's weight."""
         return self.to_stored(self.delta_weight())

@@ -83,6 +83,22 @@ def test_second_injection_changes_nothing_and_another_configuration_is_an_error(
         inject_adapters(model, small_config(rank=5))
 
 
+def test_parts_with_configurations_of_their_own_are_refused_where_one_is_asked_for():
+    model = Net()
+    inject_adapters(model.blocks[0], small_config())
+    inject_adapters(model.blocks[1], small_config(rank=5))
+    with pytest.raises(ValueError, match=r"\(rank: 5 there, 4 asked for; at blocks.1.0: its parts were adapted one by"):
+        inject_adapters(model, small_config())
+
+
+def test_configuration_may_be_a_dictionary():
+    model = Net()
+    inject_adapters(model, {"rank": 3, "num_groups_b": 2, "kind": "genlora"})
+    assert adapter_config(model).rank == 3
+    with pytest.raises(ValueError, match=r"Unknown GenLoRAConfig fields \['r'\]. PEFT's `r` is `rank` here"):
+        inject_adapters(Net(), {"r": 3})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -78,6 +78,17 @@ def test_peft_loads_the_export_into_a_fresh_base_and_computes_the_same_logits(tm
     assert (config["modules_to_save"] or []) == list(trained_modules(model))
 
 
+def test_parts_of_several_ranks_are_exported_with_a_rank_each(tmp_path):
+    model = tiny_llama().eval()
+    inject_adapters(model.model.layers[0], small_config())
+    inject_adapters(model.model.layers[1], small_config(rank=6))
+    perturb(model)
+    export = export_lora(model, tmp_path / "lora")
+    assert export.rank == 6
+    assert {row.rank for row in export.rows} == {4, 6}
+    torch.testing.assert_close(logits(load_with_peft(tiny_llama().eval(), tmp_path / "lora")), logits(model))
+
+
 def test_merged_model_exports_the_same_adapter(tmp_path):
     model = adapted("llama")
     export_lora(model, tmp_path / "plain")
