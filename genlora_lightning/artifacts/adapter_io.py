@@ -43,6 +43,7 @@ from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import (
     adapter_configs,
     adapter_layers,
+    adapter_parameters,
     check_configuration,
     inject_adapters,
     inject_layers,
@@ -89,7 +90,7 @@ def adapter_record(model: nn.Module) -> AdapterRecord:
     """
     state = adapter_state_dict(model)
     layers = adapter_layers(model)
-    _warn_of_unsaved(model, state)
+    _warn_of_unsaved(model)
     return AdapterRecord(
         state=state,
         configs=adapter_configs(model),
@@ -251,8 +252,10 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def _warn_of_unsaved(model: nn.Module, state: Mapping[str, Tensor]) -> None:
-    lost = [name for name, parameter in model.named_parameters() if parameter.requires_grad and name not in state]
+def _warn_of_unsaved(model: nn.Module) -> None:
+    saved = {id(p) for module in trained_modules(model).values() for p in module.parameters()}
+    saved |= {id(p) for p in adapter_parameters(model).values()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
     if lost:
         warnings.warn(
             f"{len(lost)} trainable parameters, {lost[0]} among them, are neither adapters nor in `modules_to_train`: "

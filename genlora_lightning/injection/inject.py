@@ -14,6 +14,11 @@ from genlora_lightning.adapters.base import adapter_modules
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.adapters.low_rank import RankKind, effective_rank
+from genlora_lightning.injection.foreign import (
+    check_no_foreign_adapters,
+    save_by_base_names,
+    stop_saving_by_base_names,
+)
 from genlora_lightning.injection.full_training import stop_training_in_full, train_in_full, trained_modules
 from genlora_lightning.injection.report import InjectionReport, InjectionRow
 from genlora_lightning.injection.targets import match_modules, select_targets
@@ -133,7 +138,8 @@ def inject_adapters(
 
     Raises:
         ValueError: A name matches nothing (the message lists names that are near), the model has no linear at all, a
-            named module is no linear, there are more groups than entries, or other adapters are already there.
+            named module is no linear, there are more groups than entries, or other adapters are already there, ours
+            or another library's.
 
     Note:
         In a process group, every rank must start from the same values: use the same seed, or broadcast afterwards
@@ -147,6 +153,7 @@ def inject_adapters(
     if matrix_shape(model) is not None:
         raise ValueError("The model is itself a linear layer, which cannot be replaced in place: put it into a module.")
 
+    check_no_foreign_adapters(model)
     linears = {name: module for name, module in model.named_modules() if matrix_shape(module) is not None}
     if not linears:
         raise ValueError(
@@ -177,6 +184,7 @@ def inject_layers(model: nn.Module, configs: Mapping[str, AdapterConfig], traine
     if adapter_layers(model):
         check_configuration(model, configs)
         return _go_on(model, configs)
+    check_no_foreign_adapters(model)
     modules = dict(model.named_modules())
     absent = [name for name in configs if name not in modules or matrix_shape(modules[name]) is None]
     absent += [name for name in trained if name not in modules]
@@ -202,6 +210,7 @@ def _put_in(
     train_in_full(model, list(trained.values()))
     _disable_fast_paths(model)
     share_generation(model)
+    save_by_base_names(model)
     note(model, _SKIPPED, skipped)
     return _report(model, skipped)
 
@@ -246,6 +255,7 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
             layer.unmerge()
         restore_dtypes(model)
     stop_sharing_generation(model)
+    stop_saving_by_base_names(model)
     _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
     for module in trained_modules(model).values():
         stop_training_in_full(module)

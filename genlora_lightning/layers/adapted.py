@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -199,6 +200,14 @@ class AdaptedLayer(nn.Module, ABC):
             weight = nn.Parameter(weight.to(current.device, current.dtype), requires_grad=weight.requires_grad)
         self.base_layer.weight = weight
         self._unmerged_weight = ()
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # By the names that they have in a base without adapters, too.
+        for name in (*self.base_layer._parameters, *self.base_layer._buffers):
+            if f"{prefix}{name}" in state_dict:
+                state_dict.setdefault(f"{prefix}base_layer.{name}", state_dict.pop(f"{prefix}{name}"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @override
     def extra_repr(self) -> str:
