@@ -86,8 +86,8 @@ def _save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
     if not all(layer.merged for layer in places.values()):
         warnings.warn(
             "`save_pretrained` saves the base, and the adapters' tensors beside it, which `from_pretrained` leaves "
-            "out: it gives the base without them. Keep what was trained with `save_adapter(model, folder)`, or save the "
-            "merged model with `save_merged(model, folder)`.",
+            "out: it gives the base without them. Keep what was trained with `save_adapter(model, folder)`, or save "
+            "the merged model with `save_merged(model, folder)`.",
             stacklevel=2,
         )
     return type(model).save_pretrained(*given.args, **given.kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from genlora_lightning.adapters.base import adapter_modules
 from genlora_lightning.adapters.config import AdapterConfig
@@ -153,6 +154,7 @@ def inject_adapters(
     if matrix_shape(model) is not None:
         raise ValueError("The model is itself a linear layer, which cannot be replaced in place: put it into a module.")
 
+    _check_initialized(model)
     check_no_foreign_adapters(model)
     linears = {name: module for name, module in model.named_modules() if matrix_shape(module) is not None}
     if not linears:
@@ -192,6 +194,15 @@ def inject_layers(model: nn.Module, configs: Mapping[str, AdapterConfig], traine
         raise ValueError(f"It has no place for {len(absent)} of the modules, {absent[0]} among them.")
     layers = {name: (modules[name], config) for name, config in configs.items()}
     return _put_in(model, layers, {name: modules[name] for name in trained}, {}, None)
+
+
+def _check_initialized(model: nn.Module) -> None:
+    lazy = next((name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise ValueError(
+            f"{lazy} has no shape yet, as its module is lazy. Run one forward of the model on a batch first, with "
+            "Lightning in `configure_model`."
+        )
 
 
 def _put_in(

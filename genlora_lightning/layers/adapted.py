@@ -12,6 +12,7 @@ from typing_extensions import override
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, WeightUpdate
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.layers.factors import FactorStore
+from genlora_lightning.layers.obstacles import obstacle_in_hooks, obstacle_in_weight
 
 
 class AdaptedLayer(nn.Module, ABC):
@@ -63,6 +64,10 @@ class AdaptedLayer(nn.Module, ABC):
     @abstractmethod
     def wanted_dtype(self) -> torch.dtype | None:
         """The dtype in which a forward would use A and B here and now; ``None`` if it would not."""
+
+    def computes_with(self, weight: Tensor) -> bool:
+        """Whether the base layer, with another weight, would give what merging takes for granted."""
+        return True
 
     # -- the update ---------------------------------------------------------------------------------------------------
 
@@ -148,26 +153,27 @@ class AdaptedLayer(nn.Module, ABC):
                 ``None``.
 
         Raises:
-            ValueError: The weight is not stored as an ordinary matrix (quantized or sharded), or the update, or the
-                sum in ``dtype``, is not finite.
+            ValueError: The weight is not stored as an ordinary matrix (quantized, sharded, or computed), the layer
+                has hooks or computes something else with it, or the update, or the sum in ``dtype``, is not finite.
         """
         weight = self.base_weight
+        shape = self.to_stored(torch.empty(self.shape, device="meta")).shape
+        obstacle = obstacle_in_weight(self.base_layer, weight, shape) or obstacle_in_hooks(self.base_layer)
+        if obstacle is not None:
+            raise ValueError(f"Cannot merge into this {type(self.base_layer).__name__}: {obstacle}")
         delta = self.stored_delta()
-        # A quantized or sharded weight may be of a subclass of Tensor that poses as an ordinary matrix.
-        is_plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
-        if not is_plain or weight.shape != delta.shape or weight.dtype.itemsize < 2:
-            raise ValueError(
-                f"Cannot merge into a {type(self.base_layer).__name__} whose weight is stored as "
-                f"{tuple(weight.shape)} {weight.dtype} ({type(weight.data).__name__}); merging needs "
-                f"{tuple(delta.shape)} floating point values. "
-                "The weight is probably quantized or sharded: load the model unquantized and whole, then merge."
-            )
         compute_dtype = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(delta.device, compute_dtype) + delta.to(compute_dtype)
         merged = total.to(dtype or weight.dtype)
         if not merged.isfinite().all():
             what = "The update" if not delta.isfinite().all() else f"The merged weight in {merged.dtype}"
             raise ValueError(f"{what} holds NaN or infinite values; nothing was merged.")
+        if not self.computes_with(merged.to(weight.dtype)):
+            raise ValueError(
+                f"Cannot merge into this {type(self.base_layer).__name__}: its forward computes something else than "
+                "x·Wᵀ + b, and the update acts beside what it gives, not inside of W. Keep the adapter separate, or "
+                "export it as a LoRA; nothing was merged."
+            )
         return merged
 
     def merge(self, dtype: torch.dtype | None = None) -> None:
@@ -186,6 +192,8 @@ class AdaptedLayer(nn.Module, ABC):
         if self.merged:
             return
         merged = self.merged_weight(dtype)
+        if not isinstance(self.base_layer.weight, nn.Parameter):  # a buffer, as `remove_parametrizations` leaves it
+            self.base_layer.weight = nn.Parameter(self.weight, requires_grad=False)
         self._unmerged_weight = (self.base_layer.weight,)  # type: ignore[assignment]
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
 

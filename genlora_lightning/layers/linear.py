@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from typing_extensions import override
 
@@ -21,6 +22,16 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' ``Conv1D`` (GPT-2): a linear whose weight is stored as ``(in, out)``."""
     # By name, so that neither transformers nor its torch-dependent pytorch_utils must be imported to adapt an MLP.
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def _own_forward(module: nn.Module) -> type | None:
+    """The class that gives a linear a forward other than that of ``nn.Linear`` or ``Conv1D``; ``None`` if none does."""
+    for cls in type(module).__mro__:
+        if cls is nn.Linear or (cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"):
+            return None
+        if "forward" in vars(cls) or "__call__" in vars(cls):
+            return cls
+    return None
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -94,6 +105,24 @@ class AdaptedLinear(AdaptedLayer):
         output = base(x, *args, **kwargs)
         A, B = self.store.matrices(*pair, self.scaling, compute_dtype(x))
         return output + F.linear(F.linear(self.dropout(x), A), B.T)
+
+    @override
+    def computes_with(self, weight: Tensor) -> bool:
+        base, transposed = self.base_layer, is_conv1d(self.base_layer)
+        if "forward" not in vars(base) and _own_forward(base) is None:
+            return True
+        # A class, or somebody who has replaced the forward, may do anything, and mostly does the same: it is tried.
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(8, self.in_features, generator=generator).to(weight.device, weight.dtype)
+        expected = F.linear(x, weight.T if transposed else weight, self.bias)
+        try:
+            given = functional_call(base, {"weight": weight}, (x,))
+        except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes something else
+            return False
+        if not isinstance(given, Tensor) or given.shape != expected.shape:
+            return False
+        error = (given.double() - expected.double()).norm()
+        return bool(error <= 8 * torch.finfo(weight.dtype).eps * expected.double().norm())
 
     @override
     def wanted_dtype(self) -> torch.dtype | None:

@@ -153,6 +153,14 @@ def test_model_without_linears_is_an_error():
         inject_adapters(nn.Sequential(nn.Conv2d(3, 4, 3)), small_config())
 
 
+def test_lazy_linear_is_an_error_that_says_what_to_do():
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"0.weight has no shape yet, .* Run one forward of the model"):
+        inject_adapters(model, small_config())
+    model(torch.zeros(1, 4))
+    assert len(inject_adapters(model, small_config()).adapted) == 2
+
+
 def test_linear_as_the_whole_model_is_an_error():
     with pytest.raises(ValueError, match=r"itself a linear layer"):
         inject_adapters(nn.Linear(4, 4), small_config())
