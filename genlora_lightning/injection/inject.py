@@ -21,6 +21,7 @@ from genlora_lightning.injection.foreign import (
     stop_saving_by_base_names,
 )
 from genlora_lightning.injection.full_training import stop_training_in_full, train_in_full, trained_modules
+from genlora_lightning.injection.heads import last_if_new
 from genlora_lightning.injection.report import InjectionReport, InjectionRow
 from genlora_lightning.injection.targets import match_modules, select_targets
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
@@ -129,7 +130,8 @@ def inject_adapters(
     Args:
         model: Any module whose linears are ``nn.Linear`` or transformers' ``Conv1D``.
         config: Which linears are adapted, and how; also as a dictionary. ``"all-linear"`` leaves out output heads (what
-            a transformers model has outside its ``base_model``, and linears tied to an embedding), modules trained in
+            a transformers model has outside its ``base_model``, linears beside such a model or tied to an embedding,
+            and linears with the values that they were made with while most others were trained), modules trained in
             full, and linears whose module reads their weight without calling them (``nn.MultiheadAttention``'s
             ``out_proj``).
         generator: Random number generator for the initial values; torch's default one if ``None``.
@@ -215,7 +217,14 @@ def _put_in(
     for name, (module, config) in layers.items():
         shape = matrix_shape(module)
         assert shape is not None
-        config.check_shape(shape, name)
+        try:
+            config.check_shape(shape, name)
+        except ValueError as error:
+            if module is not last_if_new(model):
+                raise
+            raise ValueError(
+                f"{error} If it is a new head, name it in `modules_to_train`, and it is trained in full."
+            ) from error
     model.requires_grad_(False)
     _replace(model, {id(module): adapt(module, config, generator) for module, config in layers.values()})
     train_in_full(model, list(trained.values()))
@@ -327,6 +336,12 @@ def _disable_fast_paths(model: nn.Module) -> None:
             put_on(module, **off)
 
 
+def _possible_head(model: nn.Module) -> str | None:
+    name, layer = list(adapter_layers(model).items())[-1]
+    last = last_if_new(model)
+    return name if last is not None and last is layer.base_layer else None
+
+
 def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
     adapted = tuple(
         InjectionRow(
@@ -356,4 +371,5 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
         lora_parameters=sum(row.lora_parameters for row in adapted),
+        possible_head=_possible_head(model),
     )

@@ -10,10 +10,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
-from genlora_lightning.layers.sites import matrix_shape
+from genlora_lightning.injection.heads import output_heads
 
-# Reasons for leaving a module alone that its user should know of.
-NEW_HEAD = "output head; if it is new, name it in `modules_to_train`"
+# A reason for leaving a module alone that its user should know of.
 STACK = "several matrices in one parameter, as in a mixture of experts, are no nn.Linear"
 
 
@@ -68,7 +67,7 @@ def select_targets(
     names = _all_names(model)
     candidates: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    heads = _output_heads(model) if config.target_modules == ALL_LINEAR else {}
+    heads = output_heads(model) if config.target_modules == ALL_LINEAR else {}
     for name, module in linears.items():
         if id(module) in inside_trained:
             skipped[name] = "trained in full"
@@ -131,7 +130,7 @@ def _near(pattern: str, modules: dict[str, nn.Module]) -> str:
     close += [name for name in difflib.get_close_matches(pattern, modules, n=3, cutoff=0.6) if name not in close]
     if close:
         return f"Near matches: {', '.join(close)}."
-    names = sorted(name for name in last_parts if not name.isdigit())
+    names = sorted(name for name in last_parts if name and not name.isdigit()) or [name for name in modules if name]
     return f"There are: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
 
 
@@ -145,20 +144,3 @@ def _stacks_of_matrices(model: nn.Module, settled: set[int]) -> dict[str, str]:
             if parameter.dim() > 2 and parameter.shape[0] > 1 and min(parameter.shape[-2:]) > 1:
                 found[name] = STACK
     return found
-
-
-def _output_heads(model: nn.Module) -> dict[int, str]:
-    """The linears that are output heads (by id), with the reason why they are taken for one."""
-    heads: dict[int, str] = {}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for module in model.modules():
-        if matrix_shape(module) is not None and id(module.weight) in embeddings:
-            heads[id(module)] = "output head, tied to an embedding"
-        # A transformers model says by itself what its body is; asked by attribute, so that we need not import it.
-        body = getattr(module, "base_model", None) if hasattr(module, "base_model_prefix") else None
-        if isinstance(body, nn.Module) and body is not module:
-            inside = {id(m) for m in body.modules()}
-            for child in module.modules():
-                if matrix_shape(child) is not None and id(child) not in inside:
-                    heads.setdefault(id(child), NEW_HEAD)
-    return heads

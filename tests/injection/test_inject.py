@@ -117,7 +117,7 @@ def test_configuration_may_be_a_dictionary():
         ),
         (
             {"num_groups_a": 9},
-            r"`num_groups_a` is 9, but blocks.0.0 has only 8 inputs .* Lower `num_groups_a` to 8 or add '0'",
+            r"`num_groups_a` is 9, but blocks.0.0 has only 8 inputs .* Lower `num_groups_a` to 8 or add 'blocks.0.0'",
         ),
     ],
 )

@@ -56,3 +56,10 @@ def test_experts_in_one_parameter_are_reported_as_left_alone():
     report = inject_adapters(model, small_config())
     assert report.skipped == {"experts": STACK}
     assert "Left alone: experts (several matrices" in report.summary()
+
+
+def test_names_are_listed_where_all_of_them_are_numbers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    for field in ("modules_to_train", "target_modules", "exclude_modules"):
+        with pytest.raises(ValueError, match=r"names 'head', which no (module|linear) matches. There are: 0, (1, )?2"):
+            inject_adapters(model, small_config(**{field: ["head"]}))
