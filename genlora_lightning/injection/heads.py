@@ -13,6 +13,10 @@ from genlora_lightning.layers.sites import matrix_shape
 # Reasons for leaving a linear alone that its user should know of.
 NEW_HEAD = "output head; if it is new, name it in `modules_to_train`"
 NEW_LINEAR = "new, as its values say, and frozen at random: name it in `modules_to_train`"
+UNTIED = (
+    "tied before to a module that is trained in full, and now a weight of its own, as in the base; to train both as "
+    "one, name both in `modules_to_train`"
+)
 TIED_HEAD = "output head, tied to an embedding"
 _SAMPLE = 4096
 

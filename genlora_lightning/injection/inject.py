@@ -133,7 +133,7 @@ def inject_adapters(
             a transformers model has outside its ``base_model``, linears beside such a model or tied to an embedding,
             and linears with the values that they were made with while most others were trained), modules trained in
             full, and linears whose module reads their weight without calling them (``nn.MultiheadAttention``'s
-            ``out_proj``).
+            ``out_proj``, Mamba's ``dt_proj``).
         generator: Random number generator for the initial values; torch's default one if ``None``.
 
     Returns:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from genlora_lightning.injection.heads import NEW_HEAD, NEW_LINEAR
+from genlora_lightning.injection.heads import NEW_HEAD, NEW_LINEAR, UNTIED
 from genlora_lightning.injection.targets import STACK
 from genlora_lightning.text import text_table
 
 # Why modules were left alone, where the summary says it.
-_IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, STACK)
+_IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, UNTIED, STACK)
 
 
 @dataclass(frozen=True, kw_only=True)

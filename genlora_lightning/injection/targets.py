@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
-from genlora_lightning.injection.heads import output_heads
+from genlora_lightning.injection.heads import UNTIED, output_heads
+from genlora_lightning.injection.uncalled import uncalled_linears
 
 # A reason for leaving a module alone that its user should know of.
 STACK = "several matrices in one parameter, as in a mixture of experts, are no nn.Linear"
@@ -58,12 +59,7 @@ def select_targets(
     excluded = match_modules(model, config.exclude_modules, "exclude_modules")
     inside_excluded = {id(m) for module in excluded.values() for m in module.modules()}
     inside_trained = {id(m) for module in trained.values() for m in module.modules()}
-    uncalled = {
-        id(child)
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for child in module.modules()
-    }
+    uncalled = uncalled_linears(model)
     names = _all_names(model)
     candidates: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
@@ -74,7 +70,7 @@ def select_targets(
         elif id(module) in inside_excluded:
             skipped[name] = "in `exclude_modules`"
         elif id(module) in uncalled:
-            skipped[name] = "nn.MultiheadAttention reads its weight without calling it"
+            skipped[name] = f"{uncalled[id(module)]} reads its weight without calling it"
         elif id(module) in heads:
             skipped[name] = heads[id(module)]
         else:
@@ -108,7 +104,7 @@ def select_targets(
             + (f" Left out were {reasons}." if reasons else "")
             + f" {_near(str(config.target_modules), linears)}"
         )
-    return targets, skipped
+    return targets, skipped | _untied(model, inside_trained)
 
 
 def _unmatched_target(model: nn.Module, pattern: str, candidates: dict[str, nn.Module], skipped: dict[str, str]) -> str:
@@ -120,6 +116,17 @@ def _unmatched_target(model: nn.Module, pattern: str, candidates: dict[str, nn.M
             inner = sorted({n.rsplit(".", 1)[-1] for n in candidates if n.startswith(f"{name}.")})
             hint = f" Name its linears: {inner}." if inner else ""
             return f"`target_modules` names {pattern!r}, but {name} is a {type(module).__name__}, not a linear.{hint}"
+    for name, parameter in model.named_parameters():
+        if _named(name, [pattern]):
+            what = (
+                "matrices in one parameter, as of experts, which are not supported yet"
+                if parameter.dim() > 2
+                else ", no linear"
+            )
+            return (
+                f"`target_modules` names {pattern!r}, but {name} is a parameter of shape {tuple(parameter.shape)}"
+                f"{what}. {_near(pattern, candidates)}"
+            )
     return f"`target_modules` names {pattern!r}, which no linear matches. {_near(pattern, candidates)}"
 
 
@@ -132,6 +139,16 @@ def _near(pattern: str, modules: dict[str, nn.Module]) -> str:
         return f"Near matches: {', '.join(close)}."
     names = sorted(name for name in last_parts if name and not name.isdigit()) or [name for name in modules if name]
     return f"There are: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
+
+
+def _untied(model: nn.Module, trained: set[int]) -> dict[str, str]:
+    """Modules whose weight is tied to one of a module trained in full, and will not be any more."""
+    weights = {id(p) for m in model.modules() if id(m) in trained for p in m.parameters(recurse=False)}
+    return {
+        name: UNTIED
+        for name, module in model.named_modules()
+        if id(module) not in trained and any(id(p) in weights for p in module.parameters(recurse=False))
+    }
 
 
 def _stacks_of_matrices(model: nn.Module, settled: set[int]) -> dict[str, str]:
