@@ -17,6 +17,11 @@ def is_ordinary(tensor: Any) -> bool:
     return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
 
 
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, …) is running, with which own backwards do not go."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def refuse_second_derivative(what: str) -> None:
     """Raise an error in a backward that has no derivative, rather than leave it out silently.
 

@@ -118,11 +118,7 @@ def _unmatched_target(model: nn.Module, pattern: str, candidates: dict[str, nn.M
             return f"`target_modules` names {pattern!r}, but {name} is a {type(module).__name__}, not a linear.{hint}"
     for name, parameter in model.named_parameters():
         if _named(name, [pattern]):
-            what = (
-                "matrices in one parameter, as of experts, which are not supported yet"
-                if parameter.dim() > 2
-                else ", no linear"
-            )
+            what = ": matrices in one, as of experts, are not supported yet" if parameter.dim() > 2 else ", no linear"
             return (
                 f"`target_modules` names {pattern!r}, but {name} is a parameter of shape {tuple(parameter.shape)}"
                 f"{what}. {_near(pattern, candidates)}"

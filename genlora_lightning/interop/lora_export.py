@@ -39,6 +39,9 @@ _IMPLIED_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+# PEFT refuses a LoRA on these linears of models of these types, whose fused kernels read their weights.
+_REFUSED_BY_PEFT = {"conv1d", "out_proj"}
+_MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +124,9 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         Rank, energy kept and bytes of each layer, and the flag that a server needs.
 
     Raises:
-        ValueError: The model has no adapters, ``rank`` is not in 1 … the adapter's rank, a value is not finite, or an
-            adapted linear stands in several places of the model, which the format cannot say.
+        ValueError: The model has no adapters, ``rank`` is not in 1 … the adapter's rank, a value is not finite, an
+            adapted linear stands in several places of the model, which the format cannot say, or PEFT is known to
+            refuse a LoRA on it.
         FileExistsError: ``folder`` exists and is not an export of ours.
         OSError: It cannot be written; then nothing is left behind.
     """
@@ -134,6 +138,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
     base = transformers_base(model) or model
     layers = adapter_layers(base)
     _check_places(base)
+    _check_taken_by_peft(base, layers)
 
     state: dict[str, Tensor] = {}
     rows = []
@@ -245,6 +250,17 @@ def _check_places(base: nn.Module) -> None:
                 "one of them; nothing was exported. Merge the adapter into the base instead."
             )
         first[id(module)] = name
+
+
+def _check_taken_by_peft(base: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    refused = [name for name in layers if name.rpartition(".")[2] in _REFUSED_BY_PEFT]
+    if model_type in _MAMBA_TYPES and refused:
+        raise ValueError(
+            f"PEFT refuses a LoRA on {len(refused)} of the adapted linears ({refused[0]}) in a model of type "
+            f"{model_type!r}, so nothing was exported. Merge the adapter into the base (`save_merged`), or train it "
+            f"with `exclude_modules={sorted({name.rpartition('.')[2] for name in refused})}`."
+        )
 
 
 def _is_export(folder: Path) -> bool:

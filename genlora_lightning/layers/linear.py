@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn import functional as F
 from typing_extensions import override
 
+from genlora_lightning.adapters.autograd import in_transform
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.fused import adapted_linear, can_fuse, compute_dtype
@@ -89,7 +90,7 @@ class AdaptedLinear(AdaptedLayer):
         if pair is None:
             output = base(x, *args, **kwargs)
             return output + F.linear(self.dropout(x), self.update().to(compute_dtype(x)))
-        if not self.fused:
+        if not self.fused or in_transform():
             output = base(x, *args, **kwargs)
             A, B = pair[0](plain=True), pair[1](plain=True).T
             # The small A and B take x's dtype, never x theirs: a copy of x in float32 would be kept for the backward.
@@ -127,7 +128,7 @@ class AdaptedLinear(AdaptedLayer):
     @override
     def wanted_dtype(self) -> torch.dtype | None:
         pair = self.pair
-        if not self.is_active or not self.fused or pair is None:
+        if not self.is_active or not self.fused or pair is None or in_transform():
             return None
         weight = self.weight
         is_narrow = not weight.is_floating_point() or weight.dtype.itemsize < 2  # a quantized one says nothing of x

@@ -75,7 +75,7 @@ def set_fused(model: nn.Module, on: bool) -> None:
     """Have a model's adapters computed by functions with backwards of their own (the default), or by plain autograd.
 
     The two give the same to rounding. The plain path is slower and keeps more for the backward, but can be
-    differentiated twice.
+    differentiated twice. Inside of transforms of ``torch.func`` it is taken by itself.
     """
     for layer in layers_of(model):
         layer.fused = on
