@@ -22,7 +22,7 @@ from genlora_lightning.injection.foreign import (
 )
 from genlora_lightning.injection.full_training import stop_training_in_full, train_in_full, trained_modules
 from genlora_lightning.injection.heads import last_if_new
-from genlora_lightning.injection.report import InjectionReport, InjectionRow
+from genlora_lightning.injection.report import BESIDE_PARTS, InjectionReport, InjectionRow
 from genlora_lightning.injection.targets import match_modules, select_targets
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
 from genlora_lightning.layers.adapted import AdaptedLayer
@@ -244,7 +244,13 @@ def _go_on(model: nn.Module, configs: Mapping[str, AdapterConfig]) -> InjectionR
         if present.dropout != dropout:
             layer.set_dropout(changed.setdefault((id(present), dropout), replace(present, dropout=dropout)))
     _set_trainable(model)
-    return _report(model, noted(model, _SKIPPED, {}))
+    skipped = noted(model, _SKIPPED)
+    if skipped is None:  # a part of it was adapted, or each of some
+        taken = {id(layer.base_layer) for layer in adapter_layers(model).values()}
+        taken |= {id(inner) for module in trained_modules(model).values() for inner in module.modules()}
+        linears = {name: m for name, m in model.named_modules() if matrix_shape(m) is not None}
+        skipped = {name: BESIDE_PARTS for name, module in linears.items() if id(module) not in taken}
+    return _report(model, skipped)
 
 
 def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:

@@ -10,7 +10,8 @@ from genlora_lightning.injection.targets import STACK
 from genlora_lightning.text import text_table
 
 # Why modules were left alone, where the summary says it.
-_IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, UNTIED, STACK)
+BESIDE_PARTS = "adapters were put into a part of the model before, and not here"
+_IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, UNTIED, STACK, BESIDE_PARTS)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,7 +29,7 @@ def uncalled_linears(model: nn.Module) -> dict[int, str]:
             continue
         linears = {name: child for name, child in module.named_children() if matrix_shape(child) is not None}
         if linears:
-            read = _read_and_not_called(type(module), frozenset(linears))
+            read = _read_and_not_called(type(module), frozenset(linears))  # type: ignore[arg-type]
             found |= {id(child): type(module).__name__ for name, child in linears.items() if name in read}
     return found
 

@@ -194,7 +194,7 @@ class AdaptedLayer(nn.Module, ABC):
         merged = self.merged_weight(dtype)
         if not isinstance(self.base_layer.weight, nn.Parameter):  # a buffer, as `remove_parametrizations` leaves it
             self.base_layer.weight = nn.Parameter(self.weight, requires_grad=False)
-        self._unmerged_weight = (self.base_layer.weight,)  # type: ignore[assignment]
+        self._unmerged_weight = (self.base_layer.weight,)
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
 
     @torch.no_grad()

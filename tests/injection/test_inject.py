@@ -91,6 +91,14 @@ def test_parts_with_configurations_of_their_own_are_refused_where_one_is_asked_f
         inject_adapters(model, small_config())
 
 
+def test_whole_of_which_a_part_was_adapted_before_says_what_is_left_alone():
+    model = Net()
+    inject_adapters(model.blocks[0], small_config())
+    report = inject_adapters(model, small_config())
+    assert [row.module for row in report.adapted] == ["blocks.0.0", "blocks.0.2"]
+    assert "Left alone: blocks.1.0, blocks.1.2, head (adapters were put into a part of the model before" in str(report)
+
+
 def test_configuration_may_be_a_dictionary():
     model = Net()
     inject_adapters(model, {"rank": 3, "num_groups_b": 2, "kind": "genlora"})
