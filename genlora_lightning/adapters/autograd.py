@@ -17,6 +17,18 @@ def is_ordinary(tensor: Any) -> bool:
     return type(tensor) in (Tensor, nn.Parameter, FakeTensor) and tensor.layout == torch.strided
 
 
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records what runs."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined,no-untyped-call]
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` (``grad``, ``vmap``, …) or a trace runs, where own backwards do not go."""
+    if torch.compiler.is_compiling():
+        return False
+    return is_tracing() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def refuse_second_derivative(what: str) -> None:
     """Raise an error in a backward that has no derivative, rather than leave it out silently.
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, TypeVar, get_args
 
 import torch
 from typing_extensions import Self
@@ -194,6 +195,29 @@ class AdapterConfig(ABC):
         return {
             name: (value, there[name]) for name, value in here.items() if value != there[name] and name not in left_out
         }
+
+
+C = TypeVar("C", bound=AdapterConfig)
+
+
+def explain_arguments(cls: type[C]) -> type[C]:
+    """Class decorator of a configuration: have it say what an argument is called that it does not know.
+
+    Raises:
+        TypeError: From the class, for an argument that is no field; the message lists the fields.
+    """
+    original = cls.__init__
+
+    @functools.wraps(original)
+    def checked(self: C, **fields: Any) -> None:
+        try:
+            check_fields(cls, fields, cls.field_hints())
+        except ValueError as error:
+            raise TypeError(str(error)) from None
+        original(self, **fields)
+
+    cls.__init__ = checked  # type: ignore[assignment]
+    return cls
 
 
 # Every kind of adapter whose module was imported, by name.

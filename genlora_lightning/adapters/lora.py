@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, Role
-from genlora_lightning.adapters.config import AdapterConfig, ScalingRule
+from genlora_lightning.adapters.config import AdapterConfig, ScalingRule, explain_arguments
 
 
 class StoredFactor(Factor):
@@ -72,6 +72,7 @@ class StoredFactor(Factor):
         return f"rank={self.rank}, num_entries={self.num_entries}"
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class LoRAConfig(AdapterConfig):
     """Configure LoRA: ``ΔW = s · B · A`` with two stored matrices (arXiv 2106.09685).

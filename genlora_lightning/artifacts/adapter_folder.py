@@ -2,7 +2,8 @@
 
 ==============================  ==========================================================================
 ``adapter_model.safetensors``   the tensors
-``adapter_config.json``         format, version, the name of the base, and the adapter's configuration with its kind
+``adapter_config.json``         format, version, the name of the base, and the adapter's configuration with its kind;
+                                where parts were adapted one by one, further ones with the names of their linears
 ``README.md``                   a model card, free to be edited
 ``manifest.json``               size and SHA-256 of the first two, the base's identity, the adapted linears, versions,
                                 facts of the training, and the SHA-256 of all that
@@ -52,7 +53,8 @@ class StoredAdapter:
 
     Args:
         folder: Where it lies.
-        config: Its kind, and how its matrices are made.
+        config: Its kind, and how its matrices are made; where there are several, the first.
+        configs: That of each adapted linear.
         tensors: Its tensors, by their names in the model's state dict.
         layers: Shape of each adapted linear.
         trained_modules: Modules trained in full, with the names of their tensors.
@@ -64,6 +66,7 @@ class StoredAdapter:
 
     folder: Path
     config: AdapterConfig
+    configs: dict[str, AdapterConfig]
     tensors: dict[str, Tensor]
     layers: dict[str, MatrixShape]
     trained_modules: dict[str, list[str]]
@@ -74,7 +77,7 @@ class StoredAdapter:
 
     def layer(self, name: str) -> AdaptedLayer:
         """The adapter of one linear, on a base layer without memory."""
-        return stored_layer(name, self.layers[name], self.config, self.tensors)
+        return stored_layer(name, self.layers[name], self.configs[name], self.tensors)
 
 
 def stored_layer(name: str, shape: MatrixShape, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> AdaptedLayer:
@@ -88,6 +91,34 @@ def stored_layer(name: str, shape: MatrixShape, config: AdapterConfig, tensors: 
     state = {own: tensors[f"{name}.{own}"] for own in layer.adapter_parameters()}
     layer.load_state_dict(state, strict=False, assign=True)
     return layer
+
+
+def check_layers(
+    layers: Mapping[str, MatrixShape],
+    configs: Mapping[str, AdapterConfig],
+    trained_modules: Mapping[str, list[str]],
+    tensors: Mapping[str, Tensor],
+) -> None:
+    """Check that tensors are those that configurations make for linears of some shapes: that they will load.
+
+    Args:
+        layers: The shape of each linear.
+        configs: The configuration of each.
+        trained_modules: Modules trained in full, with the names of their tensors.
+        tensors: The tensors.
+
+    Raises:
+        ValueError: One is missing, left over or of another shape; the message names it.
+    """
+    expected: dict[str, Any] = {name: None for names in trained_modules.values() for name in names}
+    for name, shape in layers.items():
+        layer = adapt(nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta"), configs[name])
+        expected |= {f"{name}.{own}": p.shape for own, p in layer.adapter_parameters().items()}
+    missing, unexpected = [n for n in expected if n not in tensors], [n for n in tensors if n not in expected]
+    shapes = [n for n, shape in expected.items() if shape is not None and n in tensors and tensors[n].shape != shape]
+    for names, what in ((missing, "is missing"), (unexpected, "belongs to none"), (shapes, "has another shape")):
+        if names:
+            raise ValueError(f"The configuration disagrees with {len(names)} tensors: {names[0]} {what}.")
 
 
 def manifest_bytes(values: Mapping[str, Any]) -> bytes:
@@ -131,9 +162,11 @@ def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
                 f"bytes, and {expected['bytes']:,} were written). {_AGAIN}"
             )
     tensors = safetensors.torch.load(files[WEIGHTS_FILE])
+    config, others = _read_configs(place / CONFIG_FILE, description)
     return StoredAdapter(
         folder=place,
-        config=_read_config(place / CONFIG_FILE, description),
+        config=config,
+        configs={name: others.get(name, config) for name in manifest["layers"]},
         tensors=format1.upgraded_names(tensors) if is_format1 else tensors,
         layers={name: MatrixShape(*shape) for name, shape in manifest["layers"].items()},
         trained_modules=manifest["trained_modules"],
@@ -152,7 +185,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         ValueError: The configuration cannot be read, is another library's, or comes from a newer release.
     """
     place = find_folder(local_path(folder, "adapter folder"))
-    return _read_config(place / CONFIG_FILE, _parse_description(place / CONFIG_FILE, _config_bytes(place)))
+    return _read_configs(place / CONFIG_FILE, _parse_description(place / CONFIG_FILE, _config_bytes(place)))[0]
 
 
 def is_adapter_folder(folder: Path) -> bool:
@@ -200,12 +233,32 @@ def _parse_description(path: Path, data: bytes) -> dict[str, Any]:
     return description
 
 
-def _read_config(path: Path, description: Mapping[str, Any]) -> AdapterConfig:
+def config_entries(configs: Mapping[str, AdapterConfig]) -> dict[str, Any]:
+    """What an adapter folder says of the configuration of each linear: the first, and others with their linears."""
+    groups: list[tuple[AdapterConfig, list[str]]] = []
+    for name, config in configs.items():
+        same = next((names for other, names in groups if not other.differences(config, run_only=True)), None)
+        if same is None:
+            groups.append((config, [name]))
+        else:
+            same.append(name)
+    (first, _), *others = groups
+    entries: dict[str, Any] = {"config": first.to_dict()}
+    if others:
+        entries["other_configs"] = [{"config": config.to_dict(), "layers": names} for config, names in others]
+    return entries
+
+
+def _read_configs(path: Path, description: Mapping[str, Any]) -> tuple[AdapterConfig, dict[str, AdapterConfig]]:
+    """The configuration, and those of linears that have another one."""
     try:
         config = description["config"]
         if description["format_version"] == format1.VERSION:
             config = format1.upgraded_config(config)
-        return read_config(config)
+        others: dict[str, AdapterConfig] = {}
+        for entry in description.get("other_configs", ()):
+            others |= dict.fromkeys(entry["layers"], read_config(entry["config"]))
+        return read_config(config), others
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path} holds no valid configuration: {error}") from error
 

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import sys
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning._version import __version__
+from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.artifacts.adapter_folder import (
     CARD_FILE,
@@ -28,6 +30,8 @@ from genlora_lightning.artifacts.adapter_folder import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     StoredAdapter,
+    check_layers,
+    config_entries,
     is_adapter_folder,
     manifest_bytes,
     read_adapter,
@@ -41,7 +45,14 @@ from genlora_lightning.backbone.identity import (
     require_same_base,
 )
 from genlora_lightning.injection.full_training import trained_modules
-from genlora_lightning.injection.inject import adapter_layers, check_configuration, inject_adapters
+from genlora_lightning.injection.inject import (
+    adapter_configs,
+    adapter_layers,
+    adapter_parameters,
+    check_configuration,
+    inject_adapters,
+    inject_layers,
+)
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
@@ -58,7 +69,7 @@ class AdapterRecord:
 
     Attributes:
         state: The adapter's tensors by name.
-        config: The adapters' configuration.
+        configs: The configuration of each adapted linear.
         base: The base's identity (:func:`~genlora_lightning.backbone.identity.base_identity`).
         layers: ``[out_features, in_features]`` of each adapted linear.
         trained_modules: The names of the tensors of each module trained in full.
@@ -66,7 +77,7 @@ class AdapterRecord:
     """
 
     state: dict[str, Tensor]
-    config: AdapterConfig
+    configs: dict[str, AdapterConfig]
     base: dict[str, Any]
     layers: dict[str, list[int]]
     trained_modules: dict[str, list[str]]
@@ -82,12 +93,16 @@ def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> Adap
 
     Raises:
         ValueError: The model has no adapters.
+
+    Warns:
+        UserWarning: Something else is trainable, which is not saved.
     """
     state = adapter_state_dict(model)
     layers = adapter_layers(model)
+    _warn_of_unsaved(model)
     return AdapterRecord(
         state=state,
-        config=next(iter(layers.values())).config,
+        configs=adapter_configs(model),
         base=base_identity(model) if base is None else base,
         layers={name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
         trained_modules={
@@ -116,7 +131,8 @@ def save_adapter(
         The folder's path.
 
     Raises:
-        ValueError: The model has no adapters, a tensor to save is not finite, or ``training`` is no JSON.
+        ValueError: The model has no adapters, a tensor to save is not finite, ``training`` is no JSON, or the folder
+            could not be loaded: the tensors are not those that the configuration makes.
         FileExistsError: ``folder`` exists and is no adapter folder; nothing of yours is overwritten.
         OSError: It cannot be written, for example because the disk is full; then nothing is left behind.
     """
@@ -142,6 +158,18 @@ def write_adapter(
             "Give another folder, or remove this one."
         )
     try:
+        check_layers(
+            {name: MatrixShape(*shape) for name, shape in content.layers.items()},
+            content.configs,
+            content.trained_modules,
+            state,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"The adapter could not be loaded from {folder}, and was not saved: {error} A layer or its configuration "
+            "was changed after the injection."
+        ) from error
+    try:
         facts = json.loads(json.dumps(dict(training or {}), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise ValueError(f"`training` must hold JSON values, got {training!r}: {error}.") from error
@@ -159,7 +187,7 @@ def write_adapter(
 
 
 def load_adapter(
-    model: nn.Module, folder: str | os.PathLike[str], *, base_check: BaseCheck = "error"
+    model: nn.Module, folder: str | os.PathLike[str], *, base_check: BaseCheck = "error", replace: bool = False
 ) -> InjectionReport:
     """Load an adapter folder into its base model, in place; adapters are injected if the model has none yet.
 
@@ -173,6 +201,7 @@ def load_adapter(
             of a module that holds such a model (a LightningModule, say) is loaded without the prefix of its names.
         folder: A folder that :func:`save_adapter` wrote.
         base_check: What to do if the base is another one: ``"error"``, ``"warn"``, or ``"off"``: do not look.
+        replace: Whether adapters that the model has already, and that act, may lose their values.
 
     Returns:
         What is adapted.
@@ -180,23 +209,35 @@ def load_adapter(
     Raises:
         FileNotFoundError: There is no such folder, or a file of it is missing.
         WrongBaseError: The adapter was trained on another base; the message names both and how they differ.
-        ValueError: A file is damaged or of another format, the adapter does not fit the model, or the model's adapters
-            are merged.
+        ValueError: A file is damaged or of another format, the adapter does not fit the model, the model's adapters
+            are merged, or they act and ``replace`` is not given.
     """
-    merged = [name for name, layer in adapter_layers(model).items() if layer.merged]
+    present = adapter_layers(model)
+    merged = [name for name, layer in present.items() if layer.merged]
     if merged:
         raise ValueError(
             f"{len(merged)} adapters of this model are merged into its weights, {merged[0]} among them, and would "
             "go on to act beside the loaded ones. Call `unmerge_adapters(model)` first, or load into a fresh base."
         )
     stored = _fitted(read_adapter(folder), model)
-    check_configuration(model, stored.config)
-    if base_check != "off":
-        present = base_identity(model, without=stored.trained_modules)
-        require_same_base(stored.base, present, f"The adapter in {folder}", base_check)
+    check_configuration(model, stored.configs)
+    is_proved = base_check != "off" and require_same_base(
+        stored.base, base_identity(model, without=stored.trained_modules), f"The adapter in {folder}", base_check
+    )
+    acting = None if replace else next((name for name, layer in present.items() if layer.acts()), None)
+    if acting is not None:
+        raise ValueError(
+            f"This model has adapters that were trained or loaded before, {acting} among them, and {folder} would take "
+            "their place: a model has one adapter at a time. Give `replace=True`, or call `remove_adapters(model)` "
+            "first; `merge_adapters` keeps what they do."
+        )
+    several = len({id(config) for config in stored.configs.values()}) > 1
     with restored_after_error(model):
         try:
-            report = inject_adapters(model, stored.config)
+            if is_proved or several:
+                report = inject_layers(model, stored.configs, stored.trained_modules)
+            else:  # that the configuration chooses the same modules is all that speaks for this base
+                report = inject_adapters(model, stored.config)
         except ValueError as error:
             raise ValueError(
                 f"The adapter in {folder} does not fit this {type(model).__name__}: {error} It was trained on "
@@ -221,6 +262,19 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def _warn_of_unsaved(model: nn.Module) -> None:
+    saved = {id(p) for module in trained_modules(model).values() for p in module.parameters()}
+    saved |= {id(p) for p in adapter_parameters(model).values()}
+    lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
+    if lost:
+        warnings.warn(
+            f"{len(lost)} trainable parameters, {lost[0]} among them, are neither adapters nor in `modules_to_train`: "
+            "an adapter folder does not hold them, and it will not load into a base whose values for them are others. "
+            "Freeze them, or name their modules in `modules_to_train`.",
+            stacklevel=4,
+        )
+
+
 def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
     floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
     largest = torch._foreach_norm(list(floating.values()), float("inf")) if floating else ()
@@ -228,12 +282,12 @@ def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], training: dict[str, Any]) -> None:
-    base, config = content.base, content.config
+    base = content.base
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "base_model": base["name"],
-        "config": config.to_dict(),
+        **config_entries(content.configs),
     }
     files = {
         CONFIG_FILE: (json.dumps(description, indent=2, ensure_ascii=False) + "\n").encode(),
@@ -243,7 +297,7 @@ def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], trai
         (staging / name).write_bytes(data)
     versions = library_versions()
     card = model_card(
-        config=config,
+        configs=list({id(config): config for config in content.configs.values()}.values()),
         base=base,
         training=training,
         versions=versions,
@@ -296,6 +350,7 @@ def _fitted(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
         stored,
         tensors={name.removeprefix(prefix): tensor for name, tensor in stored.tensors.items()},
         layers={name.removeprefix(prefix): shape for name, shape in stored.layers.items()},
+        configs={name.removeprefix(prefix): config for name, config in stored.configs.items()},
         trained_modules={
             name.removeprefix(prefix): [own.removeprefix(prefix) for own in tensors]
             for name, tensors in stored.trained_modules.items()

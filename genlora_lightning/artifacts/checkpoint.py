@@ -32,7 +32,7 @@ from genlora_lightning.distributed.shards import (
     trained_tensors,
     whole_like,
 )
-from genlora_lightning.injection.inject import adapter_config, adapter_layers, require_adapters
+from genlora_lightning.injection.inject import adapter_config, adapter_layers, count_linears, require_adapters
 from genlora_lightning.injection.state import check_adapter_state
 from genlora_lightning.overrides import note, noted
 
@@ -113,6 +113,7 @@ def keep_adapters_only(module: nn.Module, checkpoint: dict[str, Any], optimizers
             sys.intern(plain_name(name)): [layer.out_features, layer.in_features]
             for name, layer in adapter_layers(module).items()
         },
+        "num_linears": count_linears(root),
         "trained_modules": {
             name: [sys.intern(own) for own in tensors] for name, tensors in tensors_trained_in_full(module).items()
         },

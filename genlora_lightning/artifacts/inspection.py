@@ -136,7 +136,7 @@ class AdapterDescription:
                 text_table(header, rows, left=2),
                 f"{read_config(self.config).title} adapter for {self.base}, written {self.created}: "
                 f"{self.parameters:,} values in {self.num_bytes:,} bytes; {len(self.layers)} linears, mean effective "
-                f"rank {mean:.2f} of {self.config['rank']}.",
+                f"rank {mean:.2f} of {max((layer.rank for layer in self.layers), default=0)}.",
             ]
         )
 

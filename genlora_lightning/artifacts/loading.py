@@ -20,11 +20,12 @@ from genlora_lightning.artifacts.checkpoint import (
     check_checkpoint,
     checkpoint_state,
     describe,
+    prefix_of,
     upgrade,
 )
 from genlora_lightning.backbone.identity import BaseCheck, base_identity
 from genlora_lightning.errors import DamagedFileError
-from genlora_lightning.injection.inject import adapter_layers, inject_adapters
+from genlora_lightning.injection.inject import adapter_layers, count_linears, inject_adapters, inject_layers
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import check_adapter_state, load_adapter_state
 from genlora_lightning.storage import checkpoint_file
@@ -48,7 +49,7 @@ def load_module(
 
     Args:
         module: The LightningModule's class, which is called with the hyperparameters that the checkpoint holds; or a
-            module (any ``nn.Module``), which is changed in place.
+            module (any ``nn.Module``), which is changed in place; adapters that it has lose their values.
         path: A checkpoint file, or an adapter folder.
         base_check: What to do if the base is not the one that was trained on: ``"error"``, ``"warn"``, or ``"off"``: do
             not look.
@@ -85,7 +86,7 @@ def load_module(
     if configure is not None:
         configure()
     if checkpoint is None:
-        load_adapter(adapter_root(made), path, base_check=base_check)
+        load_adapter(adapter_root(made), path, base_check=base_check, replace=True)
     else:
         _check_base(checkpoint, adapter_root(made), str(path), base_check)
         _load_state(made, checkpoint, str(path))
@@ -109,7 +110,8 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         if adapter_layers(module):
             check_checkpoint(module, checkpoint)
         else:
-            inject_adapters(adapter_root(module), read_config(describe(checkpoint)["config"]))
+            root = adapter_root(module)
+            _inject_described(root, describe(checkpoint), prefix_of(root, module))
         expected = checkpoint_state(module)
         stored: dict[str, Tensor] = checkpoint["state_dict"]
         # Parameters beside the adapters that the run trained; `requires_grad` of a new module does not tell which.
@@ -118,6 +120,24 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         check_adapter_state(expected | extra, stored, source)
     for name, tensor in (expected | extra).items():
         tensor.copy_(stored[name])
+
+
+def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str) -> None:
+    """Put adapters where a checkpoint says that they were, or, in a model of other linears, where its rule says."""
+    config = read_config(described["config"])
+    names = [name.removeprefix(prefix) for name in described.get("layers", {}) if name.startswith(prefix)]
+    if names and described.get("num_linears") == count_linears(model) and len(names) == len(described["layers"]):
+        trained = [name.removeprefix(prefix) for name in described["trained_modules"]]
+        inject_layers(model, dict.fromkeys(names, config), trained)
+    else:
+        inject_adapters(model, config)
+
+
+def _prefix_in(described: dict[str, Any], model: nn.Module) -> str:
+    """What the names of a checkpoint's linears begin with before those that they have in a model."""
+    parts = next(iter(described.get("layers", {})), "").split(".")
+    places = {name for name, _ in model.named_modules()}
+    return next((".".join([*parts[:i], ""]) for i in range(len(parts)) if ".".join(parts[i:]) in places), "")
 
 
 def _accepted(cls: type, hyperparameters: dict[str, Any]) -> dict[str, Any]:
@@ -183,7 +203,7 @@ def convert_checkpoint(
     described = describe(content)
     stored: dict[str, Tensor] = content["state_dict"]
     with restored_after_error(base_model):
-        inject_adapters(base_model, read_config(described["config"]))
+        _inject_described(base_model, described, _prefix_in(described, base_model))
         adapter = adapter_record(base_model)
         expected = adapter.state
         first = next(iter(expected))

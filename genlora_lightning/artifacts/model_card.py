@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from genlora_lightning.adapters.config import AdapterConfig
@@ -13,7 +13,7 @@ from genlora_lightning.backbone.identity import describe_base
 
 def model_card(
     *,
-    config: AdapterConfig,
+    configs: Sequence[AdapterConfig],
     base: Mapping[str, Any],
     training: Mapping[str, Any],
     versions: Mapping[str, str],
@@ -25,7 +25,7 @@ def model_card(
     name = base["name"]
     # A path says nothing on a Hub, and its own field there takes a Hub id only.
     hub_id = name if name and not os.path.isabs(name) and not os.path.isdir(name) and name.count("/") < 2 else None
-    tags = dict.fromkeys(("genlora-lightning", config.kind, "lora"))
+    tags = dict.fromkeys(("genlora-lightning", configs[0].kind, "lora"))
     front = ["library_name: genlora-lightning", "tags:", *(f"- {tag}" for tag in tags)]
     if hub_id:
         front.insert(0, f"base_model: {json.dumps(hub_id)}")
@@ -44,7 +44,7 @@ def model_card(
             *front,
             "---",
             "",
-            f"# {config.title} adapter",
+            f"# {configs[0].title} adapter",
             "",
             f"A low-rank adapter: {num_values:,} values for {num_layers} linear layers.",
             "",
@@ -61,8 +61,7 @@ def model_card(
             "",
             "## Configuration",
             "",
-            *_table(config.to_dict()),
-            "",
+            *(line for one in configs for line in (*_table(one.to_dict()), "")),
             "## Training",
             "",
             *(_table({**facts, **metrics}) if facts or metrics else ["Nothing was recorded."]),

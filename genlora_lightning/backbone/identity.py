@@ -157,7 +157,7 @@ def compare_bases(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     return problems
 
 
-def require_same_base(stored: dict[str, Any], present: dict[str, Any], what: str, base_check: BaseCheck) -> None:
+def require_same_base(stored: dict[str, Any], present: dict[str, Any], what: str, base_check: BaseCheck) -> bool:
     """Refuse another base than the one that was trained on, or warn of it.
 
     Args:
@@ -165,6 +165,9 @@ def require_same_base(stored: dict[str, Any], present: dict[str, Any], what: str
         present: Identity of the base at hand.
         what: What was trained, for the message: ``"The adapter in runs/a"``.
         base_check: ``"error"``, ``"warn"``, or ``"off"``: do not look.
+
+    Returns:
+        Whether it is proved to be the same.
 
     Raises:
         WrongBaseError: It is another base; the message names both and how they differ.
@@ -174,14 +177,14 @@ def require_same_base(stored: dict[str, Any], present: dict[str, Any], what: str
         raise ValueError(f"`base_check` must be 'error', 'warn' or 'off', got {base_check!r}.")
     problems = [] if base_check == "off" else compare_bases(stored, present)
     if not problems:
-        return
+        return base_check != "off"
     message = (
         f"{what} was trained on another base: on {describe_base(stored)}; this one is {describe_base(present)}. "
         f"{'; '.join(problems)}."
     )
     if base_check == "warn":
         warnings.warn(f"{message} It is loaded all the same.", stacklevel=3)
-        return
+        return False
     raise WrongBaseError(
         f"{message} Nothing was loaded. Load it into the base it was trained on; if you know that this one is right, "
         'give base_check="warn" or "off" (--base-check on the command line).'

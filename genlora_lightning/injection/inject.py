@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from genlora_lightning.adapters.base import adapter_modules
 from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.adapters.low_rank import RankKind, effective_rank
+from genlora_lightning.injection.foreign import (
+    check_no_foreign_adapters,
+    save_by_base_names,
+    stop_saving_by_base_names,
+)
 from genlora_lightning.injection.full_training import stop_training_in_full, train_in_full, trained_modules
-from genlora_lightning.injection.report import InjectionReport, InjectionRow
+from genlora_lightning.injection.heads import last_if_new
+from genlora_lightning.injection.report import BESIDE_PARTS, InjectionReport, InjectionRow
 from genlora_lightning.injection.targets import match_modules, select_targets
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
 from genlora_lightning.layers.adapted import AdaptedLayer
@@ -35,6 +43,11 @@ def adapter_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)}
 
 
+def count_linears(model: nn.Module) -> int:
+    """How many modules of a model could be adapted, or are: what tells it from a larger one of the same kind."""
+    return sum(matrix_shape(module) is not None for module in model.modules())
+
+
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by their full names, without those of modules trained in full."""
     return {
@@ -45,12 +58,17 @@ def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def adapter_config(model: nn.Module) -> AdapterConfig:
-    """The configuration the model's adapters were made with.
+    """The configuration the model's adapters were made with; of several (:func:`adapter_configs`) the first.
 
     Raises:
         ValueError: The model has no adapters.
     """
     return next(iter(require_adapters(model).values())).config
+
+
+def adapter_configs(model: nn.Module) -> dict[str, AdapterConfig]:
+    """The configuration of each adapted layer by its name; parts that were adapted one by one have their own."""
+    return {name: layer.config for name, layer in adapter_layers(model).items()}
 
 
 def require_adapters(model: nn.Module) -> dict[str, AdaptedLayer]:
@@ -64,21 +82,30 @@ def require_adapters(model: nn.Module) -> dict[str, AdaptedLayer]:
     return layers
 
 
-def check_configuration(model: nn.Module, config: AdapterConfig) -> None:
+def check_configuration(model: nn.Module, config: AdapterConfig | Mapping[str, AdapterConfig]) -> None:
     """Check that a model's adapters, if it has any, were made with a configuration; their dropout may differ.
+
+    Args:
+        model: A model, with adapters or without.
+        config: The configuration, or that of each adapted layer by name; other layers are not compared then.
 
     Raises:
         ValueError: With another one; the message says how they differ.
     """
-    if not adapter_layers(model):
-        return
-    differences = adapter_config(model).differences(config)
-    if differences:
-        listed = ", ".join(f"{key}: {here!r} there, {asked!r} asked for" for key, (here, asked) in differences.items())
-        raise ValueError(
-            f"The model already has adapters made with another configuration ({listed}). "
-            "Call `remove_adapters(model)` first."
-        )
+    present = adapter_configs(model)
+    several = len({id(there) for there in present.values()}) > 1
+    for name, there in present.items():
+        wanted = config if isinstance(config, AdapterConfig) else config.get(name, there)
+        differences = there.differences(wanted)
+        if differences:
+            listed = ", ".join(
+                f"{key}: {here!r} there, {asked!r} asked for" for key, (here, asked) in differences.items()
+            )
+            where = f"; at {name}: its parts were adapted one by one" if several else ""
+            raise ValueError(
+                f"The model already has adapters made with another configuration ({listed}{where}). "
+                "Call `remove_adapters(model)` first."
+            )
 
 
 @torch.no_grad()
@@ -92,18 +119,21 @@ def effective_ranks(model: nn.Module, kind: RankKind = "entropy") -> dict[str, f
 
 
 def inject_adapters(
-    model: nn.Module, config: AdapterConfig, *, generator: torch.Generator | None = None
+    model: nn.Module, config: AdapterConfig | Mapping[str, Any], *, generator: torch.Generator | None = None
 ) -> InjectionReport:
     """Freeze a model and put an adapter on each linear that the configuration names, in place.
 
     Nothing is changed if an error is raised. A second call with an equal configuration changes nothing and reports
-    again. A linear that stands in several places gets one adapter; weights that are tied stay tied.
+    again. A linear that stands in several places gets one adapter; weights that are tied stay tied. Parts of a model
+    may be adapted one by one, each with a configuration of its own.
 
     Args:
         model: Any module whose linears are ``nn.Linear`` or transformers' ``Conv1D``.
-        config: Which linears are adapted, and how. ``"all-linear"`` leaves out output heads (what a transformers model
-            has outside its ``base_model``, and linears tied to an embedding), modules trained in full, and linears
-            whose module reads their weight without calling them (``nn.MultiheadAttention``'s ``out_proj``).
+        config: Which linears are adapted, and how; also as a dictionary. ``"all-linear"`` leaves out output heads (what
+            a transformers model has outside its ``base_model``, linears beside such a model or tied to an embedding,
+            and linears with the values that they were made with while most others were trained), modules trained in
+            full, and linears whose module reads their weight without calling them (``nn.MultiheadAttention``'s
+            ``out_proj``, Mamba's ``dt_proj``).
         generator: Random number generator for the initial values; torch's default one if ``None``.
 
     Returns:
@@ -111,25 +141,23 @@ def inject_adapters(
 
     Raises:
         ValueError: A name matches nothing (the message lists names that are near), the model has no linear at all, a
-            named module is no linear, there are more groups than entries, or other adapters are already there.
+            named module is no linear, there are more groups than entries, or other adapters are already there, ours
+            or another library's.
 
     Note:
         In a process group, every rank must start from the same values: use the same seed, or broadcast afterwards
         (the GenLoRAFinetuning callback sees to it).
     """
+    config = read_config(config)
     existing = adapter_layers(model)
     if existing:
         check_configuration(model, config)
-        present = adapter_config(model)
-        if present.dropout != config.dropout:  # a matter of this run, not of the adapter
-            changed = replace(present, dropout=config.dropout)
-            for layer in existing.values():
-                layer.set_dropout(changed)
-        _set_trainable(model)
-        return _report(model, noted(model, _SKIPPED, {}))
+        return _go_on(model, dict.fromkeys(existing, config))
     if matrix_shape(model) is not None:
         raise ValueError("The model is itself a linear layer, which cannot be replaced in place: put it into a module.")
 
+    _check_initialized(model)
+    check_no_foreign_adapters(model)
     linears = {name: module for name, module in model.named_modules() if matrix_shape(module) is not None}
     if not linears:
         raise ValueError(
@@ -138,19 +166,90 @@ def inject_adapters(
         )
     trained = match_modules(model, config.modules_to_train, "modules_to_train")
     targets, skipped = select_targets(model, linears, config, trained)
-    for name, module in targets.items():
+    config = replace(config)  # the caller may go on to change the lists of theirs
+    return _put_in(model, {name: (module, config) for name, module in targets.items()}, trained, skipped, generator)
+
+
+def inject_layers(model: nn.Module, configs: Mapping[str, AdapterConfig], trained: Iterable[str]) -> InjectionReport:
+    """Put adapters on exactly the named layers, as a file lists them, whatever their configurations would choose.
+
+    Args:
+        model: A model, with the same adapters or without.
+        configs: The configuration of each layer, by its name.
+        trained: Names of the modules that are trained in full.
+
+    Returns:
+        What was adapted and trained in full.
+
+    Raises:
+        ValueError: A name is not that of a linear, or of a module, or other adapters are already there. Nothing is
+            changed then.
+    """
+    if adapter_layers(model):
+        check_configuration(model, configs)
+        return _go_on(model, configs)
+    check_no_foreign_adapters(model)
+    modules = dict(model.named_modules())
+    absent = [name for name in configs if name not in modules or matrix_shape(modules[name]) is None]
+    absent += [name for name in trained if name not in modules]
+    if absent:
+        raise ValueError(f"It has no place for {len(absent)} of the modules, {absent[0]} among them.")
+    layers = {name: (modules[name], config) for name, config in configs.items()}
+    return _put_in(model, layers, {name: modules[name] for name in trained}, {}, None)
+
+
+def _check_initialized(model: nn.Module) -> None:
+    lazy = next((name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
+    if lazy is not None:
+        raise ValueError(
+            f"{lazy} has no shape yet, as its module is lazy. Run one forward of the model on a batch first, with "
+            "Lightning in `configure_model`."
+        )
+
+
+def _put_in(
+    model: nn.Module,
+    layers: dict[str, tuple[nn.Module, AdapterConfig]],
+    trained: dict[str, nn.Module],
+    skipped: dict[str, str],
+    generator: torch.Generator | None,
+) -> InjectionReport:
+    for name, (module, config) in layers.items():
         shape = matrix_shape(module)
         assert shape is not None
-        config.check_shape(shape, name)
-
-    config = replace(config)  # the caller may go on to change the lists of theirs
+        try:
+            config.check_shape(shape, name)
+        except ValueError as error:
+            if module is not last_if_new(model):
+                raise
+            raise ValueError(
+                f"{error} If it is a new head, name it in `modules_to_train`, and it is trained in full."
+            ) from error
     model.requires_grad_(False)
-    replacements = {id(module): adapt(module, config, generator) for module in targets.values()}
-    _replace(model, replacements)
+    _replace(model, {id(module): adapt(module, config, generator) for module, config in layers.values()})
     train_in_full(model, list(trained.values()))
     _disable_fast_paths(model)
     share_generation(model)
+    save_by_base_names(model)
     note(model, _SKIPPED, skipped)
+    return _report(model, skipped)
+
+
+def _go_on(model: nn.Module, configs: Mapping[str, AdapterConfig]) -> InjectionReport:
+    """Take the adapters that are there, with the dropout of the configurations: a matter of this run, not of theirs."""
+    changed: dict[tuple[int, float], AdapterConfig] = {}
+    for name, layer in adapter_layers(model).items():
+        present = layer.config
+        dropout = configs[name].dropout if name in configs else present.dropout
+        if present.dropout != dropout:
+            layer.set_dropout(changed.setdefault((id(present), dropout), replace(present, dropout=dropout)))
+    _set_trainable(model)
+    skipped = noted(model, _SKIPPED)
+    if skipped is None:  # a part of it was adapted, or each of some
+        taken = {id(layer.base_layer) for layer in adapter_layers(model).values()}
+        taken |= {id(inner) for module in trained_modules(model).values() for inner in module.modules()}
+        linears = {name: m for name, m in model.named_modules() if matrix_shape(m) is not None}
+        skipped = {name: BESIDE_PARTS for name, module in linears.items() if id(module) not in taken}
     return _report(model, skipped)
 
 
@@ -182,6 +281,7 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
             layer.unmerge()
         restore_dtypes(model)
     stop_sharing_generation(model)
+    stop_saving_by_base_names(model)
     _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
     for module in trained_modules(model).values():
         stop_training_in_full(module)
@@ -242,6 +342,12 @@ def _disable_fast_paths(model: nn.Module) -> None:
             put_on(module, **off)
 
 
+def _possible_head(model: nn.Module) -> str | None:
+    name, layer = list(adapter_layers(model).items())[-1]
+    last = last_if_new(model)
+    return name if last is not None and last is layer.base_layer else None
+
+
 def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
     adapted = tuple(
         InjectionRow(
@@ -271,4 +377,5 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
         trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         total_parameters=sum(p.numel() for p in model.parameters()),
         lora_parameters=sum(row.lora_parameters for row in adapted),
+        possible_head=_possible_head(model),
     )

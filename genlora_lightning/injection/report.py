@@ -5,8 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from genlora_lightning.injection.targets import NEW_HEAD, STACK
+from genlora_lightning.injection.heads import NEW_HEAD, NEW_LINEAR, UNTIED
+from genlora_lightning.injection.targets import STACK
 from genlora_lightning.text import text_table
+
+# Why modules were left alone, where the summary says it.
+BESIDE_PARTS = "adapters were put into a part of the model before, and not here"
+_IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, UNTIED, STACK, BESIDE_PARTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,7 @@ class InjectionReport:
         trainable_parameters: Number of trainable values in the whole model.
         total_parameters: Number of all values in the model, adapters included; tied weights count once.
         lora_parameters: What LoRA of the same rank would train in place of the adapters.
+        possible_head: The name of the last linear, if it is adapted and its values are those it was made with.
     """
 
     title: str
@@ -41,6 +47,7 @@ class InjectionReport:
     trainable_parameters: int
     total_parameters: int
     lora_parameters: int
+    possible_head: str | None = None
 
     @property
     def adapter_parameters(self) -> int:
@@ -57,9 +64,14 @@ class InjectionReport:
         if self.trained:
             names = ", ".join(row.module for row in self.trained)
             text += f"Trained in full: {names} ({sum(r.trainable_parameters for r in self.trained):,}). "
-        for reason in (NEW_HEAD, STACK):
+        for reason in _IN_SUMMARY:
             names = _some([name for name, given in self.skipped.items() if given == reason])
             text += f"Left alone: {names} ({reason}). " if names else ""
+        if self.possible_head is not None:
+            text += (
+                f"The last linear, {self.possible_head}, is adapted and has the values it was made with: if it is a "
+                "new head, name it in `modules_to_train`. "
+            )
         return text + f"Trainable: {self.trainable_parameters:,} of {self.total_parameters:,} ({share:.3f} %)."
 
     def table(self, *, collapse: bool = True) -> str:
@@ -82,7 +94,7 @@ class InjectionReport:
         for name, reason in self.skipped.items():
             by_reason.setdefault(reason, []).append(name)
         for reason, names in by_reason.items():
-            if reason not in (NEW_HEAD, STACK):  # which the summary tells
+            if reason not in _IN_SUMMARY:  # which the summary tells
                 text.append(f"left alone: {_some(names)} ({reason})")
         return "\n".join([*text, self.summary()])
 

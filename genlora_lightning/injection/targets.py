@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
-from genlora_lightning.layers.sites import matrix_shape
+from genlora_lightning.injection.heads import UNTIED, output_heads
+from genlora_lightning.injection.uncalled import uncalled_linears
 
-# Reasons for leaving a module alone that its user should know of.
-NEW_HEAD = "output head; if it is new, name it in `modules_to_train`"
+# A reason for leaving a module alone that its user should know of.
 STACK = "several matrices in one parameter, as in a mixture of experts, are no nn.Linear"
 
 
@@ -59,23 +59,18 @@ def select_targets(
     excluded = match_modules(model, config.exclude_modules, "exclude_modules")
     inside_excluded = {id(m) for module in excluded.values() for m in module.modules()}
     inside_trained = {id(m) for module in trained.values() for m in module.modules()}
-    uncalled = {
-        id(child)
-        for module in model.modules()
-        if isinstance(module, nn.MultiheadAttention)
-        for child in module.modules()
-    }
+    uncalled = uncalled_linears(model)
     names = _all_names(model)
     candidates: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
-    heads = _output_heads(model) if config.target_modules == ALL_LINEAR else {}
+    heads = output_heads(model) if config.target_modules == ALL_LINEAR else {}
     for name, module in linears.items():
         if id(module) in inside_trained:
             skipped[name] = "trained in full"
         elif id(module) in inside_excluded:
             skipped[name] = "in `exclude_modules`"
         elif id(module) in uncalled:
-            skipped[name] = "nn.MultiheadAttention reads its weight without calling it"
+            skipped[name] = f"{uncalled[id(module)]} reads its weight without calling it"
         elif id(module) in heads:
             skipped[name] = heads[id(module)]
         else:
@@ -109,7 +104,7 @@ def select_targets(
             + (f" Left out were {reasons}." if reasons else "")
             + f" {_near(str(config.target_modules), linears)}"
         )
-    return targets, skipped
+    return targets, skipped | _untied(model, inside_trained)
 
 
 def _unmatched_target(model: nn.Module, pattern: str, candidates: dict[str, nn.Module], skipped: dict[str, str]) -> str:
@@ -121,6 +116,13 @@ def _unmatched_target(model: nn.Module, pattern: str, candidates: dict[str, nn.M
             inner = sorted({n.rsplit(".", 1)[-1] for n in candidates if n.startswith(f"{name}.")})
             hint = f" Name its linears: {inner}." if inner else ""
             return f"`target_modules` names {pattern!r}, but {name} is a {type(module).__name__}, not a linear.{hint}"
+    for name, parameter in model.named_parameters():
+        if _named(name, [pattern]):
+            what = ": matrices in one, as of experts, are not supported yet" if parameter.dim() > 2 else ", no linear"
+            return (
+                f"`target_modules` names {pattern!r}, but {name} is a parameter of shape {tuple(parameter.shape)}"
+                f"{what}. {_near(pattern, candidates)}"
+            )
     return f"`target_modules` names {pattern!r}, which no linear matches. {_near(pattern, candidates)}"
 
 
@@ -131,8 +133,18 @@ def _near(pattern: str, modules: dict[str, nn.Module]) -> str:
     close += [name for name in difflib.get_close_matches(pattern, modules, n=3, cutoff=0.6) if name not in close]
     if close:
         return f"Near matches: {', '.join(close)}."
-    names = sorted(name for name in last_parts if not name.isdigit())
+    names = sorted(name for name in last_parts if name and not name.isdigit()) or [name for name in modules if name]
     return f"There are: {', '.join(names[:20])}{', …' if len(names) > 20 else ''}."
+
+
+def _untied(model: nn.Module, trained: set[int]) -> dict[str, str]:
+    """Modules whose weight is tied to one of a module trained in full, and will not be any more."""
+    weights = {id(p) for m in model.modules() if id(m) in trained for p in m.parameters(recurse=False)}
+    return {
+        name: UNTIED
+        for name, module in model.named_modules()
+        if id(module) not in trained and any(id(p) in weights for p in module.parameters(recurse=False))
+    }
 
 
 def _stacks_of_matrices(model: nn.Module, settled: set[int]) -> dict[str, str]:
@@ -145,20 +157,3 @@ def _stacks_of_matrices(model: nn.Module, settled: set[int]) -> dict[str, str]:
             if parameter.dim() > 2 and parameter.shape[0] > 1 and min(parameter.shape[-2:]) > 1:
                 found[name] = STACK
     return found
-
-
-def _output_heads(model: nn.Module) -> dict[int, str]:
-    """The linears that are output heads (by id), with the reason why they are taken for one."""
-    heads: dict[int, str] = {}
-    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for module in model.modules():
-        if matrix_shape(module) is not None and id(module.weight) in embeddings:
-            heads[id(module)] = "output head, tied to an embedding"
-        # A transformers model says by itself what its body is; asked by attribute, so that we need not import it.
-        body = getattr(module, "base_model", None) if hasattr(module, "base_model_prefix") else None
-        if isinstance(body, nn.Module) and body is not module:
-            inside = {id(m) for m in body.modules()}
-            for child in module.modules():
-                if matrix_shape(child) is not None and id(child) not in inside:
-                    heads.setdefault(id(child), NEW_HEAD)
-    return heads

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from genlora_lightning.backbone.identity import base_model_name
 from genlora_lightning.backbone.tasks import class_tasks, is_transformers_model, transformers_base
 from genlora_lightning.injection.full_training import trained_modules
-from genlora_lightning.injection.inject import adapter_config, adapter_layers, require_adapters
+from genlora_lightning.injection.inject import adapter_configs, adapter_layers, require_adapters
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.linear import is_conv1d
 from genlora_lightning.layers.sites import matrix_shape
@@ -38,6 +39,9 @@ _IMPLIED_HEADS = {
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+# PEFT refuses a LoRA on these linears of models of these types, whose fused kernels read their weights.
+_REFUSED_BY_PEFT = {"conv1d", "out_proj"}
+_MAMBA_TYPES = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,24 +124,28 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         Rank, energy kept and bytes of each layer, and the flag that a server needs.
 
     Raises:
-        ValueError: The model has no adapters, ``rank`` is not in 1 … the adapter's rank, a value is not finite, or an
-            adapted linear stands in several places of the model, which the format cannot say.
+        ValueError: The model has no adapters, ``rank`` is not in 1 … the adapter's rank, a value is not finite, an
+            adapted linear stands in several places of the model, which the format cannot say, or PEFT is known to
+            refuse a LoRA on it.
         FileExistsError: ``folder`` exists and is not an export of ours.
         OSError: It cannot be written; then nothing is left behind.
     """
     require_adapters(model)
-    full_rank = adapter_config(model).rank
+    full_rank = max(config.rank for config in adapter_configs(model).values())
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full_rank):
         raise ValueError(f"`rank` must be an integer from 1 to the adapter's rank {full_rank}, got {rank!r}.")
     check_replaceable(folder, _is_export, "LoRA adapter")
     base = transformers_base(model) or model
     layers = adapter_layers(base)
     _check_places(base)
+    _check_taken_by_peft(base, layers)
 
     state: dict[str, Tensor] = {}
     rows = []
+    settings = _lora_settings(layers, rank)
     for name, layer in layers.items():
-        A, B, energy = _exported_factors(layer, rank if rank is not None else full_rank)
+        own = layer.config.rank
+        A, B, energy = _exported_factors(layer, own if rank is None else min(rank, own), 1.0 if settings else None)
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"The update of {name} holds NaN or infinite values; nothing was exported.")
         state[f"{_PREFIX}{name}.lora_A.weight"] = A
@@ -150,28 +158,38 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
             state[f"{_PREFIX}{name}.{key}"] = stored
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     task = _task_type(base, list(layers), list(trained))
-    config = _peft_config(base, layers, list(trained), task, rows[0].rank)
+    config = _peft_config(base, layers, list(trained), task, {row.module: row.rank for row in rows}, settings)
 
     def write(staging: Path) -> None:
         save_file(state, staging / WEIGHTS_FILE, metadata={"format": "pt", _MARK: "1"})
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     path = write_folder(folder, write, _is_export, "LoRA adapter")
-    return LoRAExport(folder=path, rank=rows[0].rank, rows=tuple(rows), modules_to_save=tuple(trained), task_type=task)
+    return LoRAExport(folder=path, rank=config["r"], rows=tuple(rows), modules_to_save=tuple(trained), task_type=task)
 
 
-def _exported_factors(layer: AdaptedLayer, rank: int) -> tuple[Tensor, Tensor, float]:
+def _lora_settings(layers: dict[str, AdaptedLayer], rank: int | None) -> dict[str, Any] | None:
+    """PEFT's words for the scaling, if they say it for all layers; else it is multiplied into B."""
+    configs = {id(layer.config): layer.config for layer in layers.values()}
+    (config, *others) = configs.values()
+    return None if others or rank not in (None, config.rank) else config.lora_settings()
+
+
+def _exported_factors(layer: AdaptedLayer, rank: int, scaling: float | None) -> tuple[Tensor, Tensor, float]:
     A, B = layer.factors()
-    is_whole = rank == layer.config.rank
-    if not (is_whole and layer.config.lora_settings()):
-        B = layer.scaling * B
-    if is_whole or not (A.isfinite().all() and B.isfinite().all()):
+    B = (layer.scaling if scaling is None else scaling) * B
+    if rank == layer.config.rank or not (A.isfinite().all() and B.isfinite().all()):
         return A, B, 1.0
     return truncate_factors(A, B, rank)
 
 
 def _peft_config(
-    base: nn.Module, layers: dict[str, AdaptedLayer], trained: list[str], task: str | None, rank: int
+    base: nn.Module,
+    layers: dict[str, AdaptedLayer],
+    trained: list[str],
+    task: str | None,
+    ranks: dict[str, int],
+    settings: dict[str, Any] | None,
 ) -> dict[str, Any]:
     # PEFT takes a name also as the end of a longer name; linears that it would adapt beside ours are excluded.
     others = [
@@ -181,13 +199,16 @@ def _peft_config(
         and not name.endswith(".base_layer")
         and any(name.endswith(f".{own}") for own in layers)
     ]
-    settings = adapter_config(base).lora_settings() if rank == adapter_config(base).rank else None
+    rank = max(ranks.values())
+    lower = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank}
     return {
         "peft_type": "LORA",
         "task_type": task,
         "base_model_name_or_path": base_model_name(base),
         "r": rank,
         **(settings or {"lora_alpha": rank}),
+        # Of parts that were adapted one by one; the scaling, alpha/r, is 1 for all.
+        **({"rank_pattern": lower, "alpha_pattern": lower} if lower else {}),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
@@ -229,6 +250,17 @@ def _check_places(base: nn.Module) -> None:
                 "one of them; nothing was exported. Merge the adapter into the base instead."
             )
         first[id(module)] = name
+
+
+def _check_taken_by_peft(base: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
+    model_type = getattr(getattr(base, "config", None), "model_type", None)
+    refused = [name for name in layers if name.rpartition(".")[2] in _REFUSED_BY_PEFT]
+    if model_type in _MAMBA_TYPES and refused:
+        raise ValueError(
+            f"PEFT refuses a LoRA on {len(refused)} of the adapted linears ({refused[0]}) in a model of type "
+            f"{model_type!r}, so nothing was exported. Merge the adapter into the base (`save_merged`), or train it "
+            f"with `exclude_modules={sorted({name.rpartition('.')[2] for name in refused})}`."
+        )
 
 
 def _is_export(folder: Path) -> bool:

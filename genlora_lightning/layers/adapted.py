@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from typing_extensions import override
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, WeightUpdate
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.layers.factors import FactorStore
+from genlora_lightning.layers.obstacles import obstacle_in_hooks, obstacle_in_weight
 
 
 class AdaptedLayer(nn.Module, ABC):
@@ -62,6 +64,10 @@ class AdaptedLayer(nn.Module, ABC):
     @abstractmethod
     def wanted_dtype(self) -> torch.dtype | None:
         """The dtype in which a forward would use A and B here and now; ``None`` if it would not."""
+
+    def computes_with(self, weight: Tensor) -> bool:
+        """Whether the base layer, with another weight, would give what merging takes for granted."""
+        return True
 
     # -- the update ---------------------------------------------------------------------------------------------------
 
@@ -125,6 +131,13 @@ class AdaptedLayer(nn.Module, ABC):
         """Compute the update ``ΔW (out_features, in_features)`` in the parameters' dtype, float32."""
         return self.update.delta_weight()
 
+    @torch.no_grad()
+    def acts(self) -> bool:
+        """Whether the update is other than the zero that it starts as."""
+        if self.pair is not None:
+            return all(bool(factor.any()) for factor in self.factors())
+        return bool(self.delta_weight().any())
+
     def stored_delta(self) -> Tensor:
         """Compute the update in the layout of the base layer's weight."""
         return self.to_stored(self.delta_weight())
@@ -140,26 +153,27 @@ class AdaptedLayer(nn.Module, ABC):
                 ``None``.
 
         Raises:
-            ValueError: The weight is not stored as an ordinary matrix (quantized or sharded), or the update, or the
-                sum in ``dtype``, is not finite.
+            ValueError: The weight is not stored as an ordinary matrix (quantized, sharded, or computed), the layer
+                has hooks or computes something else with it, or the update, or the sum in ``dtype``, is not finite.
         """
         weight = self.base_weight
+        shape = self.to_stored(torch.empty(self.shape, device="meta")).shape
+        obstacle = obstacle_in_weight(self.base_layer, weight, shape) or obstacle_in_hooks(self.base_layer)
+        if obstacle is not None:
+            raise ValueError(f"Cannot merge into this {type(self.base_layer).__name__}: {obstacle}")
         delta = self.stored_delta()
-        # A quantized or sharded weight may be of a subclass of Tensor that poses as an ordinary matrix.
-        is_plain = isinstance(weight, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
-        if not is_plain or weight.shape != delta.shape or weight.dtype.itemsize < 2:
-            raise ValueError(
-                f"Cannot merge into a {type(self.base_layer).__name__} whose weight is stored as "
-                f"{tuple(weight.shape)} {weight.dtype} ({type(weight.data).__name__}); merging needs "
-                f"{tuple(delta.shape)} floating point values. "
-                "The weight is probably quantized or sharded: load the model unquantized and whole, then merge."
-            )
         compute_dtype = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(delta.device, compute_dtype) + delta.to(compute_dtype)
         merged = total.to(dtype or weight.dtype)
         if not merged.isfinite().all():
             what = "The update" if not delta.isfinite().all() else f"The merged weight in {merged.dtype}"
             raise ValueError(f"{what} holds NaN or infinite values; nothing was merged.")
+        if not self.computes_with(merged.to(weight.dtype)):
+            raise ValueError(
+                f"Cannot merge into this {type(self.base_layer).__name__}: its forward computes something else than "
+                "x·Wᵀ + b, and the update acts beside what it gives, not inside of W. Keep the adapter separate, or "
+                "export it as a LoRA; nothing was merged."
+            )
         return merged
 
     def merge(self, dtype: torch.dtype | None = None) -> None:
@@ -178,7 +192,9 @@ class AdaptedLayer(nn.Module, ABC):
         if self.merged:
             return
         merged = self.merged_weight(dtype)
-        self._unmerged_weight = (self.base_layer.weight,)  # type: ignore[assignment]
+        if not isinstance(self.base_layer.weight, nn.Parameter):  # a buffer, as `remove_parametrizations` leaves it
+            self.base_layer.weight = nn.Parameter(self.weight, requires_grad=False)
+        self._unmerged_weight = (self.base_layer.weight,)
         self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
 
     @torch.no_grad()
@@ -192,6 +208,14 @@ class AdaptedLayer(nn.Module, ABC):
             weight = nn.Parameter(weight.to(current.device, current.dtype), requires_grad=weight.requires_grad)
         self.base_layer.weight = weight
         self._unmerged_weight = ()
+
+    @override
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        # By the names that they have in a base without adapters, too.
+        for name in (*self.base_layer._parameters, *self.base_layer._buffers):
+            if f"{prefix}{name}" in state_dict:
+                state_dict.setdefault(f"{prefix}base_layer.{name}", state_dict.pop(f"{prefix}{name}"))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @override
     def extra_repr(self) -> str:

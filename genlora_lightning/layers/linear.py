@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 from typing_extensions import override
 
+from genlora_lightning.adapters.autograd import in_transform
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.fused import adapted_linear, can_fuse, compute_dtype
@@ -21,6 +23,16 @@ def is_conv1d(module: nn.Module) -> bool:
     """Whether a module is transformers' ``Conv1D`` (GPT-2): a linear whose weight is stored as ``(in, out)``."""
     # By name, so that neither transformers nor its torch-dependent pytorch_utils must be imported to adapt an MLP.
     return any(c.__name__ == "Conv1D" and c.__module__ == "transformers.pytorch_utils" for c in type(module).__mro__)
+
+
+def _own_forward(module: nn.Module) -> type | None:
+    """The class that gives a linear a forward other than that of ``nn.Linear`` or ``Conv1D``; ``None`` if none does."""
+    for cls in type(module).__mro__:
+        if cls is nn.Linear or (cls.__name__ == "Conv1D" and cls.__module__ == "transformers.pytorch_utils"):
+            return None
+        if "forward" in vars(cls) or "__call__" in vars(cls):
+            return cls
+    return None
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -81,11 +93,12 @@ class AdaptedLinear(AdaptedLayer):
             return output + F.linear(self.dropout(x), self.update().to(compute_dtype(x)))
         update: Any = self._modules["update"]
         scaling = update.scaling
-        if not self.fused or torch.jit.is_tracing():  # a trace of functions of our own could not be saved
+        if not self.fused or in_transform():
             output = base(x, *args, **kwargs)
             A, B = pair[0](plain=True), pair[1](plain=True).T
             # The small A and B take x's dtype, never x theirs: a copy of x in float32 would be kept for the backward.
-            return output + scaling * F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
+            update_of_x: Tensor = scaling * F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
+            return output + update_of_x
         # A class that was derived from these may compute something else.
         is_linear = type(base) is nn.Linear
         transposed = not is_linear and type(base).__name__ == "Conv1D" and is_conv1d(base)
@@ -109,9 +122,27 @@ class AdaptedLinear(AdaptedLayer):
         return output + F.linear(scaling * F.linear(self.dropout(x), A), B.T)
 
     @override
+    def computes_with(self, weight: Tensor) -> bool:
+        base, transposed = self.base_layer, is_conv1d(self.base_layer)
+        if "forward" not in vars(base) and _own_forward(base) is None:
+            return True
+        # A class, or somebody who has replaced the forward, may do anything, and mostly does the same: it is tried.
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(8, self.in_features, generator=generator).to(weight.device, weight.dtype)
+        expected = F.linear(x, weight.T if transposed else weight, self.bias)
+        try:
+            given = functional_call(base, {"weight": weight}, (x,))
+        except (TypeError, ValueError, RuntimeError, AttributeError):  # it takes something else
+            return False
+        if not isinstance(given, Tensor) or given.shape != expected.shape:
+            return False
+        error = (given.double() - expected.double()).norm()
+        return bool(error <= 8 * torch.finfo(weight.dtype).eps * expected.double().norm())
+
+    @override
     def wanted_dtype(self) -> torch.dtype | None:
         pair = self.pair
-        if not self.is_active or not self.fused or pair is None or self.update.is_stored:
+        if not self.is_active or not self.fused or pair is None or self.update.is_stored or in_transform():
             return None
         weight = self.weight
         is_narrow = not weight.is_floating_point() or weight.dtype.itemsize < 2  # a quantized one says nothing of x

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from genlora_lightning.adapters.autograd import is_tracing
 from genlora_lightning.adapters.base import Factor
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.factors import ForForward, ModelForward
@@ -74,7 +75,7 @@ def set_fused(model: nn.Module, on: bool) -> None:
     """Have a model's adapters computed by functions with backwards of their own (the default), or by plain autograd.
 
     The two give the same to rounding. The plain path is slower and keeps more for the backward, but can be
-    differentiated twice.
+    differentiated twice. Inside of transforms of ``torch.func`` it is taken by itself.
     """
     for layer in layers_of(model):
         layer.fused = on
@@ -195,7 +196,7 @@ def _may_be_kept(served: list[_Served]) -> bool:
 
 
 def _is_recorded() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or is_tracing()
 
 
 def _is_captured(part: Tensor) -> bool:

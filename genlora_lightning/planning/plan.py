@@ -58,6 +58,7 @@ from genlora_lightning.planning.traffic import (
     Setup,
     Sharding,
     Sizes,
+    Strategy,
     Traffic,
     count_values,
     model_sizes,
@@ -222,16 +223,17 @@ def _simplest(setup: Setup, memory: Callable[[Setup], Memory]) -> Setup:
 
 def _remedy(setup: Setup, memory: Callable[[Setup], Memory]) -> str:
     """What would fit: the least change of gradient checkpointing, strategy and number of GPUs."""
-    strategies = ["fsdp2"] if setup.gpus == 1 else [setup.strategy, "fsdp2"]
+    strategies: list[Strategy] = ["fsdp2"] if setup.gpus == 1 else [setup.strategy, "fsdp2"]
     numbers = [setup.gpus, *(n for n in (2**k for k in range(1, 11)) if n > setup.gpus)]
     for gpus in numbers:
-        for strategy in ["single"] if gpus == 1 else dict.fromkeys(strategies):
+        choices: list[Strategy] = ["single"] if gpus == 1 else [*dict.fromkeys(strategies)]
+        for strategy in choices:
             for checkpointing in dict.fromkeys((setup.gradient_checkpointing, True)):
                 other = dataclasses.replace(
                     setup,
                     gpus=gpus,
                     strategy=strategy,
-                    gradient_checkpointing=checkpointing,  # type: ignore[arg-type]
+                    gradient_checkpointing=checkpointing,
                 )
                 held = memory(other)
                 if _fits(held, other):

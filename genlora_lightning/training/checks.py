@@ -120,7 +120,8 @@ class GradientWatch:
                 return None
             return (
                 f"{len(without)} of {len(layers)} adapters got no gradient at first, {without[0]} among them. That is "
-                "right for modules that the batch did not use (experts); else name them in `exclude_modules`."
+                "right for modules that the batch did not use (experts). A linear whose weight is read without calling "
+                "it never gets one, and its adapter never acts: name it in `exclude_modules`."
             )
         self._zero_steps += 1
         if not reached or self._zero_steps >= self.patience:

@@ -23,13 +23,13 @@ from genlora_lightning import (
 from genlora_lightning.artifacts import adapter_folder, adapter_io
 from genlora_lightning.artifacts.adapter_folder import manifest_bytes, read_adapter, read_adapter_config
 from genlora_lightning.errors import DamagedFileError, WrongBaseError
-from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
+from genlora_lightning.injection.inject import adapter_configs, adapter_layers, adapter_parameters
 from genlora_lightning.storage import atomic
 from genlora_lightning.storage.atomic import find_folder
 from genlora_lightning.storage.digests import sha256
 from tests.conftest import perturb, small_config
 from tests.killing import kill_after, kill_before_step
-from tests.models import tiny_gpt2, tiny_llama
+from tests.models import tiny_gpt2, tiny_llama, tiny_t5
 
 IDS = torch.arange(12).view(2, 6)
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json"]
@@ -367,7 +367,7 @@ def test_nothing_is_injected_into_a_wrong_base(tmp_path, monkeypatch):
     def inject(*_: object) -> None:
         raise AssertionError("adapters were injected into a base that was not proved")
 
-    monkeypatch.setattr("genlora_lightning.artifacts.adapter_io.inject_adapters", inject)
+    monkeypatch.setattr("genlora_lightning.artifacts.adapter_io.inject_layers", inject)
     with pytest.raises(WrongBaseError, match="trained on another base"):
         load_adapter(tiny_llama(hidden_act="relu"), folder)
     with pytest.raises(AssertionError, match="not proved"):  # the right one is
@@ -428,10 +428,93 @@ def test_adapter_goes_on_and_off_a_model_that_has_it_already(tmp_path):
     folder = save_adapter(model, tmp_path / "adapter")
     expected = model(IDS).logits
     perturb(model)
-    load_adapter(model, folder)
+    load_adapter(model, folder, replace=True)
     assert torch.equal(model(IDS).logits, expected)
     remove_adapters(model)
     assert torch.equal(model(IDS).logits, tiny_llama().eval()(IDS).logits)
+
+
+def test_second_adapter_does_not_take_the_first_ones_place_unasked(tmp_path):
+    model = trained()
+    folder = save_adapter(model, tmp_path / "adapter")
+    perturb(model)
+    mine = {name: parameter.clone() for name, parameter in adapter_parameters(model).items()}
+    with pytest.raises(
+        ValueError, match=r"trained or loaded before, model.layers.0.*`replace=True`, or call `remove_ad"
+    ):
+        load_adapter(model, folder)
+    assert all(torch.equal(parameter, mine[name]) for name, parameter in adapter_parameters(model).items())
+    fresh = tiny_llama().eval()
+    inject_adapters(fresh, small_config())
+    load_adapter(fresh, folder)  # there was nothing to lose
+    assert adapter_layers(fresh)["model.layers.0.mlp.up_proj"].acts()
+
+
+# -- parts that were adapted one by one ------------------------------------------------------------------------------
+
+
+def adapted_t5(encoder: dict | None, decoder: dict | None) -> nn.Module:
+    model = tiny_t5().eval().requires_grad_(False)
+    for part, changes in ((model.transformer.encoder, encoder), (model.transformer.decoder, decoder)):
+        if changes is not None:
+            inject_adapters(part, small_config(**changes))
+    perturb(model)
+    return model
+
+
+SEVERAL = {"rank": 8, "target_modules": ["q", "v"], "modules_to_train": ["final_layer_norm"]}
+
+
+@pytest.mark.parametrize(("encoder", "decoder"), [({}, SEVERAL), ({}, None), (SEVERAL, {}), ({}, {})])
+def test_parts_that_were_adapted_one_by_one_are_loaded_from_one_folder(tmp_path, encoder, decoder):
+    model = adapted_t5(encoder, decoder)
+    ids = torch.tensor([[3, 4, 5, 1]])
+    expected = model(input_ids=ids).logits
+    folder = save_adapter(model, tmp_path / "adapter")
+    fresh = tiny_t5().eval()
+    load_adapter(fresh, folder)
+    assert torch.equal(fresh(input_ids=ids).logits, expected)
+    ranks = [{name: config.rank for name, config in adapter_configs(m).items()} for m in (model, fresh)]
+    assert ranks[0] == ranks[1]
+    trainable = [{name for name, p in m.named_parameters() if p.requires_grad} for m in (model, fresh)]
+    assert trainable[0] == trainable[1]
+    stored, card = read_adapter(folder), (folder / "README.md").read_text()
+    for name, layer in adapter_layers(model).items():
+        assert torch.equal(stored.layer(name).delta_weight(), layer.delta_weight())
+        assert f"| rank | {layer.config.rank} |" in card
+    again = save_adapter(fresh, tmp_path / "again")
+    assert (again / "adapter_config.json").read_bytes() == (folder / "adapter_config.json").read_bytes()
+    load_adapter(fresh, folder, replace=True)
+    assert torch.equal(fresh(input_ids=ids).logits, expected)
+
+
+def test_parameters_that_are_trained_and_not_saved_are_a_warning(tmp_path):
+    model = trained()
+    model.model.norm.requires_grad_(True)
+    with pytest.warns(
+        UserWarning,
+        match=r"1 trainable parameters, model.norm.weight among .* name their modules in `modules_to_train`",
+    ):
+        save_adapter(model, tmp_path / "adapter")
+
+
+def test_adapters_that_could_not_be_loaded_do_not_replace_the_older_folder(tmp_path):
+    model = trained()
+    folder = save_adapter(model, tmp_path / "adapter")
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    layer = adapter_layers(model)["model.layers.0.mlp.up_proj"]
+    layer.update.A.latent = nn.Parameter(torch.zeros(3, 2))
+    with pytest.raises(
+        ValueError, match=r"could not be loaded from .*, and was not saved: .*up_proj.update.A.latent has another shape"
+    ):
+        save_adapter(model, folder)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
+def test_saving_takes_no_random_numbers(tmp_path):
+    model, state = trained(), torch.get_rng_state()
+    save_adapter(model, tmp_path / "adapter")
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # -- killed writers --------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import errno
 from typing import Any
@@ -119,6 +120,29 @@ def test_checkpoint_becomes_an_adapter_folder(tmp_path, trained, whole):
     fresh: Any = PlainMLP() if whole else PlainMLP().net
     load_adapter(fresh, tmp_path / "folder")
     assert torch.equal(fresh(X), module(X))
+
+
+@pytest.mark.parametrize("source", ["x.ckpt", "adapter", "folder"])
+def test_run_of_a_module_of_which_a_part_was_adapted_before_is_loaded(tmp_path, trained, source):
+    module = PlainMLP()
+    module.net[1] = nn.Sequential(nn.Linear(16, 16), nn.Tanh())
+    fresh, whole = copy.deepcopy(module), copy.deepcopy(module.net)
+    inject_adapters(module.net[1], small_config())
+    run = trainer(tmp_path, GenLoRAFinetuning(small_config()), max_epochs=3)
+    run.fit(module, mlp_loader())
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    assert list(adapter_layers(module)) == ["net.1.0"]
+    assert adapter_layers(module)["net.1.0"].acts()
+    if source == "folder":
+        convert_checkpoint(tmp_path / "x.ckpt", whole, tmp_path / "folder")
+        load_adapter(fresh.net, tmp_path / "folder")
+    else:
+        load_module(fresh, tmp_path / source)
+    assert torch.equal(fresh(X), module.eval()(X))
+    larger = PlainMLP()
+    larger.net[1] = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_module(larger, tmp_path / "x.ckpt", base_check="off")
 
 
 @pytest.mark.parametrize("source", ["x.ckpt", "adapter"])

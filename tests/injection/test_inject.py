@@ -83,6 +83,30 @@ def test_second_injection_changes_nothing_and_another_configuration_is_an_error(
         inject_adapters(model, small_config(rank=5))
 
 
+def test_parts_with_configurations_of_their_own_are_refused_where_one_is_asked_for():
+    model = Net()
+    inject_adapters(model.blocks[0], small_config())
+    inject_adapters(model.blocks[1], small_config(rank=5))
+    with pytest.raises(ValueError, match=r"\(rank: 5 there, 4 asked for; at blocks.1.0: its parts were adapted one by"):
+        inject_adapters(model, small_config())
+
+
+def test_whole_of_which_a_part_was_adapted_before_says_what_is_left_alone():
+    model = Net()
+    inject_adapters(model.blocks[0], small_config())
+    report = inject_adapters(model, small_config())
+    assert [row.module for row in report.adapted] == ["blocks.0.0", "blocks.0.2"]
+    assert "Left alone: blocks.1.0, blocks.1.2, head (adapters were put into a part of the model before" in str(report)
+
+
+def test_configuration_may_be_a_dictionary():
+    model = Net()
+    inject_adapters(model, {"rank": 3, "num_groups_b": 2, "kind": "genlora"})
+    assert adapter_config(model).rank == 3
+    with pytest.raises(ValueError, match=r"Unknown GenLoRAConfig fields \['r'\]. PEFT's `r` is `rank` here"):
+        inject_adapters(Net(), {"r": 3})
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -101,7 +125,7 @@ def test_second_injection_changes_nothing_and_another_configuration_is_an_error(
         ),
         (
             {"num_groups_a": 9},
-            r"`num_groups_a` is 9, but blocks.0.0 has only 8 inputs .* Lower `num_groups_a` to 8 or add '0'",
+            r"`num_groups_a` is 9, but blocks.0.0 has only 8 inputs .* Lower `num_groups_a` to 8 or add 'blocks.0.0'",
         ),
     ],
 )
@@ -135,6 +159,14 @@ def test_configuration_out_of_a_file_is_the_one_it_was_made_from():
 def test_model_without_linears_is_an_error():
     with pytest.raises(ValueError, match=r"This Sequential has no nn.Linear or Conv1D to adapt"):
         inject_adapters(nn.Sequential(nn.Conv2d(3, 4, 3)), small_config())
+
+
+def test_lazy_linear_is_an_error_that_says_what_to_do():
+    model = nn.Sequential(nn.LazyLinear(8), nn.ReLU(), nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=r"0.weight has no shape yet, .* Run one forward of the model"):
+        inject_adapters(model, small_config())
+    model(torch.zeros(1, 4))
+    assert len(inject_adapters(model, small_config()).adapted) == 2
 
 
 def test_linear_as_the_whole_model_is_an_error():

@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from genlora_lightning import (
     GenLoRAConfig,
@@ -55,6 +58,121 @@ def test_reported_drift_equals_a_slow_computation(kind, dtype, monkeypatch):
         assert row.relative_error < 1e-4 or dtype != torch.float32
     assert report.worst.module in str(report)
     assert report.worst.relative_error == max(row.relative_error for row in report.rows)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) * 0.5
+
+
+class Untouched(nn.Linear):
+    """Computes what ``nn.Linear`` does, in its own words, as FalconLinear does."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T + self.bias
+
+
+def replaced(factor: float):
+    def make(inputs: int, outputs: int) -> nn.Module:
+        linear = nn.Linear(inputs, outputs)
+        original = linear.forward
+        linear.forward = lambda x: factor * original(x)
+        return linear
+
+    return make
+
+
+def hooked(inputs: int, outputs: int) -> nn.Module:
+    linear = nn.Linear(inputs, outputs)
+    linear.register_forward_hook(lambda module, args, output: 2 * output)
+    return linear
+
+
+class Rounded(nn.Linear):
+    """Rounds its weight in each forward, as BitNet's linears do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = self.weight.abs().mean()
+        return nn.functional.linear(x, scale * (self.weight / scale).round().clamp(-1, 1), self.bias)
+
+
+def with_adapters(make) -> nn.Module:
+    model = nn.Sequential(make(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    inject_adapters(model, small_config())
+    perturb(model)
+    return model
+
+
+def pruned(linear: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(linear, "weight", 0.5)
+
+
+REMOVED = 'parametrize.remove_parametrizations(base_layer, "weight")'
+OTHER = "its forward computes something else than x·Wᵀ"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (Scaled, f"Cannot merge into this Scaled: {OTHER}"),
+        (Rounded, f"Cannot merge into this Rounded: {OTHER}"),
+        (replaced(2.0), f"Cannot merge into this Linear: {OTHER}"),
+        (hooked, r"this Linear: it has forward hooks \(hooked.<locals>.<lambda>\).* Remove them, merge"),
+    ],
+)
+def test_linear_that_computes_something_else_is_not_merged(make, message, tmp_path):
+    model = with_adapters(make)
+    x = torch.randn(4, 8)
+    expected = model(x)
+    with pytest.raises(ValueError, match=message):
+        merge_adapters(model)
+    with pytest.raises(ValueError, match=message), adapters_merged(model):
+        pass
+    assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [Untouched, replaced(1.0)])
+@pytest.mark.filterwarnings("ignore::genlora_lightning.errors.MergeRoundingWarning")
+def test_linear_that_computes_the_same_in_other_words_is_merged(make, dtype):
+    model = with_adapters(make).to(dtype)
+    x, state = torch.randn(4, 8, dtype=dtype), torch.get_rng_state()
+    expected = model(x)
+    merge_adapters(model)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(model(x), expected, rtol=0.1, atol=0.1 if dtype != torch.float32 else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "names", "remedy"),
+    [
+        (weight_norm, "parametrizations.weight.original0", REMOVED),
+        (spectral_norm, "parametrizations.weight.original", REMOVED),
+        (nn.utils.weight_norm, "weight_g, weight_v", "remove_weight_norm(base_layer)"),
+        (nn.utils.spectral_norm, "weight_orig", "remove_spectral_norm(base_layer)"),
+        (pruned, "weight_orig", 'prune.remove(base_layer, "weight")'),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+def test_weight_that_is_computed_is_not_merged_before_it_is_one_of_its_own(make, names, remedy):
+    model = with_adapters(lambda inputs, outputs: make(nn.Linear(inputs, outputs)))
+    with pytest.raises(ValueError, match=re.escape("its weight is computed in each forward, from " + names)) as error:
+        merge_adapters(model)
+    assert f"`torch.nn.utils.{remedy}`" in str(error.value)
+    x = torch.randn(4, 8)
+    expected = model(x)
+    eval(f"torch.nn.utils.{remedy}", {"torch": torch, "base_layer": model[0].base_layer})
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), expected)
+    unmerge_adapters(model)
+    assert torch.equal(model(x), expected)
+
+
+def test_weight_without_memory_is_not_merged():
+    model = nn.Sequential(nn.Linear(8, 8, device="meta"), nn.Linear(8, 8))
+    inject_adapters(model, small_config())
+    with pytest.raises(ValueError, match="0: Cannot merge into this Linear: its weight has no memory"):
+        merge_adapters(model)
 
 
 def test_update_that_bfloat16_rounds_away_is_a_warning_and_float32_keeps_it():

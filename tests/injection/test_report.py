@@ -1,7 +1,7 @@
 from __future__ import annotations
 
+from genlora_lightning.injection.heads import NEW_HEAD
 from genlora_lightning.injection.report import InjectionReport, InjectionRow
-from genlora_lightning.injection.targets import NEW_HEAD
 
 
 def row(name: str, shape: str = "(4, 4)") -> InjectionRow:

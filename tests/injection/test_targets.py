@@ -5,9 +5,11 @@ import torch
 from torch import nn
 
 from genlora_lightning import inject_adapters
+from genlora_lightning.injection.heads import UNTIED
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.injection.targets import STACK, match_modules
 from tests.conftest import small_config
+from tests.models import tiny_llama
 
 
 def model() -> nn.Module:
@@ -56,3 +58,65 @@ def test_experts_in_one_parameter_are_reported_as_left_alone():
     report = inject_adapters(model, small_config())
     assert report.skipped == {"experts": STACK}
     assert "Left alone: experts (several matrices" in report.summary()
+
+
+def test_names_are_listed_where_all_of_them_are_numbers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    for field in ("modules_to_train", "target_modules", "exclude_modules"):
+        with pytest.raises(ValueError, match=r"names 'head', which no (module|linear) matches. There are: 0, (1, )?2"):
+            inject_adapters(model, small_config(**{field: ["head"]}))
+
+
+class Reader(nn.Module):
+    """Computes with the weight of one linear, calls another, and asks a third for facts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.called, self.asked = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.both, self.outside = nn.Linear(4, 4), nn.Linear(4, 4)
+        nn.init.zeros_(self.outside.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rest(self.asked(x.to(self.asked.weight.dtype)))
+
+    def rest(self, x: torch.Tensor) -> torch.Tensor:
+        x = nn.functional.linear(x, self.read.weight, self.read.bias)
+        return self.called(x) + self.both(x) @ self.both.weight
+
+    def reset(self) -> None:
+        nn.init.zeros_(self.called.weight)
+
+
+def test_linear_that_is_read_and_never_called_is_left_alone():
+    model = nn.ModuleDict({"a": Reader()})
+    report = inject_adapters(model, small_config())
+    assert [row.module for row in report.adapted] == ["a.called", "a.asked", "a.both", "a.outside"]
+    assert report.skipped == {"a.read": "Reader reads its weight without calling it"}
+    with pytest.raises(ValueError, match=r"a.read cannot be adapted: Reader reads its weight without calling it"):
+        inject_adapters(nn.ModuleDict({"a": Reader()}), small_config(target_modules=["read"]))
+
+
+def test_linear_of_mamba_that_never_acts_is_left_alone():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "time_step_rank": 4}
+    report = inject_adapters(MambaForCausalLM(MambaConfig(**sizes)), small_config())
+    assert {row.module.rsplit(".", 1)[-1] for row in report.adapted} == {"in_proj", "x_proj", "out_proj"}
+    assert report.skipped["backbone.layers.0.mixer.dt_proj"] == "MambaMixer reads its weight without calling it"
+
+
+@pytest.mark.parametrize(("trained", "other"), [("embed_tokens", "lm_head"), ("lm_head", "model.embed_tokens")])
+def test_summary_says_what_training_in_full_unties(trained, other):
+    report = inject_adapters(tiny_llama(), small_config(modules_to_train=[trained]))
+    assert report.skipped[other] == UNTIED
+    assert f"Left alone: {other} (tied before to a module that is trained in full" in report.summary()
+    both = inject_adapters(tiny_llama(), small_config(modules_to_train=["embed_tokens", "lm_head"]))
+    assert UNTIED not in both.skipped.values()
+
+
+def test_parameter_of_experts_that_is_named_as_a_target_is_an_error_that_says_what_it_is():
+    model = nn.ModuleDict({"v_proj": nn.Linear(4, 4), "experts": nn.Module()})
+    model["experts"].gate_up_proj = nn.Parameter(torch.zeros(3, 4, 4))
+    message = r"experts.gate_up_proj is a parameter of shape \(3, 4, 4\): matrices in one, as of experts"
+    with pytest.raises(ValueError, match=message):
+        inject_adapters(model, small_config(target_modules=["gate_up_proj"]))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import warnings
@@ -76,6 +77,17 @@ def test_peft_loads_the_export_into_a_fresh_base_and_computes_the_same_logits(tm
     assert config["target_modules"] == list(adapter_layers(model))
     assert config["fan_in_fan_out"] == (kind == "gpt2")
     assert (config["modules_to_save"] or []) == list(trained_modules(model))
+
+
+def test_parts_of_several_ranks_are_exported_with_a_rank_each(tmp_path):
+    model = tiny_llama().eval()
+    inject_adapters(model.model.layers[0], small_config())
+    inject_adapters(model.model.layers[1], small_config(rank=6))
+    perturb(model)
+    export = export_lora(model, tmp_path / "lora")
+    assert export.rank == 6
+    assert {row.rank for row in export.rows} == {4, 6}
+    torch.testing.assert_close(logits(load_with_peft(tiny_llama().eval(), tmp_path / "lora")), logits(model))
 
 
 def test_merged_model_exports_the_same_adapter(tmp_path):
@@ -213,6 +225,25 @@ def test_adapter_with_nan_and_linear_in_two_places_are_not_exported(tmp_path):
     with pytest.raises(ValueError, match="2 and 0 are one adapted linear in two places"):
         export_lora(twice, tmp_path / "lora")
     assert not os.listdir(tmp_path)
+
+
+def test_linears_that_peft_refuses_are_not_exported(tmp_path):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 8, "time_step_rank": 4}
+    for excluded in ([], ["out_proj"]):
+        torch.manual_seed(0)
+        model = MambaForCausalLM(MambaConfig(**sizes)).eval()
+        base = copy.deepcopy(model)
+        inject_adapters(model, small_config(exclude_modules=excluded))
+        perturb(model)
+        if excluded:
+            export_lora(model, tmp_path / "lora")
+            torch.testing.assert_close(logits(load_with_peft(base, tmp_path / "lora")), logits(model))
+        else:
+            with pytest.raises(ValueError, match=r"mixer.out_proj\) .* 'mamba', .* `exclude_modules=\['out_proj'\]`"):
+                export_lora(model, tmp_path / "lora")
+            assert not (tmp_path / "lora").exists()
 
 
 def test_failed_write_leaves_the_older_export(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from genlora_lightning import inject_adapters
 from genlora_lightning.layers.linear import AdaptedLinear
 from tests.conftest import perturb, small_config
 
@@ -265,3 +266,22 @@ def test_layer_can_be_copied_and_put_on_the_meta_device():
 def test_other_modules_are_refused():
     with pytest.raises(TypeError, match=r"AdaptedLinear cannot adapt a Embedding"):
         AdaptedLinear(nn.Embedding(3, 4), small_config())
+
+
+def test_transforms_of_torch_func_give_the_gradients_of_autograd():
+    from torch.func import functional_call, grad, vmap
+
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8))
+    inject_adapters(model, small_config())
+    perturb(model)
+    parameters = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    x = torch.randn(3, 8)
+
+    def loss(parameters: dict, row: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, parameters, (row[None],)).square().sum()
+
+    each = vmap(grad(loss), (None, 0))(parameters, x)
+    model(x).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-5)

@@ -10,7 +10,7 @@ import torch
 from typing_extensions import override
 
 from genlora_lightning.adapters.base import FactorPair, MatrixShape
-from genlora_lightning.adapters.config import AdapterConfig, ScalingRule
+from genlora_lightning.adapters.config import AdapterConfig, ScalingRule, explain_arguments
 from genlora_lightning.adapters.genlora.generator import Init, RBFGenerator
 from genlora_lightning.adapters.genlora.rbf import get_kernel
 from genlora_lightning.fields import check_choice, check_flag, check_integer, check_number
@@ -19,6 +19,7 @@ from genlora_lightning.fields import check_choice, check_flag, check_integer, ch
 SIGNED_GAIN = 64.0
 
 
+@explain_arguments
 @dataclass(frozen=True, kw_only=True)
 class GenLoRAConfig(AdapterConfig):
     """Configure GenLoRA: what is adapted, and how the low-rank matrices are generated.
@@ -138,7 +139,6 @@ class GenLoRAConfig(AdapterConfig):
 
     @override
     def check_shape(self, shape: MatrixShape, name: str) -> None:
-        last = name.rsplit(".", 1)[-1]
         for field, groups, entries, what in (
             ("num_groups_a", self.num_groups_a, shape.in_features, "inputs"),
             ("num_groups_b", self.num_groups_b, shape.out_features, "outputs"),
@@ -146,7 +146,7 @@ class GenLoRAConfig(AdapterConfig):
             if groups > entries:
                 raise ValueError(
                     f"`{field}` is {groups}, but {name} has only {entries} {what} to divide into groups. Lower "
-                    f"`{field}` to {entries} or add {last!r} to `exclude_modules`."
+                    f"`{field}` to {entries} or add {name!r} to `exclude_modules`."
                 )
 
     @override

@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import pickle
 
 import pytest
 import torch
 
-from genlora_lightning import GenLoRAConfig
+from genlora_lightning import GenLoRAConfig, LoRAConfig
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.layers.linear import AdaptedLinear
 
@@ -104,6 +105,21 @@ def test_unknown_field_is_an_error_that_lists_the_fields():
         GenLoRAConfig.from_dict({"r": 8})
     with pytest.raises(ValueError, match=r"\['num_groups'\]. `num_groups` is now `num_groups_a` and `num_groups_b`"):
         GenLoRAConfig.from_dict({"num_groups": 8})
+
+
+@pytest.mark.parametrize("kind", [GenLoRAConfig, LoRAConfig])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"r": 8}, r"fields \['r'\]. PEFT's `r` is `rank` here"),
+        ({"lora_alpha": 8}, "PEFT's `lora_alpha` is `alpha` here"),
+        ({"rnak": 8}, "Did you mean `rank`?.* The fields are"),
+    ],
+)
+def test_unknown_argument_is_an_error_that_says_what_it_is_called(kind, fields, message):
+    with pytest.raises(TypeError, match=message):
+        kind(**fields)
+    assert list(inspect.signature(kind).parameters) == [field.name for field in dataclasses.fields(kind)]
 
 
 def test_scaling_factor_follows_the_rule():
