@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -45,6 +45,7 @@ from genlora_lightning.training.resume import (
     use_resumable_loaders,
     write_content,
 )
+from genlora_lightning.training.snapshots import Snapshots
 from genlora_lightning.training.step_generation import Generate, StepGeneration
 from genlora_lightning.training.strategies import check_averaging, check_strategy
 from genlora_lightning.training.sync import AdapterSharding, AdapterSync, describe_timeout
@@ -133,6 +134,7 @@ class GenLoRAFinetuning(Callback):
         self._times: ReadingTimes | None = None
         self._last_loss: Tensor | None = None
         self._resume: Resume | None = None
+        self._snapshots: Snapshots | None = None
         self._sync: AdapterSync | None = None
         self._untrained = False
         self._cache = ExitStack()  # while nothing is trained
@@ -152,16 +154,17 @@ class GenLoRAFinetuning(Callback):
         check_averaging(callbacks)
         self._sync = AdapterSync(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
-        self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
-        release_loaders(trainer)
+        self._unwrap(trainer, pl_module)  # left over if an earlier run with another trainer failed
         self.report = None
         self._folder = None  # of an earlier run
         self._resume = None
         self._untrained = False
         self._wrap(trainer, pl_module)
+        self._snapshots = Snapshots(trainer)
         keep_base_out_of_files(trainer)
         if stage == "fit":
             use_resumable_loaders(trainer)
+            self._prepare_when_optimizers_are_made(trainer.strategy, pl_module)
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Instance attributes, because the class is the user's. `functools.wraps` must not be used: Lightning looks
@@ -186,6 +189,9 @@ class GenLoRAFinetuning(Callback):
             upgrade(checkpoint)
             original_load(checkpoint)
             check_checkpoint(pl_module, checkpoint)
+            if self._snapshots is not None and self._snapshots.restoring:
+                self._snapshots.load(pl_module, checkpoint)
+                return
             self._untrained = False
             if trainer.state.fn == "fit":
                 self._resume = Resume(checkpoint)
@@ -195,7 +201,8 @@ class GenLoRAFinetuning(Callback):
         def on_train_start() -> None:
             # After everybody else's, because the random state is restored here.
             original_start()
-            if self._resume is not None:
+            # A finder's trial has callbacks of its own: the run itself has not started yet.
+            if self._resume is not None and self in trainer.callbacks:  # type: ignore[attr-defined]
                 self._resume.start(trainer, pl_module)
                 self._resume = None
 
@@ -209,8 +216,30 @@ class GenLoRAFinetuning(Callback):
             **{STRICT_LOADING: False},
         )
 
-    def _unwrap(self, pl_module: LightningModule) -> None:
+    def _prepare_when_optimizers_are_made(self, strategy: Strategy, pl_module: LightningModule) -> None:
+        """Take frozen parameters out of the optimizers and set the mode before any callback saves or trains anything.
+
+        Optimizer state refers to parameters by their place in the groups, and finders are called first of all.
+        """
+        original = strategy.setup_optimizers
+
+        def setup_optimizers(trainer: Trainer) -> None:
+            original(trainer)
+            pruned = prune_frozen(trainer.optimizers)
+            if pruned:
+                rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
+            if self.train_mode:
+                set_train_mode(pl_module)
+
+        put_on(strategy, setup_optimizers=setup_optimizers)
+
+    def _unwrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         take_off(pl_module, *_OVERRIDDEN)
+        take_off(trainer.strategy, "setup_optimizers")
+        release_loaders(trainer)
+        if self._snapshots is not None:
+            self._snapshots.end()
+            self._snapshots = None
 
     def _inject(self, pl_module: LightningModule) -> None:
         resolve: Callable[[AdapterConfig], AdapterConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
@@ -243,16 +272,10 @@ class GenLoRAFinetuning(Callback):
         self._folder = self._choose_folder(trainer)
         if self._folder is not None and trainer.is_global_zero:
             check_writable(self._folder, needed=2 * _state_bytes(pl_module))
-        # Before the optimizer's state is restored: the state refers to parameters by their place in the groups.
-        pruned = prune_frozen(trainer.optimizers)
-        if pruned:
-            rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
         check_optimizers_hold(trainer.optimizers, pl_module)
         self._sync_of_run.check_trainable(pl_module)
         if self._resume is not None:
             self._resume.prepare(trainer, pl_module)
-        if self.train_mode:
-            set_train_mode(pl_module)
         self._steps = None
         if self.generate == "step":
             self._steps = StepGeneration(trainer, pl_module, sharded=self._sync_of_run.shards_adapters)
@@ -400,8 +423,7 @@ class GenLoRAFinetuning(Callback):
             with suppress(RuntimeError):  # must not hide the error that is being handled
                 self._steps.end()
         self._end_watch()
-        self._unwrap(pl_module)
-        release_loaders(trainer)
+        self._unwrap(trainer, pl_module)
 
     def _last_good_step(self, trainer: Trainer, pl_module: LightningModule) -> int:
         """How many steps the weights are of, where the last ones may have been left out and nobody knows it yet."""
@@ -449,8 +471,7 @@ class GenLoRAFinetuning(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._cache.close()
         self._end_watch()
-        self._unwrap(pl_module)
-        release_loaders(trainer)
+        self._unwrap(trainer, pl_module)
 
 
 def _load_waiting_weights(trainer: Trainer, pl_module: LightningModule) -> None:

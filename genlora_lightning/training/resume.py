@@ -180,21 +180,27 @@ class Resume:
     def __init__(self, checkpoint: dict[str, Any]) -> None:
         self.checkpoint = checkpoint
         self.state: dict[str, Any] = checkpoint[CHECKPOINT_KEY].get(RESUME_KEY, {})
+        progress = checkpoint["loops"]["fit_loop"] if self.state and "loops" in checkpoint else {}
+        self.before_the_first_batch = bool(progress) and not progress["epoch_loop.batch_progress"]["total"]["ready"]
         self.new_epoch = False
         self.epoch_is_over = False
         self.uncounted_step = 0
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Translate the optimizers' state and put the loops' counters right, before Lightning restores them."""
+        self.translate(trainer, module)
+        if "loops" in self.checkpoint and self.state:
+            self._settle(self.checkpoint["loops"]["fit_loop"], trainer.accumulate_grad_batches)
+        self.checkpoint = {}
+
+    def translate(self, trainer: Trainer, module: LightningModule) -> None:
+        """Translate the optimizers' state, whose parameters have names, into what this run's optimizers load."""
         stored = self.checkpoint.get("optimizer_states", [])
         if len(stored) not in (0, len(trainer.optimizers)):
             raise ValueError(f"The checkpoint has {len(stored)} optimizers, this run {len(trainer.optimizers)}.")
         if stored:
             pairs = zip(stored, trainer.optimizers, strict=True)
             self.checkpoint["optimizer_states"] = [numbered_state(module, state, opt) for state, opt in pairs]
-        if "loops" in self.checkpoint and self.state:
-            self._settle(self.checkpoint["loops"]["fit_loop"], trainer.accumulate_grad_batches)
-        self.checkpoint = {}
 
     def _settle(self, progress: _Progress, window: int) -> None:
         """Bring the counters into a form from which Lightning goes on as an uninterrupted run does.
@@ -250,6 +256,12 @@ class Resume:
             return
         for index, metric in self.state["plateau"]:
             module.lr_scheduler_step(trainer.lr_scheduler_configs[index].scheduler, metric)
+        self.restore_values(trainer, module)
+
+    def restore_values(self, trainer: Trainer, module: LightningModule) -> None:
+        """Restore what the next batch depends on beside the loops: gradients, random states, the loaders' places."""
+        if not self.state:
+            return
         parameters = plain_parameters(module) if self.state["gradients"] else {}
         for name, gradient in self.state["gradients"].items():
             parameter = parameters[name]
@@ -269,6 +281,8 @@ class Resume:
 
     def _load_loaders(self, trainer: Trainer, states: list[dict[str, Any]]) -> None:
         loaders = _own_loaders(trainer)
+        if self.before_the_first_batch and not states:
+            return  # it was written before there were any, in somebody's `on_fit_start`
         if len(loaders) != len(states):
             raise ValueError(
                 f"The checkpoint holds the places of {len(states)} resumable data loaders, and this run has "
