@@ -146,7 +146,7 @@ class FileDataModule(LightningDataModule):
             stage: "fit", "validate", "test" or "predict"; None for all that there are files for.
 
         Raises:
-            ValueError: A split is not configured, or is empty, or a record cannot be used (`DataFileError`).
+            ValueError: A split is empty, or a record cannot be used (`DataFileError`).
         """
         parsed: dict[str, list[dict[str, Any]]] = {}
         before = set(self._summary)
@@ -154,9 +154,7 @@ class FileDataModule(LightningDataModule):
             if split in self._datasets:
                 continue
             if self._source(split) is None:
-                if stage in (None, "fit"):
-                    continue
-                raise ValueError(f"there are no {SPLITS[split]} data; set {OPTIONS[split]}")
+                continue  # Lightning also asks where another loader was given; whoever asks for this one is told
             examples = self._select(split, parsed)
             self._datasets[split] = self._encode(split, examples)
             keys = [self._duplicate_key(example) for example in examples]
@@ -180,8 +178,9 @@ class FileDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> Any:
-        """Returns the batches for validation, or nothing if there are no validation data."""
-        return self._loader("val") if self._source("val") is not None else NoValidationData()
+        """Returns the batches for validation; in a fit nothing if there are no validation data."""
+        validating = self.trainer is not None and self.trainer.state.fn == "validate"
+        return self._loader("val") if validating or self._source("val") is not None else NoValidationData()
 
     @override
     def test_dataloader(self) -> Any:
@@ -283,6 +282,8 @@ class FileDataModule(LightningDataModule):
         return rows
 
     def _rows(self, split: str) -> Any:
+        if self._source(split) is None:
+            raise ValueError(f"there are no {SPLITS[split]} data; set {OPTIONS[split]}")
         if split not in self._datasets:
             raise RuntimeError(f"the {SPLITS[split]} data were not set up; call setup() first")
         return self._datasets[split]

@@ -305,7 +305,8 @@ class GenLoRAModule(LightningModule):
             return loss_sum / count
         self._window_loss = loss_sum.detach() + (0 if self._window_loss is None else self._window_loss)
         self._window_count = count + (0 if self._window_count is None else self._window_count)
-        self.log("train_loss", self._window_loss / self._window_count, prog_bar=is_for_bar(trainer), batch_size=1)
+        self.watched_loss = self._window_loss / self._window_count  # what is returned may be a sum
+        self.log("train_loss", self.watched_loss, prog_bar=is_for_bar(trainer), batch_size=1)
         return loss_sum / (_LOSS_UNIT if _is_divided(trainer) else count)
 
     def window_state(self) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoin
 from genlora_lightning.backbone.low_memory import weight_source
 from genlora_lightning.callbacks.reading import ReadingTimes
 from genlora_lightning.distributed.shards import whole_like
-from genlora_lightning.errors import NonFiniteGradientError
+from genlora_lightning.errors import DivergedError, NonFiniteGradientError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.layers.sharing import cached_factors
@@ -36,6 +36,7 @@ from genlora_lightning.training.checks import (
     prune_frozen,
     set_train_mode,
 )
+from genlora_lightning.training.divergence import DivergenceWatch
 from genlora_lightning.training.finite import FiniteWatch
 from genlora_lightning.training.lightning_internals import STRICT_LOADING
 from genlora_lightning.training.resume import (
@@ -84,6 +85,11 @@ class GenLoRAFinetuning(Callback):
             leave it out by themselves, and all steps after it: the run stops at the next of the steps after which the
             trainer logs (``log_every_n_steps``), before a validation or a checkpoint, or at the end, with the last good
             weights. Elsewhere the run stops at once; with another optimizer on a GPU each check waits for the device.
+        stop_if_diverged: Whether to stop a run with an error when its loss has risen far over where it started and
+            stays there (how far: :class:`~genlora_lightning.training.divergence.LossCurve`), after setting the weights
+            back to the best ones. It is looked at where gradients are read, and costs two copies of what is trained.
+            Set it to ``False`` where a loss should rise (adversarial, policy gradients, a weight that grows); or give
+            the module an attribute ``watched_loss``: the loss to look at, ``None`` for none.
         adapter_sharding: Where the base is sharded (FSDP1, FSDP2): ``"replicate"`` keeps the adapters whole on each
             rank and averages their gradients in one message per optimizer step; ``"shard"`` shards them, too. Modules
             trained in full are treated as the adapters are.
@@ -108,6 +114,7 @@ class GenLoRAFinetuning(Callback):
         save_adapter: bool = True,
         train_mode: bool = True,
         check_finite_every_n_steps: int = 1,
+        stop_if_diverged: bool = True,
         adapter_sharding: AdapterSharding = "replicate",
         check_ranks_every_n_steps: int = 0,
         generate: Generate = "forward",
@@ -117,6 +124,7 @@ class GenLoRAFinetuning(Callback):
         self.save_adapter = save_adapter
         self.train_mode = train_mode
         self.check_finite_every_n_steps = check_finite_every_n_steps
+        self.stop_if_diverged = stop_if_diverged
         if adapter_sharding not in get_args(AdapterSharding):
             raise ValueError(
                 f"`adapter_sharding` must be one of {get_args(AdapterSharding)}, got {adapter_sharding!r}."
@@ -131,6 +139,7 @@ class GenLoRAFinetuning(Callback):
         self._saved_after_error = False
         self._gradient_watch = GradientWatch()
         self._finite: FiniteWatch | None = None
+        self._divergence: DivergenceWatch | None = None
         self._times: ReadingTimes | None = None
         self._last_loss: Tensor | None = None
         self._resume: Resume | None = None
@@ -181,7 +190,7 @@ class GenLoRAFinetuning(Callback):
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             # Here and not in the callback's own hook, which Lightning skips with `save_weights_only=True`.
-            self._stop_if_not_finite(trainer, pl_module)
+            self._stop_if_spoiled(trainer, pl_module)
             original_save(checkpoint)
             write_content(trainer, pl_module, checkpoint)
 
@@ -282,7 +291,7 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_if_not_finite(trainer, pl_module)
+        self._stop_if_spoiled(trainer, pl_module)
         if self._untrained and trainer.state.fn != "fit":
             rank_zero_warn(
                 f"The adapters of this {type(pl_module).__name__} are new and untrained, and no `ckpt_path` is given: "
@@ -314,6 +323,8 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.stop_if_diverged:
+            self._divergence = DivergenceWatch(trainer, pl_module)
         self._times = ReadingTimes(trainer)  # not earlier: a resumed run has its steps by now
 
     @override
@@ -373,13 +384,40 @@ class GenLoRAFinetuning(Callback):
             "or look at that batch."
         )
 
+    def _stop_if_spoiled(self, trainer: Trainer, pl_module: LightningModule, *, at_the_end: bool = False) -> None:
+        """Read what was found of gradients and loss; waits for the device. All ranks come here together."""
+        self._stop_if_not_finite(trainer, pl_module)
+        found = self._divergence.read(at_the_end=at_the_end) if self._divergence is not None else None
+        if found is None:
+            return
+        assert self._divergence is not None
+        best = self._divergence.restore_best()
+        self._saved_after_error = True
+        saved = (
+            f"The weights are set back to step {best}, after which the loss was lowest. "
+            + self._save_after_error(trainer, pl_module, step=best, on_all_ranks=True)
+            if best
+            else "No adapter is saved, because it never was better than at the start."
+        )
+        trainer.strategy.barrier()  # as for gradients that are not finite
+        groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)  # the peak of a schedule
+        raise DivergedError(
+            f"The training diverges: the median loss of the {found.steps} steps until step {found.step} is "
+            f"{found.level:.4g}, and {found.start:.4g} at the start. {saved} Lower the learning rate, which is "
+            f"{rate:.3g}: try {rate / 10:.1g}. If this loss should rise, set `stop_if_diverged=False` of "
+            "GenLoRAFinetuning."
+        )
+
     # -- the end ----------------------------------------------------------------------------------------------------
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         assert self._times is not None
+        if self._divergence is not None:
+            self._divergence.after_batch(outputs)
         if self._times.due():
-            self._stop_if_not_finite(trainer, pl_module)
+            self._stop_if_spoiled(trainer, pl_module)
         every = self.check_ranks_every_n_steps
         if every and trainer.global_step % every == 0:
             self._sync_of_run.compare(pl_module, f"After step {trainer.global_step}")
@@ -391,7 +429,7 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_if_not_finite(trainer, pl_module)
+        self._stop_if_spoiled(trainer, pl_module, at_the_end=True)
         self._sync_of_run.compare(pl_module, f"At the end, after step {trainer.global_step},")
 
     @override
@@ -439,6 +477,7 @@ class GenLoRAFinetuning(Callback):
         if self._finite is not None:
             self._finite.end()
             self._finite = None
+        self._divergence = None
 
     def _save_after_error(
         self, trainer: Trainer, pl_module: LightningModule, *, step: int, on_all_ranks: bool = False

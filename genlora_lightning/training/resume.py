@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -166,6 +167,15 @@ def keep_base_out_of_files(trainer: Trainer) -> None:
     put_on(strategy, save_checkpoint=save_checkpoint)
 
 
+def _scheduled_accumulation(trainer: Trainer, epoch: int) -> int:
+    """How many batches an optimizer step takes in an epoch."""
+    found: int = trainer.accumulate_grad_batches
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            found = callback.get_accumulate_grad_batches(epoch)
+    return found
+
+
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +200,9 @@ class Resume:
         """Translate the optimizers' state and put the loops' counters right, before Lightning restores them."""
         self.translate(trainer, module)
         if "loops" in self.checkpoint and self.state:
-            self._settle(self.checkpoint["loops"]["fit_loop"], trainer.accumulate_grad_batches)
+            progress = self.checkpoint["loops"]["fit_loop"]
+            epoch = progress["epoch_progress"]["current"]["processed"]
+            self._settle(progress, _scheduled_accumulation(trainer, epoch))
         self.checkpoint = {}
 
     def translate(self, trainer: Trainer, module: LightningModule) -> None:
@@ -244,6 +256,8 @@ class Resume:
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Restore what the first batch depends on; the last thing before it."""
         loop = trainer.fit_loop
+        if not self.new_epoch:  # inside of an epoch Lightning does not call the hook that sets it
+            trainer.accumulate_grad_batches = _scheduled_accumulation(trainer, trainer.current_epoch)
         if self.new_epoch:
             loop.epoch_loop.restarting = False
         elif self.uncounted_step and not validation_is_due(loop):
