@@ -90,6 +90,7 @@ class FileDataModule(LightningDataModule):
         self._datasets: dict[str, Any] = {}
         self._summary: dict[str, dict[str, int]] = {}
         self._train_keys: set[str] = set()
+        self._stage: str | None = None
 
     # What a subclass says.
 
@@ -148,6 +149,7 @@ class FileDataModule(LightningDataModule):
         Raises:
             ValueError: A split is empty, or a record cannot be used (`DataFileError`).
         """
+        self._stage = stage
         parsed: dict[str, list[dict[str, Any]]] = {}
         before = set(self._summary)
         for split in SPLITS if stage is None else STAGES[stage]:
@@ -179,8 +181,8 @@ class FileDataModule(LightningDataModule):
     @override
     def val_dataloader(self) -> Any:
         """Returns the batches for validation; in a fit nothing if there are no validation data."""
-        validating = self.trainer is not None and self.trainer.state.fn == "validate"
-        return self._loader("val") if validating or self._source("val") is not None else NoValidationData()
+        nothing = self._source("val") is None and self._stage != "validate"
+        return NoValidationData() if nothing else self._loader("val")
 
     @override
     def test_dataloader(self) -> Any:

@@ -27,7 +27,7 @@ from genlora_lightning.errors import DivergedError, NonFiniteGradientError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.layers.sharing import cached_factors
-from genlora_lightning.overrides import put_on, take_off
+from genlora_lightning.overrides import put_on, state_of, take_off
 from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.training.checks import (
     GradientWatch,
@@ -51,7 +51,14 @@ from genlora_lightning.training.step_generation import Generate, StepGeneration
 from genlora_lightning.training.strategies import check_averaging, check_strategy
 from genlora_lightning.training.sync import AdapterSharding, AdapterSync, describe_timeout
 
-_OVERRIDDEN = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start", STRICT_LOADING)
+_OVERRIDDEN = (
+    "configure_model",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+    "on_train_start",
+    "__getstate__",
+    STRICT_LOADING,
+)
 
 
 class GenLoRAFinetuning(Callback):
@@ -182,6 +189,7 @@ class GenLoRAFinetuning(Callback):
         original_save = pl_module.on_save_checkpoint
         original_load = pl_module.on_load_checkpoint
         original_start = pl_module.on_train_start
+        original_state = pl_module.__getstate__
 
         def configure_model() -> None:
             original_configure()
@@ -221,6 +229,8 @@ class GenLoRAFinetuning(Callback):
             on_save_checkpoint=on_save_checkpoint,
             on_load_checkpoint=on_load_checkpoint,
             on_train_start=on_train_start,
+            # Copies and pickles of the module in the middle of a run are no part of this run.
+            __getstate__=lambda: state_of(pl_module, original_state()),
             # Lightning must accept a checkpoint without the base; `check_checkpoint` is strict about all the rest.
             **{STRICT_LOADING: False},
         )

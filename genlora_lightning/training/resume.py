@@ -201,7 +201,7 @@ class Resume:
         self.translate(trainer, module)
         if "loops" in self.checkpoint and self.state:
             progress = self.checkpoint["loops"]["fit_loop"]
-            epoch = progress["epoch_progress"]["current"]["processed"]
+            epoch = max(0, progress["epoch_progress"]["current"]["ready"] - 1)
             self._settle(progress, _scheduled_accumulation(trainer, epoch))
         self.checkpoint = {}
 

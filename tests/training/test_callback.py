@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import io
 import math
 
 import pytest
@@ -543,3 +544,29 @@ def test_matrices_are_generated_once_while_nothing_is_trained_and_anew_after_it(
     if way == "fit":
         assert not torch.equal(kept[0][0][2], kept[2][0][2])
     assert not any(layer.store.caches or layer.store._cached for layer in adapter_layers(module).values())
+
+
+@pytest.mark.parametrize("generate", ["forward", "step"])
+def test_module_can_be_pickled_and_copied_while_it_is_fitted(tmp_path, generate):
+    kept = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            file = io.BytesIO()
+            torch.save(pl_module, file)
+            file.seek(0)
+            kept[:] = [torch.load(file, weights_only=False), copy.deepcopy(pl_module)]
+            for module in kept:
+                assert not {"configure_model", "on_save_checkpoint", "__getstate__"} & set(vars(module))
+                assert module.strict_loading
+            assert not pl_module.strict_loading  # the run goes on as it was
+
+    module = PlainMLP()
+    run = trainer(tmp_path, finetuning(generate=generate, save_adapter=False), Keep(), accumulate_grad_batches=2)
+    run.fit(module, mlp_loader())
+    for other in kept:
+        other.configure_model()
+        assert other(torch.ones(1, 8)).shape == (1, 4)
+        for name, tensor in adapter_state_dict(module).items():
+            assert torch.equal(adapter_state_dict(other)[name], tensor), name
+    assert "__getstate__" not in vars(module)
