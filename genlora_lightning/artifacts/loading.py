@@ -14,7 +14,15 @@ from torch import Tensor, nn
 
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts.adapter_io import adapter_record, load_adapter, write_adapter
-from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoint, checkpoint_state, describe, upgrade
+from genlora_lightning.artifacts.checkpoint import (
+    adapter_root,
+    check_checkpoint,
+    checkpoint_state,
+    describe,
+    load_beside,
+    upgrade,
+)
+from genlora_lightning.artifacts.other_state import note_start
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.restoring import restored_after_error
@@ -91,6 +99,8 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         own = module.state_dict(keep_vars=True)
         extra = {name: own[name] for name in stored if name in own and name not in expected}
         check_adapter_state(expected | extra, stored, source)
+        note_start(module)
+    load_beside(module, checkpoint)
     for name, tensor in (expected | extra).items():
         tensor.copy_(stored[name])
     forget_factors(module)

@@ -19,7 +19,8 @@ from typing_extensions import override
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts.adapter_io import write_adapter
-from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoint, upgrade
+from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoint, load_beside, upgrade
+from genlora_lightning.artifacts.other_state import note_start
 from genlora_lightning.backbone.low_memory import weight_source
 from genlora_lightning.callbacks.reading import ReadingTimes
 from genlora_lightning.distributed.shards import whole_like
@@ -28,6 +29,7 @@ from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.layers.sharing import cached_factors
 from genlora_lightning.overrides import put_on, state_of, take_off
+from genlora_lightning.training.averaging import AveragedTraining
 from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.training.checks import (
     GradientWatch,
@@ -48,7 +50,7 @@ from genlora_lightning.training.resume import (
 )
 from genlora_lightning.training.snapshots import Snapshots
 from genlora_lightning.training.step_generation import Generate, StepGeneration
-from genlora_lightning.training.strategies import check_averaging, check_strategy
+from genlora_lightning.training.strategies import averaging_callbacks, check_strategy
 from genlora_lightning.training.sync import AdapterSharding, AdapterSync, describe_timeout
 
 _OVERRIDDEN = (
@@ -151,6 +153,7 @@ class GenLoRAFinetuning(Callback):
         self._last_loss: Tensor | None = None
         self._resume: Resume | None = None
         self._snapshots: Snapshots | None = None
+        self._averaging: list[AveragedTraining] = []
         self._sync: AdapterSync | None = None
         self._untrained = False
         self._cache = ExitStack()  # while nothing is trained
@@ -167,7 +170,7 @@ class GenLoRAFinetuning(Callback):
                 "`callbacks`, or by the module's `adapter` argument."
             )
         check_strategy(trainer)
-        check_averaging(callbacks)
+        averaging = averaging_callbacks(trainer.strategy, callbacks)
         self._sync = AdapterSync(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
         self._unwrap(trainer, pl_module)  # left over if an earlier run with another trainer failed
@@ -176,6 +179,7 @@ class GenLoRAFinetuning(Callback):
         self._resume = None
         self._untrained = False
         self._wrap(trainer, pl_module)
+        self._averaging = [AveragedTraining(callback) for callback in averaging]
         self._snapshots = Snapshots(trainer)
         keep_base_out_of_files(trainer)
         if stage == "fit":
@@ -194,6 +198,7 @@ class GenLoRAFinetuning(Callback):
         def configure_model() -> None:
             original_configure()
             self._inject(pl_module)
+            note_start(pl_module)
             _load_waiting_weights(trainer, pl_module)
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -206,6 +211,7 @@ class GenLoRAFinetuning(Callback):
             upgrade(checkpoint)
             original_load(checkpoint)
             check_checkpoint(pl_module, checkpoint)
+            load_beside(pl_module, checkpoint)
             if self._snapshots is not None and self._snapshots.restoring:
                 self._snapshots.load(pl_module, checkpoint)
                 return
@@ -259,6 +265,9 @@ class GenLoRAFinetuning(Callback):
         if self._snapshots is not None:
             self._snapshots.end()
             self._snapshots = None
+        for averaging in self._averaging:
+            averaging.end()
+        self._averaging = []
 
     def _inject(self, pl_module: LightningModule) -> None:
         resolve: Callable[[AdapterConfig], AdapterConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
@@ -295,6 +304,8 @@ class GenLoRAFinetuning(Callback):
         self._sync_of_run.check_trainable(pl_module)
         if self._resume is not None:
             self._resume.prepare(trainer, pl_module)
+        for averaging in self._averaging:
+            averaging.start(trainer, pl_module)
         self._steps = None
         if self.generate == "step":
             self._steps = StepGeneration(trainer, pl_module, sharded=self._sync_of_run.shards_adapters)

@@ -18,8 +18,10 @@ from torch import nn
 
 __all__ = [
     "STRICT_LOADING",
+    "averaged_model",
     "checkpoint_connector",
     "count_step",
+    "drop_averaged_model",
     "end_restart",
     "is_local_file_protocol",
     "move_torchmetrics_to_device",
@@ -39,6 +41,16 @@ STRICT_LOADING = "_strict_loading"
 def trainer_or_none(module: LightningModule) -> Trainer | None:
     """The trainer that runs a module, or ``None``; ``module.trainer`` raises an error then."""
     return module._trainer
+
+
+def averaged_model(callback: Any) -> Any:
+    """The ``AveragedModel`` of a ``WeightAveraging`` callback."""
+    return callback._average_model
+
+
+def drop_averaged_model(callback: Any) -> None:
+    """Have a ``WeightAveraging`` callback forget its average; it does nothing outside of a fit then."""
+    callback._average_model = None
 
 
 def checkpoint_connector(trainer: Trainer) -> Any:

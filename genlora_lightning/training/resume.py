@@ -20,6 +20,7 @@ from genlora_lightning.overrides import note, noted, put_on, take_off
 from genlora_lightning.training.lightning_internals import count_step, end_restart, validation_is_due
 from genlora_lightning.training.random_state import random_state, set_random_state
 from genlora_lightning.training.resumable import is_resumable, make_resumable, make_unnoticed
+from genlora_lightning.training.strategies import shards_base
 
 RESUME_KEY = "resume"
 _OWNER = "trainer whose files hold adapters only"
@@ -143,7 +144,7 @@ def _at_rest(batches: _Progress) -> bool:
 
 def write_content(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Turn what Lightning wants to save into what we save, in place; collective, like saving itself."""
-    keep_adapters_only(module, checkpoint, trainer.optimizers)
+    keep_adapters_only(module, checkpoint, trainer.optimizers, look_at_frozen=not shards_base(trainer.strategy))
     add_resume_state(trainer, module, checkpoint)
 
 

@@ -495,7 +495,7 @@ def test_another_loader_is_used_after_a_data_module(write: Write, tokenizer: Any
     model = Recorder()
     run = trainer()
     run.fit(model, datamodule=data)
-    mine = data.train_dataloader()
+    mine = torch.utils.data.DataLoader(list(data.train_dataloader()), batch_size=None)  # type: ignore[arg-type]
     run.validate(model, dataloaders=mine, verbose=False)
     run.predict(model, dataloaders=mine, return_predictions=False)
     assert [len(model.seen[what]) for what in ("val", "predict")] == [1, 1]
