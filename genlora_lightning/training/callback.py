@@ -22,6 +22,7 @@ from genlora_lightning.artifacts.adapter_io import write_adapter
 from genlora_lightning.artifacts.checkpoint import adapter_root, check_checkpoint, load_beside, upgrade
 from genlora_lightning.artifacts.other_state import note_start
 from genlora_lightning.backbone.low_memory import weight_source
+from genlora_lightning.callbacks.figures import FIGURES, log_figures
 from genlora_lightning.callbacks.reading import ReadingTimes
 from genlora_lightning.distributed.shards import whole_like
 from genlora_lightning.errors import DivergedError, NonFiniteGradientError
@@ -58,6 +59,7 @@ _OVERRIDDEN = (
     "on_save_checkpoint",
     "on_load_checkpoint",
     "on_train_start",
+    "configure_gradient_clipping",
     "__getstate__",
     STRICT_LOADING,
 )
@@ -193,6 +195,7 @@ class GenLoRAFinetuning(Callback):
         original_save = pl_module.on_save_checkpoint
         original_load = pl_module.on_load_checkpoint
         original_start = pl_module.on_train_start
+        original_clipping = pl_module.configure_gradient_clipping
         original_state = pl_module.__getstate__
 
         def configure_model() -> None:
@@ -229,8 +232,14 @@ class GenLoRAFinetuning(Callback):
                 self._resume.start(trainer, pl_module)
                 self._resume = None
 
+        def configure_gradient_clipping(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            # Here gradients are reduced and have the module's scale, and are not clipped yet.
+            log_figures(trainer, pl_module, optimizer)
+            original_clipping(optimizer, *args, **kwargs)
+
         put_on(
             pl_module,
+            configure_gradient_clipping=configure_gradient_clipping,
             configure_model=configure_model,
             on_save_checkpoint=on_save_checkpoint,
             on_load_checkpoint=on_load_checkpoint,
@@ -553,7 +562,8 @@ def _spare_folder() -> Path:
 
 
 def _facts(trainer: Trainer, step: int) -> dict[str, Any]:
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    logged = {name: value for name, value in trainer.callback_metrics.items() if name not in FIGURES}
+    metrics = {name: float(value) for name, value in logged.items() if value.numel() == 1}
     return {
         "global_step": step,
         "epoch": trainer.current_epoch,

@@ -61,6 +61,7 @@ def finetuning(**settings: Any) -> GenLoRAFinetuning:
 
 
 def fit(folder: Any, *callbacks: Any, ckpt_path: Any = None, **settings: Any) -> PlainMLP:
+    torch.manual_seed(7)
     module = PlainMLP()
     made = trainer(folder, *callbacks, **{"max_epochs": 3, **settings})
     made.fit(module, mlp_loader(), mlp_loader(8), ckpt_path=ckpt_path)
@@ -109,7 +110,7 @@ def test_trainer_validates_after_a_fit(tmp_path):
 def test_average_of_two_ranks_is_the_same_on_both(tmp_path):
     def train() -> dict[str, torch.Tensor]:
         record = Record()
-        module = fit(tmp_path, finetuning(), averaging(), record, strategy="ddp", devices=2, num_sanity_val_steps=0)
+        module = fit(tmp_path, finetuning(), averaging(), record, strategy="ddp", devices=2, limit_val_batches=0)
         assert all_close(adapter_state_dict(module), record.average)
         return {name: t.clone() for name, t in adapter_state_dict(module).items()}
 
