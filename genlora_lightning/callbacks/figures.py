@@ -6,6 +6,7 @@ import sys
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 from torch.optim import Optimizer
 
 from genlora_lightning.callbacks.reading import is_reading_step
@@ -45,6 +46,11 @@ def log_figures(trainer: Trainer, module: LightningModule, optimizer: Optimizer)
         return
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     memory = peak_memory_gib(trainer.strategy.root_device)
-    figures = {LEARNING_RATE: learning_rate(optimizer), GRADIENT_NORM: gradient_norm(parameters)}
-    figures |= {} if memory is None else {MEMORY: memory}
-    module.log_dict(figures, on_step=True, on_epoch=False, batch_size=1)
+    figures: list[tuple[str, float | Tensor | None]] = [
+        (LEARNING_RATE, learning_rate(optimizer)),
+        (GRADIENT_NORM, gradient_norm(parameters)),
+        (MEMORY, memory),
+    ]
+    for name, value in figures:
+        if value is not None:
+            module.log(name, value, on_step=True, on_epoch=False, batch_size=1)

@@ -86,7 +86,8 @@ def test_training_prints_a_line_for_each_tenth_and_one_for_each_validation(
     )
     # Once a validation has run, its metrics do not turn up among those of training.
     assert re.fullmatch(
-        r"epoch 2/2 \| step 40/40 \(100%\) \| train_loss 0\.5 \| lr 0\.1 \| \d+ tokens/s \| \d+\.\d GiB \| elapsed \d\d:\d\d \| remaining 00:00",
+        r"epoch 2/2 \| step 40/40 \(100%\) \| train_loss 0\.5 \| lr 0\.1 \| \d+ tokens/s \| \d+\.\d GiB "
+        r"\| elapsed \d\d:\d\d \| remaining 00:00",
         training[-1],
     )
     assert validation[0] == "validation after step 20 | val_loss 0.25 | val_accuracy 0.9 | took 00:00"
