@@ -14,6 +14,10 @@ class DataFileError(ValueError):
         super().__init__(f"{where}: {reason}")
 
 
+class DivergedError(RuntimeError):
+    """The loss has risen far over where it started; the best adapter before that is kept."""
+
+
 class MergeRoundingWarning(UserWarning):
     """Rounding took a good part of a merged update away."""
 

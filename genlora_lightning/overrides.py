@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 _RECORD = "_genlora"
@@ -53,6 +54,22 @@ def put_on(target: Any, **attributes: Any) -> None:
     for name, value in attributes.items():
         record.overridden.setdefault(name, own.get(name, _Absent))
         own[name] = value
+
+
+def state_of(target: Any, state: dict[str, Any]) -> dict[str, Any]:
+    """What a copy or pickle of an object is made of: its state, without what :func:`put_on` has put on it.
+
+    Args:
+        target: The object.
+        state: Its attributes, as its own ``__getstate__`` gives them; is left as it is.
+    """
+    record: _Record | None = state.get(_RECORD)
+    if record is None:
+        return state
+    state = {**state, _RECORD: _Record(notes=record.notes, overridden=dict(record.overridden))}
+    bare = SimpleNamespace(**state)
+    take_off(bare, *record.overridden)
+    return vars(bare)
 
 
 def take_off(target: Any, *names: str) -> None:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts import format1
+from genlora_lightning.artifacts.other_state import load_other_state, other_state
 from genlora_lightning.backbone.identity import (
     BaseCheck,
     base_identity,
@@ -39,6 +40,7 @@ from genlora_lightning.overrides import note, noted
 CHECKPOINT_KEY = "genlora"
 CHECKPOINT_VERSION = 2
 _BASE = "base identity"
+OTHER_STATE_KEY = "other_state"
 _HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
@@ -79,17 +81,21 @@ def base_of(module: nn.Module) -> dict[str, Any]:
 # -- writing ----------------------------------------------------------------------------------------------------------
 
 
-def keep_adapters_only(module: nn.Module, checkpoint: dict[str, Any], optimizers: list[Optimizer]) -> None:
+def keep_adapters_only(
+    module: nn.Module, checkpoint: dict[str, Any], optimizers: list[Optimizer], *, look_at_frozen: bool = True
+) -> None:
     """Turn what Lightning wants to save into what we save, in place.
 
-    The state dict keeps what was trained; optimizer state is keyed by parameter names; tensors are copies that lie in
-    one block per dtype (a file has a few hundred bytes of bookkeeping per block, more than many adapter tensors); what
-    torch's safe loading refuses is turned into plain values where that is possible.
+    The state dict keeps what was trained, and beside it is what else has changed (:func:`other_state`). Optimizer state
+    is keyed by parameter names; tensors are copies that lie in one block per dtype (a file has a few hundred bytes of
+    bookkeeping per block, more than many adapter tensors); what torch's safe loading refuses is turned into plain
+    values where that is possible.
 
     Raises:
         RuntimeError: The state dict lacks a trained tensor; nothing should be written then.
     """
     kept = checkpoint_state(module)
+    others = other_state(module, checkpoint["state_dict"], look_at_frozen=look_at_frozen)
     # Interned, because a file holds a string once for each object, and there are as many bytes in names as in tensors.
     checkpoint["state_dict"] = {sys.intern(name): t for name, t in checkpoint["state_dict"].items() if name in kept}
     missing = [name for name in kept if name not in checkpoint["state_dict"]]
@@ -117,6 +123,7 @@ def keep_adapters_only(module: nn.Module, checkpoint: dict[str, Any], optimizers
         "trained_modules": {
             name: [sys.intern(own) for own in tensors] for name, tensors in tensors_trained_in_full(module).items()
         },
+        OTHER_STATE_KEY: pack({name: value for name, value in others.items() if name not in kept}),
     }
     if "optimizer_states" in checkpoint:
         states = zip(checkpoint["optimizer_states"], optimizers, strict=True)
@@ -362,6 +369,11 @@ def check_base(
     else:
         present = identity_of_part(present, root.removeprefix(prefix))
     require_same_base(stored, present, source, base_check)
+
+
+def load_beside(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+    """Load what a checkpoint holds beside what was trained; a full one, or one of an older release, holds nothing."""
+    load_other_state(module, describe(checkpoint).get(OTHER_STATE_KEY, {}))
 
 
 def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:

@@ -20,9 +20,11 @@ from genlora_lightning.artifacts.checkpoint import (
     check_checkpoint,
     checkpoint_state,
     describe,
+    load_beside,
     prefix_of,
     upgrade,
 )
+from genlora_lightning.artifacts.other_state import note_start
 from genlora_lightning.backbone.identity import BaseCheck, base_identity
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.injection.inject import adapter_layers, count_linears, inject_adapters, inject_layers
@@ -118,6 +120,8 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         own = module.state_dict(keep_vars=True)
         extra = {name: own[name] for name in stored if name in own and name not in expected}
         check_adapter_state(expected | extra, stored, source)
+        note_start(module)
+    load_beside(module, checkpoint)
     for name, tensor in (expected | extra).items():
         tensor.copy_(stored[name])
 

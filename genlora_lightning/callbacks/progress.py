@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from tqdm import tqdm
 from typing_extensions import override
 
+from genlora_lightning.callbacks.figures import GRADIENT_NORM, LEARNING_RATE, learning_rate, peak_memory_gib
 from genlora_lightning.callbacks.throughput import RATE
 
 _LOSS = "train_loss"
@@ -124,6 +125,7 @@ class LineProgressBar(ProgressBar):
             f"step {step}" + ("" if math.isinf(steps) else f"/{steps} ({self._estimate.fraction(step):.0%})"),
             *_format_metrics(metrics),
             *([] if rate is None else [f"{rate:.0f} tokens/s"]),
+            *_format_memory(trainer),
             f"elapsed {_duration(self._estimate.elapsed_seconds())}",
             f"remaining {_duration(self._estimate.remaining_seconds())}",
         )
@@ -218,7 +220,14 @@ def _duration(seconds: float) -> str:
 def _shown_metrics(trainer: Trainer) -> dict[str, Any]:
     """The metrics that the module wants on a bar, and those that are left for a bar to read when it shows them."""
     logged = trainer.callback_metrics
-    return {**{name: float(logged[name]) for name in (_LOSS, RATE) if name in logged}, **trainer.progress_bar_metrics}
+    found = {name: float(logged[name]) for name in (_LOSS, GRADIENT_NORM, RATE) if name in logged}
+    rates = {LEARNING_RATE: learning_rate(trainer.optimizers[0])} if trainer.training and trainer.optimizers else {}
+    return {**found, **rates, **trainer.progress_bar_metrics}
+
+
+def _format_memory(trainer: Trainer) -> list[str]:
+    memory = peak_memory_gib(trainer.strategy.root_device)
+    return [] if memory is None else [f"{memory:.1f} GiB"]
 
 
 def _format_metrics(metrics: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,12 @@ from lightning.pytorch import Trainer
 _DEFAULT_INTERVAL = 50  # Lightning's; where the trainer logs nothing (0), errors must be found all the same
 
 
+def is_reading_step(trainer: Trainer) -> bool:
+    """Whether Lightning logs after the optimizer step that is being made."""
+    every: int = trainer.log_every_n_steps or _DEFAULT_INTERVAL  # type: ignore[attr-defined]
+    return (trainer.global_step + 1) % every == 0
+
+
 class ReadingTimes:
     """The optimizer steps after which the device is waited for: those after which Lightning logs.
 

@@ -47,6 +47,7 @@ _CALLBACK_HELP = {
     "check_finite_every_n_steps": "Check the gradients for NaN and infinity this often, in optimizer steps; 0: never.",
     "adapter_sharding": "On several GPUs: whole adapters on each of them, or sharded with the base.",
     "check_ranks_every_n_steps": "For debugging: compare the adapters of all processes this often; 0: at the end only.",
+    "stop_if_diverged": "Stop with an error when the loss has risen far over where it started; the best is kept.",
     "generate": "With accumulate_grad_batches: generate the adapters' matrices in each forward, or once per step.",
 }
 _CALLBACK_DEFAULTS = {

@@ -94,6 +94,7 @@ class FileDataModule(LightningDataModule):
         self._datasets: dict[str, Any] = {}
         self._summary: dict[str, dict[str, int]] = {}
         self._train_keys: set[str] = set()
+        self._stage: str | None = None
 
     # What a subclass says.
 
@@ -150,17 +151,16 @@ class FileDataModule(LightningDataModule):
             stage: "fit", "validate", "test" or "predict"; None for all that there are files for.
 
         Raises:
-            ValueError: A split is not configured, or is empty, or a record cannot be used (`DataFileError`).
+            ValueError: A split is empty, or a record cannot be used (`DataFileError`).
         """
+        self._stage = stage
         parsed: dict[str, list[dict[str, Any]]] = {}
         before = set(self._summary)
         for split in SPLITS if stage is None else STAGES[stage]:
             if split in self._datasets:
                 continue
             if self._source(split) is None:
-                if stage in (None, "fit"):
-                    continue
-                raise ValueError(f"there are no {SPLITS[split]} data; set {OPTIONS[split]}")
+                continue  # Lightning also asks where another loader was given; whoever asks for this one is told
             examples = self._select(split, parsed)
             self._datasets[split] = self._encode(split, examples)
             keys = [self._duplicate_key(example) for example in examples]
@@ -187,8 +187,9 @@ class FileDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> Any:
-        """Returns the batches for validation, or nothing if there are no validation data."""
-        return self._loader("val") if self._source("val") is not None else NoValidationData()
+        """Returns the batches for validation; in a fit nothing if there are no validation data."""
+        nothing = self._source("val") is None and self._stage != "validate"
+        return NoValidationData() if nothing else self._loader("val")
 
     @override
     def test_dataloader(self) -> Any:
@@ -290,6 +291,8 @@ class FileDataModule(LightningDataModule):
         return rows
 
     def _rows(self, split: str) -> Any:
+        if self._source(split) is None:
+            raise ValueError(f"there are no {SPLITS[split]} data; set {OPTIONS[split]}")
         if split not in self._datasets:
             raise RuntimeError(f"the {SPLITS[split]} data were not set up; call setup() first")
         return self._datasets[split]

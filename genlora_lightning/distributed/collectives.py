@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from genlora_lightning.distributed.shards import is_dtensor, is_fsdp2_unit, is_sharded
+from genlora_lightning.distributed.shards import is_dtensor, is_fsdp2_unit, is_sharded, local_part
 from genlora_lightning.errors import RanksDifferError
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
@@ -79,6 +79,22 @@ def any_rank(flags: list[bool], device: torch.device) -> list[bool]:
     values = torch.tensor(flags, dtype=torch.int32, device=device)
     distributed.all_reduce(values, distributed.ReduceOp.MAX)
     return [bool(value) for value in values.tolist()]
+
+
+def gradient_norm(parameters: Iterable[Tensor]) -> Tensor:
+    """The norm of all gradients together; collective where parameters are sharded. It stays on the device."""
+    parameters = list(parameters)
+    gradients = [(parameter, local_part(parameter.grad)) for parameter in parameters if parameter.grad is not None]
+    whole = [gradient for parameter, gradient in gradients if not is_sharded(parameter)]
+    pieces = [gradient for parameter, gradient in gradients if is_sharded(parameter)]
+    device = parameters[0].device if parameters else torch.device("cpu")
+    squares = [
+        torch.stack(torch._foreach_norm(found)).square().sum() if found else torch.zeros((), device=device)
+        for found in (whole, pieces)
+    ]
+    if any(is_sharded(parameter) for parameter in parameters):
+        distributed.all_reduce(squares[1])
+    return (squares[0] + squares[1]).sqrt()
 
 
 def clip_gradient_norm(parameters: Iterable[Tensor], max_norm: float) -> None:

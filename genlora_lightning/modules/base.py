@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import Self, override
 
 from genlora_lightning.adapters.config import AdapterConfig
@@ -107,6 +109,7 @@ class GenLoRAModule(LightningModule):
         self._own_callback: GenLoRAFinetuning | None = None
         self._window_loss: Tensor | None = None
         self._window_count: Tensor | None = None
+        self._lr_is_set = False
         self._known_labels: tuple[Tensor, int, Any] | None = None  # of the batch that was moved last
 
         # First everything, subclasses' arguments included, as Lightning collects it; then dictionaries in place of
@@ -209,6 +212,23 @@ class GenLoRAModule(LightningModule):
 
     # -- the optimizer ----------------------------------------------------------------------------------------------
 
+    @property
+    def lr(self) -> float:
+        """The learning rate of ``optimizer_config``, as Lightning's ``LearningRateFinder`` reads and sets it.
+
+        A rate that is set while a run is set up applies to its optimizer, with the factors of the groups and the
+        schedule.
+        """
+        return self.optimizer_config.lr
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        before, self.optimizer_config = self.optimizer_config, replace(self.optimizer_config, lr=value)
+        self.hparams["optimizer"] = self.optimizer_config.to_dict()
+        for scheduler in self._schedulers():
+            scheduler.base_lrs = [base * (value / before.lr) for base in scheduler.base_lrs]
+            self._lr_is_set = True
+
     @override
     def configure_optimizers(self) -> Any:
         config = self.optimizer_config
@@ -221,6 +241,11 @@ class GenLoRAModule(LightningModule):
         total_steps = self.trainer.estimated_stepping_batches if config.needs_total_steps else None
         scheduler = build_scheduler(optimizer, config, total_steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _schedulers(self) -> list[LambdaLR]:
+        trainer = self._trainer_or_none()
+        found = () if trainer is None else (config.scheduler for config in trainer.lr_scheduler_configs)
+        return [scheduler for scheduler in found if isinstance(scheduler, LambdaLR)]
 
     # -- batches ----------------------------------------------------------------------------------------------------
 
@@ -280,7 +305,8 @@ class GenLoRAModule(LightningModule):
             return loss_sum / count
         self._window_loss = loss_sum.detach() + (0 if self._window_loss is None else self._window_loss)
         self._window_count = count + (0 if self._window_count is None else self._window_count)
-        self.log("train_loss", self._window_loss / self._window_count, prog_bar=is_for_bar(trainer), batch_size=1)
+        self.watched_loss = self._window_loss / self._window_count  # what is returned may be a sum
+        self.log("train_loss", self.watched_loss, prog_bar=is_for_bar(trainer), batch_size=1)
         return loss_sum / (_LOSS_UNIT if _is_divided(trainer) else count)
 
     def window_state(self) -> dict[str, Tensor]:
@@ -296,6 +322,12 @@ class GenLoRAModule(LightningModule):
     @override
     def on_train_start(self) -> None:
         self._window_loss = self._window_count = None
+        if self._lr_is_set:  # the finder has given all groups the same rate
+            for scheduler in self._schedulers():
+                groups = scheduler.optimizer.param_groups
+                for group, base, factor in zip(groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+                    group["lr"] = base * factor(scheduler.last_epoch)
+            self._lr_is_set = False
 
     @override
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -26,18 +26,22 @@ from genlora_lightning.artifacts.checkpoint import (
     base_of,
     check_base,
     check_checkpoint,
+    load_beside,
     remember_base,
     upgrade,
 )
+from genlora_lightning.artifacts.other_state import note_start
 from genlora_lightning.backbone.identity import BaseCheck
 from genlora_lightning.backbone.low_memory import weight_source
+from genlora_lightning.callbacks.figures import FIGURES, log_figures
 from genlora_lightning.callbacks.reading import ReadingTimes
 from genlora_lightning.distributed.shards import whole_like
-from genlora_lightning.errors import NonFiniteGradientError
+from genlora_lightning.errors import DivergedError, NonFiniteGradientError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.report import InjectionReport
-from genlora_lightning.overrides import put_on, take_off
+from genlora_lightning.overrides import put_on, state_of, take_off
 from genlora_lightning.storage.paths import local_path
+from genlora_lightning.training.averaging import AveragedTraining
 from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.training.checks import (
     GradientWatch,
@@ -46,6 +50,7 @@ from genlora_lightning.training.checks import (
     prune_frozen,
     set_train_mode,
 )
+from genlora_lightning.training.divergence import DivergenceWatch
 from genlora_lightning.training.finite import FiniteWatch
 from genlora_lightning.training.lightning_internals import STRICT_LOADING
 from genlora_lightning.training.resume import (
@@ -63,11 +68,20 @@ from genlora_lightning.training.run_folder import (
     run_folder,
     run_name,
 )
+from genlora_lightning.training.snapshots import Snapshots
 from genlora_lightning.training.step_generation import Generate, StepGeneration
-from genlora_lightning.training.strategies import check_averaging, check_strategy
+from genlora_lightning.training.strategies import averaging_callbacks, check_strategy
 from genlora_lightning.training.sync import AdapterSharding, AdapterSync, describe_timeout
 
-_OVERRIDDEN = ("configure_model", "on_save_checkpoint", "on_load_checkpoint", "on_train_start", STRICT_LOADING)
+_OVERRIDDEN = (
+    "configure_model",
+    "on_save_checkpoint",
+    "on_load_checkpoint",
+    "on_train_start",
+    "configure_gradient_clipping",
+    "__getstate__",
+    STRICT_LOADING,
+)
 
 
 class GenLoRAFinetuning(Callback):
@@ -105,6 +119,11 @@ class GenLoRAFinetuning(Callback):
             leave it out by themselves, and all steps after it: the run stops at the next of the steps after which the
             trainer logs (``log_every_n_steps``), before a validation or a checkpoint, or at the end, with the last good
             weights. Elsewhere the run stops at once; with another optimizer on a GPU each check waits for the device.
+        stop_if_diverged: Whether to stop a run with an error when its loss has risen far over where it started and
+            stays there (how far: :class:`~genlora_lightning.training.divergence.LossCurve`), after setting the weights
+            back to the best ones. It is looked at where gradients are read, and costs two copies of what is trained.
+            Set it to ``False`` where a loss should rise (adversarial, policy gradients, a weight that grows); or give
+            the module an attribute ``watched_loss``: the loss to look at, ``None`` for none.
         adapter_sharding: Where the base is sharded (FSDP1, FSDP2): ``"replicate"`` keeps the adapters whole on each
             rank and averages their gradients in one message per optimizer step; ``"shard"`` shards them, too. Modules
             trained in full are treated as the adapters are.
@@ -132,6 +151,7 @@ class GenLoRAFinetuning(Callback):
         save_adapter: bool = True,
         train_mode: bool = True,
         check_finite_every_n_steps: int = 1,
+        stop_if_diverged: bool = True,
         adapter_sharding: AdapterSharding = "replicate",
         check_ranks_every_n_steps: int = 0,
         generate: Generate = "forward",
@@ -145,6 +165,7 @@ class GenLoRAFinetuning(Callback):
         self.save_adapter = save_adapter
         self.train_mode = train_mode
         self.check_finite_every_n_steps = check_finite_every_n_steps
+        self.stop_if_diverged = stop_if_diverged
         if adapter_sharding not in get_args(AdapterSharding):
             raise ValueError(
                 f"`adapter_sharding` must be one of {get_args(AdapterSharding)}, got {adapter_sharding!r}."
@@ -161,9 +182,12 @@ class GenLoRAFinetuning(Callback):
         self._saved_after_error = False
         self._gradient_watch = GradientWatch()
         self._finite: FiniteWatch | None = None
+        self._divergence: DivergenceWatch | None = None
         self._times: ReadingTimes | None = None
         self._last_loss: Tensor | None = None
         self._resume: Resume | None = None
+        self._snapshots: Snapshots | None = None
+        self._averaging: list[AveragedTraining] = []
         self._sync: AdapterSync | None = None
         self._untrained = False
         self._steps: StepGeneration | None = None
@@ -179,23 +203,25 @@ class GenLoRAFinetuning(Callback):
                 "`callbacks`, or by the module's `adapter` argument."
             )
         check_strategy(trainer)
-        check_averaging(callbacks)
+        averaging = averaging_callbacks(trainer.strategy, callbacks)
         self._sync = AdapterSync(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
-        self._unwrap(pl_module)  # left over if an earlier run with another trainer failed
-        release_loaders(trainer)
+        self._unwrap(trainer, pl_module)  # left over if an earlier run with another trainer failed
         self.report = None
         self._folder = None  # of an earlier run
         self._settled = False
         self._resume = None
         self._untrained = False
         self._wrap(trainer, pl_module)
+        self._averaging = [AveragedTraining(callback) for callback in averaging]
+        self._snapshots = Snapshots(trainer)
         keep_base_out_of_files(trainer)
         if stage == "fit":
             use_resumable_loaders(trainer)
             # Loggers may know their version on the first rank only.
             self._planned = self._choose_folder(trainer, trainer.strategy.broadcast(run_folder(trainer)))
             begin_run(trainer, goes_on=bool(adapter_layers(pl_module)))
+            self._prepare_when_optimizers_are_made(trainer.strategy, pl_module)
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Instance attributes, because the class is the user's. `functools.wraps` must not be used: Lightning looks
@@ -204,15 +230,18 @@ class GenLoRAFinetuning(Callback):
         original_save = pl_module.on_save_checkpoint
         original_load = pl_module.on_load_checkpoint
         original_start = pl_module.on_train_start
+        original_clipping = pl_module.configure_gradient_clipping
+        original_state = pl_module.__getstate__
 
         def configure_model() -> None:
             original_configure()
             self._inject(pl_module)
+            note_start(pl_module)
             _load_waiting_weights(trainer, pl_module)
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             # Here and not in the callback's own hook, which Lightning skips with `save_weights_only=True`.
-            self._stop_if_not_finite(trainer, pl_module)
+            self._stop_if_spoiled(trainer, pl_module)
             original_save(checkpoint)
             write_content(trainer, pl_module, checkpoint)
 
@@ -222,6 +251,10 @@ class GenLoRAFinetuning(Callback):
             check_checkpoint(pl_module, checkpoint)
             source = f"The checkpoint {trainer.ckpt_path or ''}".rstrip()
             check_base(checkpoint, base_of(pl_module), source, self.base_check)
+            load_beside(pl_module, checkpoint)
+            if self._snapshots is not None and self._snapshots.restoring:
+                self._snapshots.load(pl_module, checkpoint)
+                return
             self._untrained = False
             if trainer.state.fn == "fit":
                 resume_run(trainer, checkpoint[CHECKPOINT_KEY].get("run"))
@@ -232,22 +265,56 @@ class GenLoRAFinetuning(Callback):
         def on_train_start() -> None:
             # After everybody else's, because the random state is restored here.
             original_start()
-            if self._resume is not None:
+            # A finder's trial has callbacks of its own: the run itself has not started yet.
+            if self._resume is not None and self in trainer.callbacks:  # type: ignore[attr-defined]
                 self._resume.start(trainer, pl_module)
                 self._resume = None
 
+        def configure_gradient_clipping(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+            # Here gradients are reduced and have the module's scale, and are not clipped yet.
+            log_figures(trainer, pl_module, optimizer)
+            original_clipping(optimizer, *args, **kwargs)
+
         put_on(
             pl_module,
+            configure_gradient_clipping=configure_gradient_clipping,
             configure_model=configure_model,
             on_save_checkpoint=on_save_checkpoint,
             on_load_checkpoint=on_load_checkpoint,
             on_train_start=on_train_start,
+            # Copies and pickles of the module in the middle of a run are no part of this run.
+            __getstate__=lambda: state_of(pl_module, original_state()),
             # Lightning must accept a checkpoint without the base; `check_checkpoint` is strict about all the rest.
             **{STRICT_LOADING: False},
         )
 
-    def _unwrap(self, pl_module: LightningModule) -> None:
+    def _prepare_when_optimizers_are_made(self, strategy: Strategy, pl_module: LightningModule) -> None:
+        """Take frozen parameters out of the optimizers and set the mode before any callback saves or trains anything.
+
+        Optimizer state refers to parameters by their place in the groups, and finders are called first of all.
+        """
+        original = strategy.setup_optimizers
+
+        def setup_optimizers(trainer: Trainer) -> None:
+            original(trainer)
+            pruned = prune_frozen(trainer.optimizers)
+            if pruned:
+                rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
+            if self.train_mode:
+                set_train_mode(pl_module)
+
+        put_on(strategy, setup_optimizers=setup_optimizers)
+
+    def _unwrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
         take_off(pl_module, *_OVERRIDDEN)
+        take_off(trainer.strategy, "setup_optimizers")
+        release_loaders(trainer)
+        if self._snapshots is not None:
+            self._snapshots.end()
+            self._snapshots = None
+        for averaging in self._averaging:
+            averaging.end()
+        self._averaging = []
 
     def _inject(self, pl_module: LightningModule) -> None:
         resolve: Callable[[AdapterConfig], AdapterConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
@@ -279,23 +346,19 @@ class GenLoRAFinetuning(Callback):
         self._last_loss = None
         if not trainer.strategy.restore_checkpoint_after_setup:  # else nobody knows yet which run it is
             self._settle_folder(trainer, pl_module)
-        # Before the optimizer's state is restored: the state refers to parameters by their place in the groups.
-        pruned = prune_frozen(trainer.optimizers)
-        if pruned:
-            rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
         check_optimizers_hold(trainer.optimizers, pl_module)
         self._sync_of_run.check_trainable(pl_module)
         if self._resume is not None:
             self._resume.prepare(trainer, pl_module)
-        if self.train_mode:
-            set_train_mode(pl_module)
+        for averaging in self._averaging:
+            averaging.start(trainer, pl_module)
         self._steps = None
         if self.generate == "step":
             self._steps = StepGeneration(trainer, pl_module, sharded=self._sync_of_run.shards_adapters)
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_if_not_finite(trainer, pl_module)
+        self._stop_if_spoiled(trainer, pl_module)
         if self._untrained and trainer.state.fn != "fit":
             rank_zero_warn(
                 f"The adapters of this {type(pl_module).__name__} are new and untrained, and no `ckpt_path` is given: "
@@ -359,6 +422,8 @@ class GenLoRAFinetuning(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._settle_folder(trainer, pl_module)
+        if self.stop_if_diverged:
+            self._divergence = DivergenceWatch(trainer, pl_module)
         self._times = ReadingTimes(trainer)  # not earlier: a resumed run has its steps by now
 
     @override
@@ -418,13 +483,40 @@ class GenLoRAFinetuning(Callback):
             "or look at that batch."
         )
 
+    def _stop_if_spoiled(self, trainer: Trainer, pl_module: LightningModule, *, at_the_end: bool = False) -> None:
+        """Read what was found of gradients and loss; waits for the device. All ranks come here together."""
+        self._stop_if_not_finite(trainer, pl_module)
+        found = self._divergence.read(at_the_end=at_the_end) if self._divergence is not None else None
+        if found is None:
+            return
+        assert self._divergence is not None
+        best = self._divergence.restore_best()
+        self._saved_after_error = True
+        saved = (
+            f"The weights are set back to step {best}, after which the loss was lowest. "
+            + self._save_after_error(trainer, pl_module, step=best, on_all_ranks=True)
+            if best
+            else "No adapter is saved, because it never was better than at the start."
+        )
+        trainer.strategy.barrier()  # as for gradients that are not finite
+        groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
+        rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)  # the peak of a schedule
+        raise DivergedError(
+            f"The training diverges: the median loss of the {found.steps} steps until step {found.step} is "
+            f"{found.level:.4g}, and {found.start:.4g} at the start. {saved} Lower the learning rate, which is "
+            f"{rate:.3g}: try {rate / 10:.1g}. If this loss should rise, set `stop_if_diverged=False` of "
+            "GenLoRAFinetuning."
+        )
+
     # -- the end ----------------------------------------------------------------------------------------------------
 
     @override
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         assert self._times is not None
+        if self._divergence is not None:
+            self._divergence.after_batch(outputs)
         if self._times.due():
-            self._stop_if_not_finite(trainer, pl_module)
+            self._stop_if_spoiled(trainer, pl_module)
         every = self.check_ranks_every_n_steps
         if every and trainer.global_step % every == 0:
             self._sync_of_run.compare(pl_module, f"After step {trainer.global_step}")
@@ -436,7 +528,7 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_if_not_finite(trainer, pl_module)
+        self._stop_if_spoiled(trainer, pl_module, at_the_end=True)
         self._sync_of_run.compare(pl_module, f"At the end, after step {trainer.global_step},")
 
     @override
@@ -470,8 +562,7 @@ class GenLoRAFinetuning(Callback):
             with suppress(RuntimeError):  # must not hide the error that is being handled
                 self._steps.end()
         self._end_watch()
-        self._unwrap(pl_module)
-        release_loaders(trainer)
+        self._unwrap(trainer, pl_module)
 
     def _last_good_step(self, trainer: Trainer, pl_module: LightningModule) -> int:
         """How many steps the weights are of, where the last ones may have been left out and nobody knows it yet."""
@@ -487,6 +578,7 @@ class GenLoRAFinetuning(Callback):
         if self._finite is not None:
             self._finite.end()
             self._finite = None
+        self._divergence = None
 
     def _save_after_error(
         self, trainer: Trainer, pl_module: LightningModule, *, step: int, on_all_ranks: bool = False
@@ -519,8 +611,7 @@ class GenLoRAFinetuning(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end_watch()
-        self._unwrap(pl_module)
-        release_loaders(trainer)
+        self._unwrap(trainer, pl_module)
 
 
 def _load_waiting_weights(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -542,7 +633,8 @@ def _spare_folder() -> Path:
 
 
 def _facts(trainer: Trainer, step: int) -> dict[str, Any]:
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    logged = {name: value for name, value in trainer.callback_metrics.items() if name not in FIGURES}
+    metrics = {name: float(value) for name, value in logged.items() if value.numel() == 1}
     return {
         "run": run_name(trainer),
         "global_step": step,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.strategies.fsdp import (
@@ -16,11 +18,15 @@ from torch import nn
 
 __all__ = [
     "STRICT_LOADING",
+    "averaged_model",
+    "checkpoint_connector",
     "count_step",
+    "drop_averaged_model",
     "end_restart",
     "is_local_file_protocol",
     "move_torchmetrics_to_device",
     "own_precision_plugin",
+    "pending_resume",
     "set_up_activation_checkpointing",
     "should_accumulate",
     "tensor_parallel_size",
@@ -35,6 +41,32 @@ STRICT_LOADING = "_strict_loading"
 def trainer_or_none(module: LightningModule) -> Trainer | None:
     """The trainer that runs a module, or ``None``; ``module.trainer`` raises an error then."""
     return module._trainer
+
+
+def averaged_model(callback: Any) -> Any:
+    """The ``AveragedModel`` of a ``WeightAveraging`` callback."""
+    return callback._average_model
+
+
+def drop_averaged_model(callback: Any) -> None:
+    """Have a ``WeightAveraging`` callback forget its average; it does nothing outside of a fit then."""
+    callback._average_model = None
+
+
+def checkpoint_connector(trainer: Trainer) -> Any:
+    """What saves and loads a trainer's checkpoints; nobody but callbacks within a run calls its ``restore``."""
+    return trainer._checkpoint_connector
+
+
+@contextmanager
+def pending_resume(trainer: Trainer) -> Iterator[None]:
+    """Context manager around the loading of a checkpoint: a resume that is not yet at its end goes on afterwards."""
+    connector: Any = checkpoint_connector(trainer)
+    before = connector._loaded_checkpoint, connector._ckpt_path
+    try:
+        yield
+    finally:
+        connector._loaded_checkpoint, connector._ckpt_path = before
 
 
 def should_accumulate(trainer: Trainer) -> bool:

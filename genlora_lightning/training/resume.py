@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
@@ -20,6 +21,7 @@ from genlora_lightning.training.lightning_internals import count_step, end_resta
 from genlora_lightning.training.random_state import random_state, set_random_state
 from genlora_lightning.training.resumable import is_resumable, make_resumable, make_unnoticed
 from genlora_lightning.training.run_folder import run_name
+from genlora_lightning.training.strategies import shards_base
 
 RESUME_KEY = "resume"
 _OWNER = "trainer whose files hold adapters only"
@@ -143,7 +145,7 @@ def _at_rest(batches: _Progress) -> bool:
 
 def write_content(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Turn what Lightning wants to save into what we save, in place; collective, like saving itself."""
-    keep_adapters_only(module, checkpoint, trainer.optimizers)
+    keep_adapters_only(module, checkpoint, trainer.optimizers, look_at_frozen=not shards_base(trainer.strategy))
     checkpoint[CHECKPOINT_KEY]["run"] = run_name(trainer)
     add_resume_state(trainer, module, checkpoint)
 
@@ -168,6 +170,15 @@ def keep_base_out_of_files(trainer: Trainer) -> None:
     put_on(strategy, save_checkpoint=save_checkpoint)
 
 
+def _scheduled_accumulation(trainer: Trainer, epoch: int) -> int:
+    """How many batches an optimizer step takes in an epoch."""
+    found: int = trainer.accumulate_grad_batches
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            found = callback.get_accumulate_grad_batches(epoch)
+    return found
+
+
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
@@ -182,21 +193,29 @@ class Resume:
     def __init__(self, checkpoint: dict[str, Any]) -> None:
         self.checkpoint = checkpoint
         self.state: dict[str, Any] = checkpoint[CHECKPOINT_KEY].get(RESUME_KEY, {})
+        progress = checkpoint["loops"]["fit_loop"] if self.state and "loops" in checkpoint else {}
+        self.before_the_first_batch = bool(progress) and not progress["epoch_loop.batch_progress"]["total"]["ready"]
         self.new_epoch = False
         self.epoch_is_over = False
         self.uncounted_step = 0
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Translate the optimizers' state and put the loops' counters right, before Lightning restores them."""
+        self.translate(trainer, module)
+        if "loops" in self.checkpoint and self.state:
+            progress = self.checkpoint["loops"]["fit_loop"]
+            epoch = max(0, progress["epoch_progress"]["current"]["ready"] - 1)
+            self._settle(progress, _scheduled_accumulation(trainer, epoch))
+        self.checkpoint = {}
+
+    def translate(self, trainer: Trainer, module: LightningModule) -> None:
+        """Translate the optimizers' state, whose parameters have names, into what this run's optimizers load."""
         stored = self.checkpoint.get("optimizer_states", [])
         if len(stored) not in (0, len(trainer.optimizers)):
             raise ValueError(f"The checkpoint has {len(stored)} optimizers, this run {len(trainer.optimizers)}.")
         if stored:
             pairs = zip(stored, trainer.optimizers, strict=True)
             self.checkpoint["optimizer_states"] = [numbered_state(module, state, opt) for state, opt in pairs]
-        if "loops" in self.checkpoint and self.state:
-            self._settle(self.checkpoint["loops"]["fit_loop"], trainer.accumulate_grad_batches)
-        self.checkpoint = {}
 
     def _settle(self, progress: _Progress, window: int) -> None:
         """Bring the counters into a form from which Lightning goes on as an uninterrupted run does.
@@ -240,6 +259,8 @@ class Resume:
     def start(self, trainer: Trainer, module: LightningModule) -> None:
         """Restore what the first batch depends on; the last thing before it."""
         loop = trainer.fit_loop
+        if not self.new_epoch:  # inside of an epoch Lightning does not call the hook that sets it
+            trainer.accumulate_grad_batches = _scheduled_accumulation(trainer, trainer.current_epoch)
         if self.new_epoch:
             loop.epoch_loop.restarting = False
         elif self.uncounted_step and not validation_is_due(loop):
@@ -252,6 +273,12 @@ class Resume:
             return
         for index, metric in self.state["plateau"]:
             module.lr_scheduler_step(trainer.lr_scheduler_configs[index].scheduler, metric)
+        self.restore_values(trainer, module)
+
+    def restore_values(self, trainer: Trainer, module: LightningModule) -> None:
+        """Restore what the next batch depends on beside the loops: gradients, random states, the loaders' places."""
+        if not self.state:
+            return
         parameters = plain_parameters(module) if self.state["gradients"] else {}
         for name, gradient in self.state["gradients"].items():
             parameter = parameters[name]
@@ -271,6 +298,8 @@ class Resume:
 
     def _load_loaders(self, trainer: Trainer, states: list[dict[str, Any]]) -> None:
         loaders = _own_loaders(trainer)
+        if self.before_the_first_batch and not states:
+            return  # it was written before there were any, in somebody's `on_fit_start`
         if len(loaders) != len(states):
             raise ValueError(
                 f"The checkpoint holds the places of {len(states)} resumable data loaders, and this run has "

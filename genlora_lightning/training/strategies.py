@@ -45,10 +45,8 @@ from genlora_lightning.training.lightning_internals import (
 
 FSDP_NAME = "genlora_fsdp"
 # WeightAveraging (and EMAWeightAveraging on it) came with Lightning 2.6.
-_AVERAGING = tuple(
-    getattr(lightning_callbacks, name)
-    for name in ("StochasticWeightAveraging", "WeightAveraging")
-    if hasattr(lightning_callbacks, name)
+_WEIGHT_AVERAGING: tuple[type, ...] = tuple(
+    getattr(lightning_callbacks, name) for name in ("WeightAveraging",) if hasattr(lightning_callbacks, name)
 )
 # On a module that FSDP1 was wrapped around: the wrapper, for the next run with the same module.
 _WRAPPER = "FSDP1's root"
@@ -92,18 +90,26 @@ def check_strategy(trainer: Trainer) -> None:
         )
 
 
-def check_averaging(callbacks: list[Callback]) -> None:
-    """Refuse callbacks that average weights.
+def averaging_callbacks(strategy: Strategy, callbacks: list[Callback]) -> list[Callback]:
+    """Find the callbacks that average weights: ``WeightAveraging``, where each process has all that is trained.
 
     Raises:
-        ValueError: With the name of the callback.
+        ValueError: One cannot work; with its name and what to use instead.
     """
+    found = [callback for callback in callbacks if isinstance(callback, _WEIGHT_AVERAGING)]
     for callback in callbacks:
-        if isinstance(callback, _AVERAGING):
+        name = type(callback).__name__
+        if isinstance(callback, lightning_callbacks.StochasticWeightAveraging):
             raise ValueError(
-                f"GenLoRAFinetuning does not work with {type(callback).__name__} in this release: it copies the module "
-                "before the adapters are in it, and writes the base into checkpoints. Leave one of the two out."
+                f"GenLoRAFinetuning does not work with {name}: it copies the module before the adapters are in it. Use "
+                "Lightning's WeightAveraging or EMAWeightAveraging (2.6 and newer)."
             )
+        if callback in found and (shards_base(strategy) or len(found) > 1):
+            why = f"under {type(strategy).__name__}" if shards_base(strategy) else "together with another one"
+            raise ValueError(
+                f"GenLoRAFinetuning does not work with {name} {why}: it averages on one device and under DDP, once."
+            )
+    return found
 
 
 def shards_base(strategy: Strategy) -> bool:

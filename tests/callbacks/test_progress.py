@@ -80,12 +80,14 @@ def test_training_prints_a_line_for_each_tenth_and_one_for_each_validation(
     assert len(validation) == 2
     assert lines == [line for line in lines if line in training + validation]
     assert re.fullmatch(
-        r"epoch 1/2 \| step 1/40 \(2%\) \| train_loss 0\.5 \| \d+ tokens/s \| elapsed 00:00 \| remaining \d\d:\d\d",
+        r"epoch 1/2 \| step 1/40 \(2%\) \| train_loss 0\.5 \| lr 0\.1 \| \d+ tokens/s \| \d+\.\d GiB "
+        r"\| elapsed 00:00 \| remaining \d\d:\d\d",
         training[0],
     )
     # Once a validation has run, its metrics do not turn up among those of training.
     assert re.fullmatch(
-        r"epoch 2/2 \| step 40/40 \(100%\) \| train_loss 0\.5 \| \d+ tokens/s \| elapsed \d\d:\d\d \| remaining 00:00",
+        r"epoch 2/2 \| step 40/40 \(100%\) \| train_loss 0\.5 \| lr 0\.1 \| \d+ tokens/s \| \d+\.\d GiB "
+        r"\| elapsed \d\d:\d\d \| remaining 00:00",
         training[-1],
     )
     assert validation[0] == "validation after step 20 | val_loss 0.25 | val_accuracy 0.9 | took 00:00"
@@ -145,7 +147,7 @@ def test_terminal_bar_shows_loss_rate_and_time_left(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sys, "stdout", terminal)
     make_trainer(tmp_path, TerminalProgressBar(), limit_val_batches=0).fit(SmallModel())
     bar = terminal.getvalue().split("\r")[-1]
-    assert re.search(r"Epoch 1: 100%.*train_loss=0\.500, tokens/s=\d+, left=00:00\]", bar)
+    assert re.search(r"Epoch 1: 100%.*train_loss=0\.500, lr=0\.100, tokens/s=\d+, left=00:00\]", bar)
     assert "v_num" not in bar
 
 

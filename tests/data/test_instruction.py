@@ -397,14 +397,18 @@ def test_split_that_cannot_be_made_is_an_error(write: Write, tokenizer: Any) -> 
 
 def test_stage_without_data_says_what_to_set(write: Write, tokenizer: Any) -> None:
     data = module(tokenizer, write("train.jsonl", pairs(2)))
-    with pytest.raises(ValueError, match="there are no validation data; set val_file or val_fraction"):
-        data.setup("validate")
+    for stage in ("validate", "test", "predict"):  # Lightning does so where the user gives another loader, too
+        data.setup(stage)
+        with pytest.raises(RuntimeError, match=r"the training data were not set up; call setup\(\) first"):
+            data.train_dataloader()
     with pytest.raises(ValueError, match="there are no test data; set test_file"):
-        data.setup("test")
+        data.test_dataloader()
     with pytest.raises(ValueError, match="there are no prediction data; set predict_file or test_file"):
-        data.setup("predict")
-    with pytest.raises(RuntimeError, match=r"the training data were not set up; call setup\(\) first"):
-        data.train_dataloader()
+        data.predict_dataloader()
+    assert len(data.val_dataloader()) == 0
+    data.setup("validate")
+    with pytest.raises(ValueError, match="there are no validation data; set val_file or val_fraction"):
+        data.val_dataloader()
 
 
 # With Lightning
@@ -482,3 +486,18 @@ def test_a_worker_process_gives_the_same_batches(write: Write, tokenizer: Any) -
         assert epochs[0] == epochs[1]
         runs.append(epochs)
     assert runs[0] == runs[1]
+
+
+@uses_trainer
+@pytest.mark.filterwarnings("ignore:Total length of `NoValidationData` across ranks is zero")
+def test_another_loader_is_used_after_a_data_module(write: Write, tokenizer: Any) -> None:
+    data = module(tokenizer, write("train.jsonl", pairs(4)), batch_size=4)
+    model = Recorder()
+    run = trainer()
+    run.fit(model, datamodule=data)
+    mine = torch.utils.data.DataLoader(list(data.train_dataloader()), batch_size=None)  # type: ignore[arg-type]
+    run.validate(model, dataloaders=mine, verbose=False)
+    run.predict(model, dataloaders=mine, return_predictions=False)
+    assert [len(model.seen[what]) for what in ("val", "predict")] == [1, 1]
+    with pytest.raises(ValueError, match="there are no validation data; set val_file or val_fraction"):
+        run.validate(model, datamodule=data)

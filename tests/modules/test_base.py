@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -316,3 +317,27 @@ def test_module_without_a_trainer_is_loaded_as_always(model_folders: dict[str, s
     module = CausalLMModule(model_folders["llama"], low_memory=True)
     module.configure_model()
     assert not any(parameter.is_meta for parameter in module.model.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_learning_rate_finder_sets_the_rate_of_groups_and_schedule(
+    make_trainer: MakeTrainer, model_folders: dict[str, str]
+) -> None:
+    factors = {"latents": 2.0, "rbf_weights": 0.5}
+    config = OptimizerConfig(schedule="constant", warmup_steps=2, lr_factors=factors)
+    module = CausalLMModule(model_folders["llama"], adapter=small_config(), optimizer=config)
+    rates: list[dict[str, float]] = []
+
+    class Rates(Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            rates.append({group["name"]: group["lr"] for group in trainer.optimizers[0].param_groups})
+
+    finder = LearningRateFinder(num_training_steps=16, min_lr=1e-5, max_lr=1e-2)
+    batches = batches_of(*([step % 4] for step in range(20)))
+    make_trainer(max_epochs=1, callbacks=[finder, Rates()]).fit(module, loader(batches))
+    assert finder.optimal_lr is not None
+    assert module.lr == module.hparams["optimizer"]["lr"] == finder.optimal_lr.suggestion() != OptimizerConfig().lr
+    assert len(rates) == 20
+    for step, rate in enumerate(rates):
+        warmup = min(1.0, (step + 1) / 3)
+        assert rate == pytest.approx({name: module.lr * factors.get(name, 1.0) * warmup for name in rate})

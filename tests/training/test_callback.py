@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import copy
 import errno
+import io
 import math
 
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
@@ -219,11 +220,10 @@ def test_configuration_may_be_a_dictionary_and_nothing_else():
         GenLoRAFinetuning(4)
 
 
-@pytest.mark.parametrize("averaging", [StochasticWeightAveraging(0.1), EMAWeightAveraging()])
-def test_weight_averaging_is_refused_before_any_work(tmp_path, averaging):
+def test_stochastic_weight_averaging_is_refused_before_any_work(tmp_path):
     module = PlainMLP()
-    with pytest.raises(ValueError, match=rf"does not work with {type(averaging).__name__} in this release"):
-        trainer(tmp_path, finetuning(), averaging).fit(module, mlp_loader())
+    with pytest.raises(ValueError, match=r"does not work with StochasticWeightAveraging: .* Use .* EMAWeightAveraging"):
+        trainer(tmp_path, finetuning(), StochasticWeightAveraging(0.1)).fit(module, mlp_loader())
     assert not adapter_layers(module)
 
 
@@ -542,3 +542,29 @@ def test_matrices_are_generated_once_while_nothing_is_trained_and_anew_after_it(
     assert all(first is second for first, second in zip(used[:number], used[number:], strict=False))
     if way == "fit":
         assert not torch.equal(used[0], used[2 * number])
+
+
+@pytest.mark.parametrize("generate", ["forward", "step"])
+def test_module_can_be_pickled_and_copied_while_it_is_fitted(tmp_path, generate):
+    kept = []
+
+    class Keep(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *_):
+            file = io.BytesIO()
+            torch.save(pl_module, file)
+            file.seek(0)
+            kept[:] = [torch.load(file, weights_only=False), copy.deepcopy(pl_module)]
+            for module in kept:
+                assert not {"configure_model", "on_save_checkpoint", "__getstate__"} & set(vars(module))
+                assert module.strict_loading
+            assert not pl_module.strict_loading  # the run goes on as it was
+
+    module = PlainMLP()
+    run = trainer(tmp_path, finetuning(generate=generate, save_adapter=False), Keep(), accumulate_grad_batches=2)
+    run.fit(module, mlp_loader())
+    for other in kept:
+        other.configure_model()
+        assert other(torch.ones(1, 8)).shape == (1, 4)
+        for name, tensor in adapter_state_dict(module).items():
+            assert torch.equal(adapter_state_dict(other)[name], tensor), name
+    assert "__getstate__" not in vars(module)

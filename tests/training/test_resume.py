@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
@@ -267,5 +267,25 @@ def test_token_weighted_accumulation_goes_on_in_the_middle_of_a_window(tmp_path,
     seed(99)
     second = fit(ckpt_path=tmp_path / "x.ckpt")
     assert len(second.losses) == 10 - batches
+    for name, tensor in adapter_state_dict(second).items():
+        assert torch.equal(tensor, adapter_state_dict(whole)[name]), name
+
+
+@pytest.mark.parametrize("batches", [5, 6, 7, 8, 9, 10, 13])
+def test_accumulation_of_the_epoch_goes_on_inside_of_it(tmp_path, batches):
+    def fit(module: Any, *more: Any, **settings: Any) -> None:
+        run(tmp_path, module, GradientAccumulationScheduler({0: 1, 1: 3, 2: 2}), *more, max_epochs=3, **settings)
+
+    seed(5)
+    whole = Noisy()
+    fit(whole)
+    seed(5)
+    first = Noisy()
+    with pytest.raises(KeyError, match="stopped"):
+        fit(first, SaveAt(tmp_path / "stopped.ckpt", batches))
+    seed(99)
+    second = Noisy()
+    fit(second, ckpt_path=tmp_path / "stopped.ckpt")
+    assert first.losses + second.losses == whole.losses
     for name, tensor in adapter_state_dict(second).items():
         assert torch.equal(tensor, adapter_state_dict(whole)[name]), name

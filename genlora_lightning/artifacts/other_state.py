@@ -1,0 +1,115 @@
+"""Keep in checkpoints what is neither trained nor the frozen base's: changed buffers, metrics, extra state."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from genlora_lightning.distributed.shards import plain_name
+from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.overrides import note, noted
+
+_START = "state at the start"
+_WARNED = "warned of frozen parameters that change"
+# Of each tensor so many values are compared, at equal distances: what changes as a whole, or by rows, is seen by them.
+_MOST_VALUES = 4096
+
+
+def note_start(module: nn.Module) -> None:
+    """Remember what of a module's state is the base's, before anything is trained or loaded; only the first time."""
+    if noted(module, _START) is None:
+        states = {**_buffers(module), **_frozen(module), **_beside(module, module.state_dict())}
+        note(module, _START, {name: _sample(value) for name, value in states.items() if _comparable(value)})
+
+
+def other_state(module: nn.Module, state_dict: Mapping[str, Any], *, look_at_frozen: bool) -> dict[str, Any]:
+    """What a checkpoint must hold beside what is trained, by plain names.
+
+    These are the persistent buffers that have changed since :func:`note_start`, and entries of the state dict that
+    are neither parameters nor buffers: ``get_extra_state``, states of torchmetrics. Frozen parameters that have
+    changed (a teacher that follows the student) may be as large as the base; they are not kept, but named in a warning.
+
+    Args:
+        module: The module with the adapters.
+        state_dict: What it was about to save.
+        look_at_frozen: Whether the frozen parameters lie whole on this process.
+    """
+    start: dict[str, Tensor] = noted(module, _START) or {}
+    frozen = _frozen(module) if look_at_frozen and not noted(module, _WARNED) else {}
+    changed = [name for name, parameter in frozen.items() if name in start and _differs(start[name], parameter)]
+    if changed:
+        note(module, _WARNED, True)
+        warnings.warn(
+            f"{len(changed)} frozen parameters have changed since the run began, {changed[0]} among them. Checkpoints "
+            "do not hold them, so a run that is resumed begins with those of the base. If they are a teacher's, make "
+            "them buffers, which are kept.",
+            stacklevel=2,
+        )
+    found = {**_buffers(module), **_beside(module, state_dict)}
+    return {
+        name: value
+        for name, value in found.items()
+        if not (name in start and _comparable(value) and not _differs(start[name], value))
+    }
+
+
+def load_other_state(module: nn.Module, values: Mapping[str, Any]) -> None:
+    """Load what :func:`other_state` has kept."""
+    buffers = _buffers(module)
+    with torch.no_grad():
+        for name, value in values.items():
+            if name in buffers:
+                buffers[name].copy_(value)
+    rest = {name: value for name, value in values.items() if name not in buffers}
+    if rest:
+        module.load_state_dict(rest, strict=False)
+
+
+def _buffers(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        plain_name(f"{prefix}.{name}" if prefix else name): buffer
+        for prefix, part in module.named_modules()
+        for name, buffer in part._buffers.items()
+        if buffer is not None and name not in part._non_persistent_buffers_set
+    }
+
+
+def _frozen(module: nn.Module) -> dict[str, Tensor]:
+    return {plain_name(name): p for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def _beside(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Entries of a state dict that are no parameters and no buffers, and do not belong to an adapted layer's base."""
+    tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    own = {plain_name(name) for name, _ in tensors}
+    adapted = tuple(f"{plain_name(name)}." for name in adapter_layers(module))
+    return {
+        name: value
+        for name, value in state_dict.items()
+        if name not in own and not name.startswith(adapted) and not _is_part_of_one(name, own)
+    }
+
+
+def _is_part_of_one(name: str, names: set[str]) -> bool:
+    """Whether an entry such as ``weight.absmax`` describes a (quantized) tensor."""
+    parts = name.split(".")
+    return any(".".join(parts[:length]) in names for length in range(1, len(parts)))
+
+
+def _comparable(value: Any) -> bool:
+    return type(value) in (Tensor, nn.Parameter) and value.device.type != "meta" and value.numel() > 0
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    values = tensor.detach().reshape(-1)
+    return values[:: max(1, values.numel() // _MOST_VALUES)].cpu().clone()
+
+
+def _differs(start: Tensor, value: Tensor) -> bool:
+    now = _sample(value)
+    start = start.to(now.dtype)  # the run's precision may have converted it
+    return start.shape != now.shape or not bool(((start == now) | ((start != start) & (now != now))).all())
