@@ -56,8 +56,8 @@ class GenLoRACLI(LightningCLI):
     """LightningCLI with what fine-tuning wants by default.
 
     - Any LightningModule and LightningDataModule by ``class_path``; those of this package by their names alone.
-    - ``data.init_args.tokenizer`` and ``data.init_args.label_names``, where the class has them and they are not set,
-      are ``model.init_args.model`` and ``model.init_args.label_names``.
+    - ``tokenizer``, ``label_names`` and ``problem_type`` of the data, where the class has them and they are not set,
+      are the model's ``model``, ``label_names`` and ``problem_type``.
     - A checkpoint gives weights, not settings: the configuration and the command line always win over the
       hyperparameters stored in it.
     - ``fit --ckpt_path auto`` goes on from the newest good checkpoint of the run's directory, or starts a new run.
@@ -88,7 +88,8 @@ class GenLoRACLI(LightningCLI):
         types = get_type_hints(GenLoRAFinetuning.__init__)
         for name, text in _CALLBACK_HELP.items():
             parser.add_argument(f"--{name}", type=types[name], default=_CALLBACK_DEFAULTS[name], help=text)
-        for source, target in (("model", "tokenizer"), ("label_names", "label_names")):
+        linked = {"model": "tokenizer", "label_names": "label_names", "problem_type": "problem_type"}
+        for source, target in linked.items():
             parser.link_arguments(
                 (f"model.init_args.{source}", "data"),
                 f"data.init_args.{target}",

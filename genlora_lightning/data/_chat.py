@@ -8,10 +8,12 @@ in the template, and it is verified for every example: the prompt that training 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
-from genlora_lightning.data._files import Record, checked_text, text_field
+from genlora_lightning.data._files import Record, checked_text, is_blank, shown, structured_field, text_field
 from genlora_lightning.errors import DataFileError
 
 IGNORE_INDEX = -100
@@ -21,36 +23,43 @@ Message = dict[str, str]
 Truncation = Literal["error", "drop", "left"]
 
 
-def parse_conversation(
-    record: Record, *, plain: bool, system_prompt: str | None, needs_answer: bool
-) -> tuple[list[Message], bool]:
+class Conversation(NamedTuple):
+    """What a record holds: its messages, the places of the answers that carry the loss, and the tools offered."""
+
+    messages: list[Message]
+    learned: list[int]
+    tools: list[Any] | None = None
+
+
+def parse_conversation(record: Record, *, plain: bool, system_prompt: str | None, needs_answer: bool) -> Conversation:
     """Reads a record of `messages`, or of `prompt` and `completion`.
 
     Args:
-        record: One record of a data file. In CSV, `messages` is JSON text.
+        record: One record of a data file. In CSV, `messages` and `tools` are JSON text.
         plain: No chat template is used, so only `prompt` and `completion` have a meaning.
         system_prompt: Put first when the conversation has no system message of its own.
         needs_answer: An assistant message must be there (training and evaluation), or may be missing (prediction).
 
     Returns:
-        The conversation; and whether its last message is the assistant's.
+        The conversation; every answer is learned but those of weight 0.
 
     Raises:
         DataFileError: A field is missing, empty or of a wrong type, a role is unknown, or nothing is to be learned.
     """
     where, fields = record
+    tools = _parse_tools(record, plain)
     if "messages" in fields:
         if "prompt" in fields or "completion" in fields:
             raise DataFileError(where, "has both 'messages' and 'prompt'/'completion'; keep one of them")
         if plain:
             raise DataFileError(where, "'messages' need a chat template, but chat_template='none' was set")
-        messages = _parse_messages(fields["messages"], where)
+        messages, silent = _parse_messages(structured_field(record, "messages"), where)
     elif "prompt" in fields:
-        messages = [{"role": "user", "content": text_field(record, "prompt")}]
-        if needs_answer or fields.get("completion") not in (None, ""):
+        messages, silent = [{"role": "user", "content": text_field(record, "prompt")}], set()
+        if needs_answer or not is_blank(fields.get("completion")):
             messages.append({"role": "assistant", "content": text_field(record, "completion")})
     else:
-        found = ", ".join(repr(name) for name in fields) or "none"
+        found = ", ".join(map(shown, fields)) or "none"
         raise DataFileError(where, f"needs a field 'messages', or 'prompt' and 'completion'; fields found: {found}")
 
     roles = [message["role"] for message in messages]
@@ -58,36 +67,66 @@ def parse_conversation(
         raise DataFileError(where, f"no assistant message, so there is nothing to learn; roles found: {roles}")
     if "user" not in roles[: roles.index("assistant") if "assistant" in roles else None]:
         raise DataFileError(where, f"no user message before the first answer; roles found: {roles}")
+    learned = [index for index, role in enumerate(roles) if role == "assistant" and index not in silent]
+    if needs_answer and not learned:
+        raise DataFileError(where, "every answer has weight 0, so there is nothing to learn")
     if system_prompt is not None and not {"system", "developer"} & set(roles):
         messages.insert(0, {"role": "system", "content": system_prompt})
-    return messages, messages[-1]["role"] == "assistant"
+        learned = [index + 1 for index in learned]
+    return Conversation(messages, learned, tools)
 
 
-def _parse_messages(value: Any, where: str) -> list[Message]:
-    if isinstance(value, str) and where.rpartition(":")[0].lower().endswith(".csv"):
-        try:
-            value = json.loads(value)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataFileError(where, f"column 'messages' is not valid JSON: {error}") from error
+def _parse_tools(record: Record, plain: bool) -> list[Any] | None:
+    where, fields = record
+    if fields.get("functions"):
+        raise DataFileError(where, "has 'functions', an older form of tools; write them as 'tools'")
+    if is_blank(fields.get("tools")):
+        return None
+    tools = structured_field(record, "tools")
+    if tools == []:
+        return None
+    if plain:
+        raise DataFileError(where, "'tools' need a chat template, but chat_template='none' was set")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
+        raise DataFileError(where, f"field 'tools' must be a list of objects, one a tool, got {shown(tools)}")
+    try:
+        json.dumps(tools, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise DataFileError(where, f"field 'tools' is not valid Unicode text: {error.reason}") from error
+    return tools
+
+
+def _parse_messages(value: Any, where: str) -> tuple[list[Message], set[int]]:
+    """Returns the messages, and the places of those of weight 0."""
     if not isinstance(value, list):
         raise DataFileError(where, f"field 'messages' must be a list of messages, got {type(value).__name__}")
     if not value:
         raise DataFileError(where, "field 'messages' is an empty list")
-    messages = []
+    messages: list[Message] = []
+    silent = set()
     for index, message in enumerate(value):
         what = f"messages[{index}]"
         if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise DataFileError(where, f"{what} must be an object with 'role' and 'content', got {message!r:.80}")
-        if message.get("tool_calls"):
+            raise DataFileError(where, f"{what} must be an object with 'role' and 'content', got {shown(message)}")
+        if message.get("tool_calls") or message.get("function_call"):
             raise DataFileError(where, f"{what} has tool calls, which cannot be trained on yet")
         role = message["role"]
         if role not in ROLES:
-            raise DataFileError(where, f"{what} has the unknown role {role!r:.40}; allowed are {', '.join(ROLES)}")
+            raise DataFileError(where, f"{what} has the unknown role {shown(role)}; allowed are {', '.join(ROLES)}")
         content = checked_text(
             message["content"], where, f"{what}.content ({role})", may_be_blank=role not in ("user", "assistant")
         )
         messages.append({"role": role, "content": content})
-    return messages
+        weight = message.get("weight")
+        if weight is None:
+            continue
+        if isinstance(weight, bool) or weight not in (0, 1):
+            raise DataFileError(where, f"{what}.weight must be 0 (not learned) or 1, got {shown(weight)}")
+        if weight == 0:
+            silent.add(index)
+        elif role != "assistant":
+            raise DataFileError(where, f"{what}.weight is 1, but only the assistant's messages can be learned")
+    return messages, silent
 
 
 class ChatEncoder:
@@ -121,31 +160,49 @@ class ChatEncoder:
         if self.plain and tokenizer.eos_token_id is None:
             raise ValueError("chat_template='none' ends each answer with the tokenizer's eos_token, but it has none")
         added = tokenizer.added_tokens_decoder.items()
+        control = {number: token.content for number, token in added if token.content.strip()}
         #: Tokens that are no plain text; an answer that ends in one of them ends there.
-        self.control_ids = {*tokenizer.all_special_ids, *(number for number, token in added if token.content.strip())}
+        self.control_ids = {*tokenizer.all_special_ids, *control}
+        # The unknown token stands for what is in no text. Longer names first: they may begin as shorter ones do.
+        self._control = {text: number for number, text in control.items() if number != tokenizer.unk_token_id}
+        names = sorted(self._control, key=len, reverse=True)
+        self._control_names = re.compile("|".join(map(re.escape, names))) if names else None
         self._bos = [tokenizer.bos_token_id] if self.plain and _adds_bos(tokenizer) else []
 
-    def encode(self, messages: list[Message], where: str) -> dict[str, Any]:
-        """Tokenizes a conversation up to its last answer.
+    def encode(
+        self,
+        messages: list[Message],
+        where: str,
+        learned: Sequence[int] | None = None,
+        tools: list[Any] | None = None,
+    ) -> dict[str, Any]:
+        """Tokenizes a conversation up to its last answer that is learned.
+
+        Args:
+            messages: The conversation.
+            where: Its place, for messages.
+            learned: The places of the answers that carry the loss; all if None.
+            tools: What the chat template is told of tools.
 
         Returns:
             `input_ids` and `labels` of equal length (both empty if the example is dropped), `cut_tokens` left out at
             the start, and `lost_answers`: earlier answers that lost their label because the cut went through them.
 
         Raises:
-            DataFileError: The template alters what it rendered before, or the example is too long.
+            DataFileError: The template alters what it rendered before, does not take tools, or the example is too long.
         """
-        last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
-        targets = [index for index in range(last + 1) if messages[index]["role"] == "assistant"]
+        targets = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+        targets = targets if learned is None else list(learned)
+        last = targets[-1]
         if self.train_on == "last":
             targets = [last]
-        text = self._render(messages[: last + 1], where)
+        messages, text = self._render_whole(messages[: last + 1], where, tools)
         cuts = []
         for index in targets:
-            start = self._prefix_end(text, self._render(messages[:index], where, ask=True), index, where)
+            start = self._prefix_end(text, self._render(messages[:index], where, tools, ask=True), index, where)
             end = len(text)
             if index != last:
-                end = self._prefix_end(text, self._render(messages[: index + 1], where), index, where)
+                end = self._prefix_end(text, self._render(messages[: index + 1], where, tools), index, where)
             if _squeezed(messages[index]["content"]) not in _squeezed(text[start:end]):
                 reason = f"the chat template changes the text of messages[{index}]; it must render answers as they are"
                 raise DataFileError(where, reason)
@@ -177,9 +234,9 @@ class ChatEncoder:
             del ids[first:stop], labels[first:stop]
         return {"input_ids": ids, "labels": labels, "cut_tokens": cut, "lost_answers": lost}
 
-    def encode_prompt(self, messages: list[Message], where: str) -> dict[str, Any]:
+    def encode_prompt(self, messages: list[Message], where: str, tools: list[Any] | None = None) -> dict[str, Any]:
         """Tokenizes a conversation that the model is to continue; `input_ids` is empty if the example is dropped."""
-        text = self._render(messages, where, ask=True)
+        messages, text = self._render_whole(messages, where, tools, ask=True)
         ids = self._bos + self._ids(text)
         cut = self._tokens_to_cut(ids, len(ids), text, messages[-1], where)
         if cut is None:
@@ -189,7 +246,38 @@ class ChatEncoder:
             del ids[first:stop]
         return {"input_ids": ids, "cut_tokens": cut}
 
-    def _render(self, messages: list[Message], where: str, ask: bool = False) -> str:
+    def _render_whole(
+        self, messages: list[Message], where: str, tools: list[Any] | None, ask: bool = False
+    ) -> tuple[list[Message], str]:
+        """Returns a conversation and its text, in which no answer has its end token twice.
+
+        Raises:
+            DataFileError: There are tools, and the template takes none.
+        """
+        text = self._render(messages, where, tools, ask)
+        if tools is not None and text == self._render(messages, where, None, ask):
+            reason = "the chat template does not take tools: it renders the conversation with and without them alike"
+            raise DataFileError(where, f"{reason}; use one that does, or leave 'tools' out")
+        own = [self._without_own_end(message, text) for message in messages]
+        if own == messages:
+            return messages, text
+        return own, self._render(own, where, tools, ask)
+
+    def _without_own_end(self, message: Message, text: str) -> Message:
+        """Returns an answer without the end token that it brings along, where another one follows in `text`."""
+        content = message["content"].rstrip()
+        if message["role"] != "assistant" or self._control_names is None:
+            return message
+        ends = [name for name in self._control if content.endswith(name)]
+        if not ends:
+            return message
+        end = max(ends, key=len)
+        twice = end == self.tokenizer.eos_token
+        if not self.plain:
+            twice = re.search(re.escape(content) + r"\s*" + re.escape(end), text) is not None
+        return {**message, "content": content.removesuffix(end)} if twice else message
+
+    def _render(self, messages: list[Message], where: str, tools: list[Any] | None, ask: bool = False) -> str:
         if self.plain:
             return "".join(message["content"] for message in messages)
         from jinja2.exceptions import TemplateError
@@ -197,7 +285,7 @@ class ChatEncoder:
         try:
             return str(
                 self.tokenizer.apply_chat_template(
-                    messages, chat_template=self.template, tokenize=False, add_generation_prompt=ask
+                    messages, tools=tools, chat_template=self.template, tokenize=False, add_generation_prompt=ask
                 )
             )
         except (TemplateError, TypeError) as error:
@@ -218,13 +306,13 @@ class ChatEncoder:
     def _tokenize_at(self, text: str, cuts: list[int], where: str) -> tuple[list[int], list[int]]:
         """Tokenizes `text` so that each cut (a character position) lies between two tokens."""
         ids = self._ids(text)
-        prefixes = [ids if cut == len(text) else self._ids(text[:cut]) for cut in cuts]
-        if all(ids[: len(prefix)] == prefix for prefix in prefixes):
-            return ids, [len(prefix) for prefix in prefixes]
+        positions = self._positions_in(ids, text, cuts)
+        if positions is not None:
+            return ids, positions
         # A token reaches over the border of prompt and answer. When generating, the prompt's tokens end at the border,
         # so the pieces are tokenized one by one; this is right if they still spell the same text.
         pieced: list[int] = []
-        positions: list[int] = []
+        positions = []
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             pieced += self._ids(text[start:end]) if end > start else []
             positions.append(len(pieced))
@@ -235,6 +323,45 @@ class ChatEncoder:
                 "with a space or a line break in the chat template or in the data",
             )
         return pieced, positions[:-1]
+
+    def _positions_in(self, ids: list[int], text: str, cuts: list[int]) -> list[int] | None:
+        """Returns how many of `ids` the text before each cut has, or None where a token reaches over a cut.
+
+        That is the number of tokens of `text[:cut]`, if `ids` begins with them. To tokenize all of it for each cut
+        would take quadratic time: a part of it is enough that begins at a control token, because no token reaches into
+        one, or at the cut before, where one begins as well.
+        """
+        anchors = self._control_anchors(ids, text)
+        positions: list[int] = []
+        before, passed = (0, 0), 0
+        for cut in cuts:
+            if cut == len(text):
+                positions.append(len(ids))
+                continue
+            while passed < len(anchors) and anchors[passed][0] < cut:
+                passed += 1
+            anchor = anchors[passed - 1] if passed else (0, 0)
+            # All tokenizers do not begin a text as they go on with it, so the last resort is all the text.
+            for start, index in (max(anchor, before), anchor, (0, 0)):
+                part = self._ids(text[start:cut])
+                if ids[index : index + len(part)] == part:
+                    break
+            else:
+                return None
+            before = cut, index + len(part)
+            positions.append(before[1])
+        return positions
+
+    def _control_anchors(self, ids: list[int], text: str) -> list[tuple[int, int]]:
+        """Returns where control tokens are, in the text and in `ids`; nothing if it cannot be told."""
+        if self._control_names is None:
+            return []
+        numbers = set(self._control.values())
+        in_text = [(match.start(), self._control[match[0]]) for match in self._control_names.finditer(text)]
+        in_ids = [(index, number) for index, number in enumerate(ids) if number in numbers]
+        if [number for _, number in in_text] != [number for _, number in in_ids]:
+            return []
+        return [(start, index) for (start, _), (index, _) in zip(in_text, in_ids, strict=True)]
 
     def _decode(self, ids: list[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

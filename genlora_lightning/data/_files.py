@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import reprlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,10 @@ from typing import Any, NamedTuple
 from genlora_lightning.errors import DataFileError
 
 SUFFIXES = (".jsonl", ".csv")
+
+
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 3, 80, 80
 
 
 class Record(NamedTuple):
@@ -37,6 +42,8 @@ def check_file(path: str, argument: str) -> None:
         DataFileError: It is a folder, it is empty, or its name ends neither in ``.jsonl`` nor in ``.csv``.
     """
     file = Path(path)
+    if "\0" in path or not _is_text(path):
+        raise DataFileError(ascii(path), f"the name of {argument} is not valid Unicode text; rename the file")
     if not file.exists():
         raise FileNotFoundError(f"{argument}: there is no file {path!r} (looked in {Path.cwd()})")
     if not file.is_file():
@@ -76,15 +83,26 @@ def read_records(path: str, argument: str) -> list[Record]:
 def text_field(record: Record, name: str) -> str:
     """Returns a text field that must be there, be a string and not be blank; otherwise raises DataFileError."""
     if name not in record.fields:
-        found = ", ".join(repr(key) for key in record.fields) or "none"
+        found = ", ".join(map(shown, record.fields)) or "none"
         raise DataFileError(record.where, f"field {name!r} is missing; fields found: {found}")
     return checked_text(record.fields[name], record.where, f"field {name!r}")
+
+
+def structured_field(record: Record, name: str) -> Any:
+    """Returns a field that may be a list: in a CSV file it is JSON text; otherwise raises DataFileError."""
+    value = record.fields.get(name)
+    if not isinstance(value, str) or not record.where.rpartition(":")[0].lower().endswith(".csv"):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise DataFileError(record.where, f"column {name!r} is not valid JSON: {error}") from error
 
 
 def checked_text(value: object, where: str, what: str, *, may_be_blank: bool = False) -> str:
     """Returns ``value`` if it is a usable string; otherwise raises DataFileError with ``what`` as the subject."""
     if not isinstance(value, str):
-        raise DataFileError(where, f"{what} must be a string, got {type(value).__name__}: {value!r:.80}")
+        raise DataFileError(where, f"{what} must be a string, got {type(value).__name__}: {shown(value)}")
     if not may_be_blank and not value.strip():
         raise DataFileError(where, f"{what} is empty")
     try:
@@ -92,6 +110,46 @@ def checked_text(value: object, where: str, what: str, *, may_be_blank: bool = F
     except UnicodeEncodeError as error:
         raise DataFileError(where, f"{what} is not valid Unicode text: {error.reason}") from error
     return value
+
+
+def is_blank(value: object) -> bool:
+    """Returns whether a field says nothing: null in JSON, and in CSV nothing but white space."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def shown(value: object) -> str:
+    """Returns a value for a message: short, however long, or deeply nested, it is."""
+    return _SHOWN.repr(value)
+
+
+def parse_json(text: str) -> Any:
+    """Returns what a JSON text says.
+
+    Raises:
+        ValueError: It is malformed, nested too deeply, has a key twice or a number that is too long; `JSONDecodeError`
+            where the place is known.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_distinct)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {shown(twice)} is there twice in one object")
+    return found
+
+
+def _is_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def normalized(text: str) -> str:
@@ -159,12 +217,12 @@ def _read_jsonl(path: str) -> Iterator[Record]:
             continue
         where = f"{path}:{number}"
         try:
-            fields = json.loads(line)
+            fields = parse_json(line)
         except json.JSONDecodeError as error:
             reason = f"not valid JSON: {error.msg} at column {error.colno}; a .jsonl file has one JSON object a line"
             raise DataFileError(where, reason) from error
-        except RecursionError as error:
-            raise DataFileError(where, "not usable JSON: nested too deeply") from error
+        except ValueError as error:
+            raise DataFileError(where, f"not usable JSON: {error}") from error
         if not isinstance(fields, dict):
             raise DataFileError(where, f"must be a JSON object, got {type(fields).__name__}")
         yield Record(where, fields)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -19,7 +20,8 @@ class InstructionDataModule(FileDataModule):
 
     A record has either ``messages``, a list of ``{"role": ..., "content": ...}`` (in CSV: the same as JSON text; other
     keys are ignored), or ``prompt`` and ``completion``. Every answer of the assistant is learned, its end-of-turn token
-    included; all other tokens have the label -100.
+    included (once, also where the answer's text ends with it), unless its message has ``"weight": 0``; all other tokens
+    have the label -100. ``tools``, a list of JSON schemas, goes to the chat template.
 
     Batches are dictionaries of ``input_ids``, ``attention_mask`` and ``labels`` (batch, length), padded on the right to
     the longest of the batch. Batches for prediction are padded on the left and hold prompts only: the last message is
@@ -121,16 +123,18 @@ class InstructionDataModule(FileDataModule):
 
     @override
     def _parse(self, record: Record, split: str) -> dict[str, Any]:
-        messages, answered = parse_conversation(
+        messages, learned, tools = parse_conversation(
             record,
             plain=self.chat_template == "none",
             system_prompt=self.system_prompt,
             needs_answer=split != "predict",
         )
+        # As text: tools are of any structure, which a column of a table cannot be.
+        example = {"where": record.where, "messages": messages, "tools": None if tools is None else json.dumps(tools)}
         if split != "predict":
-            return {"where": record.where, "messages": messages}
-        completion = messages.pop()["content"] if answered else None
-        return {"where": record.where, "messages": messages, "completion": completion}
+            return {**example, "learned": learned}
+        completion = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
+        return {**example, "completion": completion}
 
     @override
     def _duplicate_key(self, example: dict[str, Any]) -> str:
@@ -146,13 +150,13 @@ class InstructionDataModule(FileDataModule):
         chat = self.chat
 
         def encode(example: dict[str, Any]) -> dict[str, Any]:
-            row = chat.encode(example["messages"], example["where"])
+            row = chat.encode(example["messages"], example["where"], example["learned"], _tools_of(example))
             answer_tokens = sum(label != IGNORE_INDEX for label in row["labels"])
             return {**row, "length": len(row["input_ids"]), "answer_tokens": answer_tokens}
 
         def encode_prompt(example: dict[str, Any]) -> dict[str, Any]:
             messages, completion = example["messages"], example["completion"]
-            row = chat.encode_prompt(messages, example["where"])
+            row = chat.encode_prompt(messages, example["where"], _tools_of(example))
             prompt = next(message["content"] for message in reversed(messages) if message["role"] != "assistant")
             return {**row, "length": len(row["input_ids"]), "prompt": prompt, "completion": completion}
 
@@ -163,10 +167,11 @@ class InstructionDataModule(FileDataModule):
         datasets = import_datasets()
         text, number = datasets.Value("string"), datasets.Value("int64")
         tokens = datasets.Sequence(datasets.Value("int32"))
-        columns = {"where": text, "messages": [{"role": text, "content": text}]}
+        columns = {"where": text, "messages": [{"role": text, "content": text}], "tools": text}
         outputs = {"input_ids": tokens, "length": number, "cut_tokens": number}
         if split == "predict":
             return {**columns, "completion": text}, {**outputs, "prompt": text, "completion": text}
+        columns["learned"] = datasets.Sequence(number)
         return columns, {**outputs, "labels": tokens, "answer_tokens": number, "lost_answers": number}
 
     @override
@@ -187,3 +192,7 @@ class InstructionDataModule(FileDataModule):
             return "input_ids", "labels"
         known = all(completion is not None for completion in rows["completion"])
         return ("input_ids", "prompt", "completion") if known else ("input_ids", "prompt")
+
+
+def _tools_of(example: dict[str, Any]) -> list[Any] | None:
+    return None if example["tools"] is None else json.loads(example["tools"])
