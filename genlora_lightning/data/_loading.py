@@ -111,6 +111,15 @@ def map_examples(
         )
 
 
+def largest_number(rows: Any, column: str) -> int:
+    """Returns the largest number in a column of lists of numbers; 0 if there is none."""
+    from pyarrow import compute
+
+    table = rows.with_format("arrow")[:]  # as they are: a Python list of a million rows takes seconds
+    found = compute.max(compute.list_flatten(table[column])).as_py()
+    return 0 if found is None else int(found)
+
+
 def tokenizer_identity(tokenizer: Any) -> str:
     """Returns a text that differs between tokenizers that tokenize differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
