@@ -55,7 +55,7 @@ def load_module(
     checkpoint = None if path.is_dir() else read_checkpoint(path)
     if isinstance(module, type):
         if checkpoint is not None:
-            describe(checkpoint)
+            describe(checkpoint, str(path))
             arguments = _accepted(module, checkpoint.get("hyper_parameters", {})) | arguments
         try:
             made = module(**arguments)
@@ -84,7 +84,7 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         if adapter_layers(module):
             check_checkpoint(module, checkpoint)
         else:
-            inject_adapters(adapter_root(module), read_config(describe(checkpoint)["config"]))
+            _inject(adapter_root(module), describe(checkpoint, source), source)
         expected = checkpoint_state(module)
         stored: dict[str, Tensor] = checkpoint["state_dict"]
         # Parameters beside the adapters that the run trained; `requires_grad` of a new module does not tell which.
@@ -94,6 +94,13 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
     for name, tensor in (expected | extra).items():
         tensor.copy_(stored[name])
     forget_factors(module)
+
+
+def _inject(model: nn.Module, described: dict[str, Any], source: str) -> None:
+    try:
+        inject_adapters(model, read_config(described["config"]))
+    except ValueError as error:
+        raise ValueError(f"The adapters in {source} do not fit this {type(model).__name__}: {error}") from error
 
 
 def _accepted(cls: type, hyperparameters: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +132,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is no Lightning checkpoint: it has no state dict.")
-    upgrade(checkpoint)
+    try:
+        upgrade(checkpoint)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise DamagedFileError(f"{path} is damaged: its format 1 is incomplete ({error!r}).") from error
     return checkpoint
 
 
@@ -149,10 +159,10 @@ def convert_checkpoint(
         OSError: The folder cannot be written, or is no adapter folder (``FileExistsError``).
     """
     content = read_checkpoint(checkpoint)
-    described = describe(content)
+    described = describe(content, str(checkpoint))
     stored: dict[str, Tensor] = content["state_dict"]
     with restored_after_error(base_model):
-        inject_adapters(base_model, read_config(described["config"]))
+        _inject(base_model, described, str(checkpoint))
         adapter = adapter_record(base_model)
         expected = adapter.state
         first = next(iter(expected))

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from genlora_lightning.data._files import Record, checked_text, is_blank, shown, structured_field, text_field
+from genlora_lightning.data._files import Record, checked_text, is_blank, structured_field, text_field
 from genlora_lightning.errors import DataFileError
+from genlora_lightning.fields import shown
 
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")

@@ -8,19 +8,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import reprlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from genlora_lightning.errors import DataFileError
+from genlora_lightning.fields import shown
 
 SUFFIXES = (".jsonl", ".csv")
-
-
-_SHOWN = reprlib.Repr()
-_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 3, 80, 80
 
 
 class Record(NamedTuple):
@@ -115,11 +111,6 @@ def checked_text(value: object, where: str, what: str, *, may_be_blank: bool = F
 def is_blank(value: object) -> bool:
     """Returns whether a field says nothing: null in JSON, and in CSV nothing but white space."""
     return value is None or (isinstance(value, str) and not value.strip())
-
-
-def shown(value: object) -> str:
-    """Returns a value for a message: short, however long, or deeply nested, it is."""
-    return _SHOWN.repr(value)
 
 
 def parse_json(text: str) -> Any:

@@ -15,12 +15,12 @@ from genlora_lightning.data._files import (
     is_blank,
     normalized,
     read_records,
-    shown,
     structured_field,
     text_field,
 )
 from genlora_lightning.data._loading import import_datasets
 from genlora_lightning.errors import DataFileError
+from genlora_lightning.fields import shown
 
 #: What a head predicts, by transformers' names.
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]

@@ -1,4 +1,4 @@
-"""Compare what data hold with the tables of a model: token numbers, positions and token types that it has no row for."""
+"""Compare data with the tables of a model: token numbers, positions and token types that it has no row for."""
 
 from __future__ import annotations
 
@@ -94,9 +94,9 @@ class TableLimits:
             if name == "token_type_ids":
                 if self.types is not None and not 0 <= smallest <= largest < self.types:
                     raise ValueError(
-                        f"The batch's `token_type_ids` are from {smallest} to {largest}, but the model has {self.types} "
-                        f"token types (0 to {self.types - 1}). Leave `token_type_ids` out, or use the model's own "
-                        "tokenizer."
+                        f"The batch's `token_type_ids` are from {smallest} to {largest}, but the model has "
+                        f"{self.types} token types (0 to {self.types - 1}). Leave `token_type_ids` out, or use the "
+                        "model's own tokenizer."
                     )
             elif name == "input_ids" or largest >= 0:
                 self.check_tokens(smallest if name == "input_ids" else 0, largest, f"The batch's `{name}`")
