@@ -20,6 +20,15 @@ def shown(value: object) -> str:
     return _SHOWN.repr(value)
 
 
+def is_text(value: str) -> bool:
+    """Whether a text can be written to a file: it has no lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def check_integer(name: str, value: Any, *, least: int) -> None:
     """Check that a field is an integer in its range.
 

@@ -472,7 +472,7 @@ def configs(folder: Path, rng: random.Random) -> Iterator[Call]:
 
     def check() -> None:
         config = read(values)
-        json.dumps(config.to_dict()).encode("utf-8", "surrogatepass")
+        json.dumps(config.to_dict(), ensure_ascii=False).encode()
         assert read(config.to_dict()).to_dict() == config.to_dict()
 
     yield check

@@ -14,7 +14,7 @@ import torch
 from typing_extensions import Self
 
 from genlora_lightning.adapters.base import MatrixShape, WeightUpdate
-from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number, shown
+from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number, is_text, shown
 
 ScalingRule = Literal["sqrt_rank", "rank"]
 
@@ -79,9 +79,10 @@ class AdapterConfig(ABC):
 
     def _check_module_names(self) -> None:
         if isinstance(self.target_modules, str):
-            if not self.target_modules:
+            if not self.target_modules or not is_text(self.target_modules):
                 raise ValueError(
-                    f"`target_modules` is empty. Give {ALL_LINEAR!r}, a list of module names, or a regular expression."
+                    f"`target_modules` is empty or no valid text. Give {ALL_LINEAR!r}, a list of module names, or a "
+                    "regular expression."
                 )
             try:
                 re.compile(self.target_modules)
@@ -97,7 +98,7 @@ class AdapterConfig(ABC):
             if isinstance(value, str) or not isinstance(value, (list, tuple)):
                 raise TypeError(f"`{name}` must be a list of module names, got {shown(value)}.")
             for item in value:
-                if not isinstance(item, str) or not item:
+                if not isinstance(item, str) or not item or not is_text(item):
                     raise TypeError(
                         f"`{name}` must hold non-empty module names, got {shown(item)} in {shown(list(value))}."
                     )

@@ -159,7 +159,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
     try:
         tensors = safetensors.torch.load(files[WEIGHTS_FILE])
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise DamagedFileError(f"{place / WEIGHTS_FILE} is no readable safetensors file: {error}.") from error
+        raise DamagedFileError(f"{place / WEIGHTS_FILE} is no readable safetensors file: {error!s:.500}.") from error
     broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
     if broken:
         raise DamagedFileError(f"{place / WEIGHTS_FILE} is damaged: {broken[0]} holds NaN or infinite values.")

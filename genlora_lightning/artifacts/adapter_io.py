@@ -36,6 +36,7 @@ from genlora_lightning.artifacts.adapter_folder import (
 from genlora_lightning.artifacts.model_card import model_card
 from genlora_lightning.backbone.identity import base_identity, compare_bases, describe_base
 from genlora_lightning.errors import WrongBaseError
+from genlora_lightning.fields import shown
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers, check_configuration, inject_adapters
 from genlora_lightning.injection.report import InjectionReport
@@ -134,9 +135,10 @@ def write_adapter(
             "Give another folder, or remove this one."
         )
     try:
-        facts = json.loads(json.dumps(dict(training or {}), allow_nan=False))
+        text = json.dumps(dict(training or {}), allow_nan=False, ensure_ascii=False)
+        facts = json.loads(text.encode())
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`training` must hold JSON values, got {training!r}: {error}.") from error
+        raise ValueError(f"`training` must hold JSON values, got {shown(training)}: {error}.") from error
     try:
         with atomic_folder(folder) as staging:
             _write(staging, content, state, facts)
@@ -183,7 +185,10 @@ def load_adapter(
             "go on to act beside the loaded ones. Call `unmerge_adapters(model)` first, or load into a fresh base."
         )
     stored = read_adapter(folder)
-    check_configuration(model, stored.config)
+    try:
+        check_configuration(model, stored.config)
+    except ValueError as error:
+        raise ValueError(f"The adapter in {folder} cannot be loaded: {error}") from error
     if base_check != "off":
         _check_base(model, stored, Path(folder), base_check)
     with restored_after_error(model):

@@ -308,11 +308,11 @@ def describe(checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> d
             "newer release: update genlora-lightning."
         )
     check_document(source, described, _DESCRIPTION_SHAPE, CHECKPOINT_KEY)
-    check_document(source, checkpoint.get("state_dict"), {str: Tensor}, "state_dict")
     try:
         read_config(described["config"])
     except (TypeError, ValueError) as error:
         raise DamagedFileError(f"{source} holds no valid configuration of adapters: {error}") from error
+    check_document(source, checkpoint, {"state_dict": {str: Tensor}, "global_step?": int, "epoch?": int})
     return described
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from genlora_lightning.errors import DataFileError
-from genlora_lightning.fields import shown
+from genlora_lightning.fields import is_text, shown
 
 SUFFIXES = (".jsonl", ".csv")
 
@@ -38,7 +38,7 @@ def check_file(path: str, argument: str) -> None:
         DataFileError: It is a folder, it is empty, or its name ends neither in ``.jsonl`` nor in ``.csv``.
     """
     file = Path(path)
-    if "\0" in path or not _is_text(path):
+    if "\0" in path or not is_text(path):
         raise DataFileError(ascii(path), f"the name of {argument} is not valid Unicode text; rename the file")
     if not file.exists():
         raise FileNotFoundError(f"{argument}: there is no file {path!r} (looked in {Path.cwd()})")
@@ -133,14 +133,6 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {shown(twice)} is there twice in one object")
     return found
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def normalized(text: str) -> str:

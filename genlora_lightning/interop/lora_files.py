@@ -115,7 +115,7 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
     try:
         tensors = load_file(_existing(folder / WEIGHTS_FILE))
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or incomplete: {error}.") from error
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or incomplete: {error!s:.500}.") from error
     factors: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
