@@ -166,7 +166,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise ValueError(
-            f"{path} describes {f'a PEFT adapter of type {kind}' if kind else 'no PEFT adapter'}, not a LoRA."
+            f"{path} describes {f'a PEFT adapter of type {kind!s:.40}' if kind else 'no PEFT adapter'}, not a LoRA."
         )
     for name, what in _UNSUPPORTED.items():
         if config.get(name):
