@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+LARGEST_INTEGER = 2**31 - 1  # no size or count comes near to it, and torch takes it
 _SHOWN = reprlib.Repr()
 _SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict = 3, 20, 20
 _SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 160
@@ -34,12 +35,14 @@ def check_integer(name: str, value: Any, *, least: int) -> None:
 
     Raises:
         TypeError: It is no integer.
-        ValueError: It is less than ``least``.
+        ValueError: It is less than ``least``, or larger than any count can be.
     """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an integer, got {shown(value)} of type {type(value).__name__}.")
     if value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {shown(value)}.")
+    if value > LARGEST_INTEGER:
+        raise ValueError(f"`{name}` must be at most {LARGEST_INTEGER}, got {shown(value)}.")
 
 
 def check_number(

@@ -186,6 +186,10 @@ def test_damaged_header_and_values_that_are_no_numbers_are_refused(tmp_path: Pat
             {"format_version": 2, "config": {"kind": []}},
             r"c\.ckpt holds no valid configuration .* kind of adapter \[\]",
         ),
+        (
+            {"format_version": 2, "config": {"num_centers": 2**40}},
+            r"`num_centers` must be at most 2147483647, got 10995",
+        ),
         ({"format_version": 2, "config": {}}, r"c\.ckpt is damaged, .* state_dict\.x must be Tensor, got None"),
     ],
 )

@@ -194,7 +194,7 @@ def load_adapter(
     with restored_after_error(model):
         try:
             report = inject_adapters(model, stored.config)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # the latter: no memory for the sizes that it claims
             raise ValueError(
                 f"The adapter in {folder} does not fit this {type(model).__name__}: {error} It was trained on "
                 f"{describe_base(stored.base)}."

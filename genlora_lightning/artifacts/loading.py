@@ -99,7 +99,7 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
 def _inject(model: nn.Module, described: dict[str, Any], source: str) -> None:
     try:
         inject_adapters(model, read_config(described["config"]))
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: no memory for the sizes that it claims
         raise ValueError(f"The adapters in {source} do not fit this {type(model).__name__}: {error}") from error
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from genlora_lightning.backbone.pretrained import load_tokenizer
-from genlora_lightning.data._base import FileDataModule
+from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
 from genlora_lightning.training.lightning_internals import trainer_or_none
 
 
@@ -120,7 +120,7 @@ class InputCheck:
         if self._limits is None:
             self._limits = TableLimits.of(module.adapter_root())
         data = getattr(trainer_or_none(module), "datamodule", None)
-        if isinstance(data, FileDataModule):
+        if isinstance(data, (InstructionDataModule, TextClassificationDataModule)):
             if self._compared != id(data):
                 self._compare_tokenizers(module, data)
                 self._compared = id(data)
@@ -129,7 +129,7 @@ class InputCheck:
         if isinstance(batch, Mapping):
             self._limits.check_batch(batch, module.token_fields)
 
-    def _compare_tokenizers(self, module: Any, data: FileDataModule) -> None:
+    def _compare_tokenizers(self, module: Any, data: Any) -> None:
         try:
             own = load_tokenizer(module.source, local_files_only=True, **module.tokenizer_options)
         except (OSError, ValueError):
