@@ -5,9 +5,29 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
+
+LARGEST_INTEGER = 2**31 - 1  # no size or count comes near to it, and torch takes it
+_SHOWN = reprlib.Repr()
+_SHOWN.maxlevel, _SHOWN.maxlist, _SHOWN.maxdict = 3, 20, 20
+_SHOWN.maxstring = _SHOWN.maxother = _SHOWN.maxlong = 160
+
+
+def shown(value: object) -> str:
+    """A value for a message: as Python writes it, but short, however long or deeply nested it is."""
+    return _SHOWN.repr(value)
+
+
+def is_text(value: str) -> bool:
+    """Whether a text can be written to a file: it has no lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_integer(name: str, value: Any, *, least: int) -> None:
@@ -15,12 +35,14 @@ def check_integer(name: str, value: Any, *, least: int) -> None:
 
     Raises:
         TypeError: It is no integer.
-        ValueError: It is less than ``least``.
+        ValueError: It is less than ``least``, or larger than any count can be.
     """
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer, got {value!r} of type {type(value).__name__}.")
+        raise TypeError(f"`{name}` must be an integer, got {shown(value)} of type {type(value).__name__}.")
     if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+        raise ValueError(f"`{name}` must be at least {least}, got {shown(value)}.")
+    if value > LARGEST_INTEGER:
+        raise ValueError(f"`{name}` must be at most {LARGEST_INTEGER}, got {shown(value)}.")
 
 
 def check_number(
@@ -40,7 +62,7 @@ def check_number(
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         hint = " YAML reads 1e-3 as a text; write 1.0e-3." if isinstance(value, str) else ""
-        raise TypeError(f"`{name}` must be a number, got {value!r} of type {type(value).__name__}.{hint}")
+        raise TypeError(f"`{name}` must be a number, got {shown(value)} of type {type(value).__name__}.{hint}")
     limits = (
         ("greater than", above, operator.gt),
         ("at least", least, operator.ge),
@@ -49,8 +71,12 @@ def check_number(
     )
     given = [(words, limit, holds) for words, limit, holds in limits if limit is not None]
     bounds = [f"{words} {limit:g}" for words, limit, _ in given]
-    if not (math.isfinite(value) and all(holds(value, limit) for _, limit, holds in given)):
-        raise ValueError(f"`{name}` must be {' and '.join(['finite', *bounds])}, got {value}.")
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # an integer beyond floating point
+        finite = False
+    if not (finite and all(holds(value, limit) for _, limit, holds in given)):
+        raise ValueError(f"`{name}` must be {' and '.join(['finite', *bounds])}, got {shown(value)}.")
 
 
 def check_flag(name: str, value: Any) -> None:
@@ -60,7 +86,7 @@ def check_flag(name: str, value: Any) -> None:
         TypeError: It is neither.
     """
     if not isinstance(value, bool):
-        raise TypeError(f"`{name}` must be true or false, got {value!r}.")
+        raise TypeError(f"`{name}` must be true or false, got {shown(value)}.")
 
 
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
@@ -69,8 +95,8 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     Raises:
         ValueError: It is another one; the message lists them.
     """
-    if value not in allowed:
-        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {value!r}.")
+    if not isinstance(value, str) or value not in allowed:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))}, got {shown(value)}.")
 
 
 def check_fields(cls: type, values: Mapping[str, Any], hints: Mapping[str, str] | None = None) -> None:
@@ -85,9 +111,11 @@ def check_fields(cls: type, values: Mapping[str, Any], hints: Mapping[str, str] 
         ValueError: A key is no field; the message lists the fields.
     """
     fields = [field.name for field in dataclasses.fields(cls)]
-    unknown = sorted(set(values) - set(fields))
+    unknown = sorted(set(values) - set(fields), key=str)
     if not unknown:
         return
     words = [f" {(hints or {})[name]}" for name in unknown if name in (hints or {})]
-    near = [f" Did you mean `{match}`?" for name in unknown for match in get_close_matches(name, fields, 1)]
-    raise ValueError(f"Unknown {cls.__name__} fields {unknown}.{''.join(words or near)} The fields are {fields}.")
+    near = [f" Did you mean `{match}`?" for name in unknown for match in get_close_matches(str(name), fields, 1)]
+    raise ValueError(
+        f"Unknown {cls.__name__} fields {shown(unknown)}.{''.join(words or near)} The fields are {fields}."
+    )

@@ -15,7 +15,7 @@ import torch
 from typing_extensions import Self
 
 from genlora_lightning.adapters.base import MatrixShape, WeightUpdate
-from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number
+from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number, is_text, shown
 
 ScalingRule = Literal["sqrt_rank", "rank"]
 
@@ -80,26 +80,29 @@ class AdapterConfig(ABC):
 
     def _check_module_names(self) -> None:
         if isinstance(self.target_modules, str):
-            if not self.target_modules:
+            if not self.target_modules or not is_text(self.target_modules):
                 raise ValueError(
-                    f"`target_modules` is empty. Give {ALL_LINEAR!r}, a list of module names, or a regular expression."
+                    f"`target_modules` is empty or no valid text. Give {ALL_LINEAR!r}, a list of module names, or a "
+                    "regular expression."
                 )
             try:
                 re.compile(self.target_modules)
             except re.error as error:
                 raise ValueError(
-                    f"`target_modules` is {self.target_modules!r}, which is neither {ALL_LINEAR!r} nor a valid regular "
-                    f"expression ({error}). For several module names give a list."
+                    f"`target_modules` is {shown(self.target_modules)}, which is neither {ALL_LINEAR!r} nor a valid "
+                    f"regular expression ({error}). For several module names give a list."
                 ) from error
         for name in _LISTS:
             value = getattr(self, name)
             if name == "target_modules" and isinstance(value, str):
                 continue
             if isinstance(value, str) or not isinstance(value, (list, tuple)):
-                raise TypeError(f"`{name}` must be a list of module names, got {value!r}.")
+                raise TypeError(f"`{name}` must be a list of module names, got {shown(value)}.")
             for item in value:
-                if not isinstance(item, str) or not item:
-                    raise TypeError(f"`{name}` must hold non-empty module names, got {item!r} in {list(value)!r}.")
+                if not isinstance(item, str) or not item or not is_text(item):
+                    raise TypeError(
+                        f"`{name}` must hold non-empty module names, got {shown(item)} in {shown(list(value))}."
+                    )
             object.__setattr__(self, name, list(value))  # a copy: the caller's list may change
         if isinstance(self.target_modules, str):
             return

@@ -8,6 +8,7 @@ from typing import Any
 from genlora_lightning.adapters.config import KINDS, AdapterConfig
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.adapters.lora import LoRAConfig
+from genlora_lightning.fields import shown
 
 # Importing them has put them into KINDS, too.
 BUILT_IN = (GenLoRAConfig, LoRAConfig)
@@ -32,12 +33,12 @@ def read_config(values: AdapterConfig | Mapping[str, Any] | None) -> AdapterConf
     if not isinstance(values, Mapping):
         raise TypeError(
             "An adapter's configuration must be a GenLoRAConfig, a configuration of another kind, or a dictionary of "
-            f"its fields, got {values!r}."
+            f"its fields, got {shown(values)}."
         )
     kind = values.get("kind", DEFAULT_KIND.kind)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
-            f"There is no kind of adapter {kind!r}. The kinds are {', '.join(map(repr, KINDS))}; one of your own is "
-            "known once the module that defines it is imported."
+            f"There is no kind of adapter {shown(kind)}. The kinds are {', '.join(map(repr, KINDS))}; one of your own "
+            "is known once the module that defines it is imported."
         )
     return KINDS[kind].from_dict(values)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from genlora_lightning._version import __version__
@@ -27,11 +28,14 @@ from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts import format1
+from genlora_lightning.backbone.identity import IDENTITY_SHAPE
 from genlora_lightning.errors import DamagedFileError
+from genlora_lightning.fields import shown
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.sites import adapt
 from genlora_lightning.storage.atomic import find_folder
 from genlora_lightning.storage.digests import sha256
+from genlora_lightning.storage.documents import check_document, is_matrix_shape
 from genlora_lightning.storage.paths import local_path
 
 CONFIG_FILE = "adapter_config.json"
@@ -45,6 +49,20 @@ _AGAIN = (
     "It was edited, or bits of it have flipped, or it was replaced while it was read. Read it again, copy the adapter "
     "again, or use another checkpoint."
 )
+
+_MANIFEST_SHAPE: dict[Any, Any] = {
+    "created": str,
+    "versions": {str: str},
+    "training": dict,
+    "base": IDENTITY_SHAPE,
+    "layers": {str: is_matrix_shape},
+    "trained_modules": {str: [str]},
+    "files": {
+        CONFIG_FILE: {"bytes": int, "sha256": str},
+        WEIGHTS_FILE: {"bytes": int, "sha256?": str, "header_sha256?": str},
+    },
+    "tensors?": {str: str},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +94,17 @@ class StoredAdapter:
     created: str
 
     def layer(self, name: str) -> AdaptedLayer:
-        """The adapter of one linear, on a base layer without memory."""
-        return stored_layer(name, self.layers[name], self.configs[name], self.tensors)
+        """The adapter of one linear, on a base layer without memory.
+
+        Raises:
+            DamagedFileError: Its tensors are not all there, or do not fit its shape.
+        """
+        try:
+            return stored_layer(name, self.layers[name], self.configs[name], self.tensors)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise DamagedFileError(
+                f"The tensors of {name} in {self.folder} are incomplete or do not fit together ({error!r})."
+            ) from error
 
 
 def stored_layer(name: str, shape: MatrixShape, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> AdaptedLayer:
@@ -153,15 +180,21 @@ def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         expected = manifest["files"][name]
         if is_format1 and name == WEIGHTS_FILE:
-            unchanged = format1.is_same_file(files[name], expected["header_sha256"], manifest["tensors"])
+            unchanged = format1.is_same_file(files[name], expected.get("header_sha256"), manifest.get("tensors"))
         else:
-            unchanged = sha256(files[name]) == expected["sha256"]
+            unchanged = sha256(files[name]) == expected.get("sha256")
         if not unchanged:
             raise DamagedFileError(
                 f"{place / name} is damaged: it has another SHA-256 than when it was written ({len(files[name]):,} "
                 f"bytes, and {expected['bytes']:,} were written). {_AGAIN}"
             )
-    tensors = safetensors.torch.load(files[WEIGHTS_FILE])
+    try:
+        tensors = safetensors.torch.load(files[WEIGHTS_FILE])
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise DamagedFileError(f"{place / WEIGHTS_FILE} is no readable safetensors file: {error!s:.500}.") from error
+    broken = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if broken:
+        raise DamagedFileError(f"{place / WEIGHTS_FILE} is damaged: {broken[0]} holds NaN or infinite values.")
     config, others = _read_configs(place / CONFIG_FILE, description)
     return StoredAdapter(
         folder=place,
@@ -194,7 +227,7 @@ def is_adapter_folder(folder: Path) -> bool:
         return True
     try:
         return bool(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["format"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
@@ -227,7 +260,7 @@ def _parse_description(path: Path, data: bytes) -> dict[str, Any]:
     description = _parse_json(path, data)
     if description.get("format") != FORMAT:
         peft_type = description.get("peft_type")
-        hint = f" It is a PEFT adapter of type {peft_type}." if peft_type else ""
+        hint = f" It is a PEFT adapter of type {peft_type:.40}." if isinstance(peft_type, str) else ""
         raise ValueError(f"{path} does not describe an adapter of this library.{hint}")
     _check_version(path, description)
     return description
@@ -254,6 +287,7 @@ def _read_configs(path: Path, description: Mapping[str, Any]) -> tuple[AdapterCo
     try:
         config = description["config"]
         if description["format_version"] == format1.VERSION:
+            check_document(str(path), config, dict, "config")
             config = format1.upgraded_config(config)
         others: dict[str, AdapterConfig] = {}
         for entry in description.get("other_configs", ()):
@@ -269,9 +303,13 @@ def _parse_manifest(path: Path, data: bytes) -> dict[str, Any]:
     if manifest["format_version"] == format1.VERSION:
         unchanged = format1.is_unchanged(data)
     else:  # each byte of it follows from the values
-        unchanged = manifest_bytes({name: value for name, value in manifest.items() if name != "sha256"}) == data
+        try:
+            unchanged = manifest_bytes({name: value for name, value in manifest.items() if name != "sha256"}) == data
+        except ValueError:  # values that were never written: infinite ones, lone surrogates
+            unchanged = False
     if not unchanged:
         raise DamagedFileError(f"{path} is damaged: it has another SHA-256 than when it was written. {_AGAIN}")
+    check_document(str(path), manifest, _MANIFEST_SHAPE)
     return manifest
 
 
@@ -282,16 +320,16 @@ def _json(values: Mapping[str, Any]) -> bytes:
 def _parse_json(path: Path, data: bytes) -> dict[str, Any]:
     try:
         values = json.loads(data.decode("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DamagedFileError(f"{path} ({len(data):,} bytes) is damaged or incomplete: {error}. {_AGAIN}") from error
     return values if isinstance(values, dict) else {}
 
 
 def _check_version(path: Path, values: Mapping[str, Any]) -> None:
     version = values.get("format_version")
-    if version not in (format1.VERSION, FORMAT_VERSION):
+    if type(version) is not int or version not in (format1.VERSION, FORMAT_VERSION):
         raise ValueError(
-            f"{path} has format version {version!r}; this release ({__version__}) reads versions "
+            f"{path} has format version {shown(version)}; this release ({__version__}) reads versions "
             f"{format1.VERSION} and {FORMAT_VERSION}. "
             "It was probably written by a newer release: update genlora-lightning."
         )

@@ -44,6 +44,7 @@ from genlora_lightning.backbone.identity import (
     identity_of_part,
     require_same_base,
 )
+from genlora_lightning.fields import shown
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import (
     adapter_configs,
@@ -170,9 +171,10 @@ def write_adapter(
             "was changed after the injection."
         ) from error
     try:
-        facts = json.loads(json.dumps(dict(training or {}), allow_nan=False))
+        text = json.dumps(dict(training or {}), allow_nan=False, ensure_ascii=False)
+        facts = json.loads(text.encode())
     except (TypeError, ValueError) as error:
-        raise ValueError(f"`training` must hold JSON values, got {training!r}: {error}.") from error
+        raise ValueError(f"`training` must hold JSON values, got {shown(training)}: {error}.") from error
     try:
         with atomic_folder(folder) as staging:
             _write(staging, content, state, facts)
@@ -220,7 +222,10 @@ def load_adapter(
             "go on to act beside the loaded ones. Call `unmerge_adapters(model)` first, or load into a fresh base."
         )
     stored = _fitted(read_adapter(folder), model)
-    check_configuration(model, stored.configs)
+    try:
+        check_configuration(model, stored.configs)
+    except ValueError as error:
+        raise ValueError(f"The adapter in {folder} cannot be loaded: {error}") from error
     is_proved = base_check != "off" and require_same_base(
         stored.base, base_identity(model, without=stored.trained_modules), f"The adapter in {folder}", base_check
     )
@@ -238,7 +243,7 @@ def load_adapter(
                 report = inject_layers(model, stored.configs, stored.trained_modules)
             else:  # that the configuration chooses the same modules is all that speaks for this base
                 report = inject_adapters(model, stored.config)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # the latter: no memory for the sizes that it claims
             raise ValueError(
                 f"The adapter in {folder} does not fit this {type(model).__name__}: {error} It was trained on "
                 f"{describe_base(stored.base)}."

@@ -18,6 +18,7 @@ from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts import format1
 from genlora_lightning.artifacts.other_state import load_other_state, other_state
 from genlora_lightning.backbone.identity import (
+    IDENTITY_SHAPE,
     BaseCheck,
     base_identity,
     base_model_name,
@@ -33,14 +34,28 @@ from genlora_lightning.distributed.shards import (
     trained_tensors,
     whole_like,
 )
+from genlora_lightning.errors import DamagedFileError
+from genlora_lightning.fields import shown
 from genlora_lightning.injection.inject import adapter_config, adapter_layers, count_linears, require_adapters
 from genlora_lightning.injection.state import check_adapter_state
 from genlora_lightning.overrides import note, noted
+from genlora_lightning.storage.documents import check_document, is_matrix_shape
 
 CHECKPOINT_KEY = "genlora"
 CHECKPOINT_VERSION = 2
-_BASE = "base identity"
 OTHER_STATE_KEY = "other_state"
+_BASE = "base identity"
+# Layers and trained modules were not written before the first release.
+_DESCRIPTION_SHAPE: dict[Any, Any] = {
+    "config": dict,
+    "base_model?": (str, type(None)),
+    "base?": IDENTITY_SHAPE,
+    "prefix?": str,
+    "layers?": {str: is_matrix_shape},
+    "num_linears?": int,
+    "trained_modules?": {str: [str]},
+    "run?": (str, type(None)),
+}
 _HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
@@ -314,27 +329,40 @@ def _some(names: Iterable[str]) -> str:
 def upgrade(checkpoint: dict[str, Any]) -> None:
     """Turn a checkpoint of an older format into one of today's, in place."""
     described = checkpoint.get(CHECKPOINT_KEY)
-    if isinstance(described, dict) and described.get("format_version") == format1.VERSION:
+    version = described.get("format_version") if isinstance(described, dict) else None
+    if type(version) is int and version == format1.VERSION:
         format1.upgrade_checkpoint(checkpoint, CHECKPOINT_KEY, CHECKPOINT_VERSION)
 
 
-def describe(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def describe(checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> dict[str, Any]:
     """What a checkpoint says of its adapters: configuration, base model, prefix, adapted linears, trained modules.
 
+    Args:
+        checkpoint: The checkpoint.
+        source: The file, for messages.
+
     Raises:
-        ValueError: It holds no adapters, or comes from a newer release.
+        ValueError: It holds no adapters, comes from a newer release, or what it says is damaged.
     """
     described: dict[str, Any] | None = checkpoint.get(CHECKPOINT_KEY)
     if described is None:
         raise ValueError(
-            "The checkpoint holds no adapters: it was written by a run without GenLoRAFinetuning. To start "
+            f"{source} holds no adapters: it was written by a run without GenLoRAFinetuning. To start "
             "from its weights load them into the model yourself, and give no `ckpt_path`."
         )
-    if described["format_version"] != CHECKPOINT_VERSION:
+    version = described.get("format_version") if isinstance(described, dict) else None
+    if type(version) is not int or version != CHECKPOINT_VERSION:
         raise ValueError(
-            f"The checkpoint's adapters have format version {described['format_version']!r}; this release reads "
-            f"version {CHECKPOINT_VERSION}. It was probably written by a newer release: update genlora-lightning."
+            f"The adapters in {source[:1].lower() + source[1:] if source.startswith('The ') else source} have format "
+            f"version {shown(version)}; this release reads version {CHECKPOINT_VERSION}. It was probably written by a "
+            "newer release: update genlora-lightning."
         )
+    check_document(source, described, _DESCRIPTION_SHAPE, CHECKPOINT_KEY)
+    try:
+        read_config(described["config"])
+    except (TypeError, ValueError) as error:
+        raise DamagedFileError(f"{source} holds no valid configuration of adapters: {error}") from error
+    check_document(source, checkpoint, {"state_dict": {str: Tensor}, "global_step?": int, "epoch?": int})
     return described
 
 

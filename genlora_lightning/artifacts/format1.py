@@ -34,13 +34,13 @@ def is_unchanged(manifest: bytes) -> bool:
     return sha256(blank) == found[1].decode()
 
 
-def is_same_file(data: bytes, header_sha256: str, digests: Mapping[str, str]) -> bool:
+def is_same_file(data: bytes, header_sha256: str | None, digests: Mapping[str, str] | None) -> bool:
     """Whether a safetensors file has the header and the tensors that were written."""
     if sha256(data[: 8 + int.from_bytes(data[:8], "little")]) != header_sha256:
         return False
     try:
         tensors = safetensors.torch.load(data)
-    except safetensors.SafetensorError:  # cut off
+    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError):  # cut off
         return False
     found = {}
     for name, tensor in tensors.items():

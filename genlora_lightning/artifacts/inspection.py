@@ -14,11 +14,13 @@ from torch import Tensor
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.adapters.low_rank import effective_rank
-from genlora_lightning.artifacts.adapter_folder import read_adapter, stored_layer
+from genlora_lightning.artifacts.adapter_folder import StoredAdapter, read_adapter, stored_layer
 from genlora_lightning.artifacts.adapter_io import adapter_bytes
 from genlora_lightning.artifacts.checkpoint import describe
 from genlora_lightning.artifacts.loading import read_checkpoint
 from genlora_lightning.backbone.identity import describe_base
+from genlora_lightning.errors import DamagedFileError
+from genlora_lightning.fields import shown
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.storage.paths import local_path
 from genlora_lightning.text import text_table
@@ -152,6 +154,9 @@ def verify_adapter(folder: str | os.PathLike[str]) -> VerificationReport:
         ValueError: The folder is of another library, or of a newer release.
     """
     stored = read_adapter(folder)
+    for name in stored.layers:
+        stored.layer(name)
+    _full_sizes(stored)
     return VerificationReport(
         folder=str(folder),
         num_tensors=len(stored.tensors),
@@ -183,18 +188,24 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
         versions=stored.versions,
         created=stored.created,
         num_bytes=adapter_bytes(Path(stored.folder)),
-        layers=tuple(_describe_layer(name, stored.layer(name)) for name in stored.layers),
-        trained_modules={
-            name: sum(stored.tensors[own].numel() for own in names) for name, names in stored.trained_modules.items()
-        },
+        layers=tuple(_describe_layer(name, stored.layer(name), stored.folder) for name in stored.layers),
+        trained_modules=_full_sizes(stored),
         other_tensors={},
     )
+
+
+def _full_sizes(stored: StoredAdapter) -> dict[str, int]:
+    """The number of values of each module trained in full."""
+    missing = [own for names in stored.trained_modules.values() for own in names if own not in stored.tensors]
+    if missing:
+        raise DamagedFileError(f"{stored.folder} is damaged: it has no tensor {shown(missing[0])}.")
+    return {name: sum(stored.tensors[own].numel() for own in names) for name, names in stored.trained_modules.items()}
 
 
 @torch.no_grad()
 def _describe_checkpoint(path: Path) -> AdapterDescription:
     content = read_checkpoint(path)
-    described = describe(content)
+    described = describe(content, str(path))
     config = read_config(described["config"])
     tensors: dict[str, Tensor] = dict(content["state_dict"])
     layers = []
@@ -203,7 +214,7 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     try:
         for name, shape in described["layers"].items():
             layer = stored_layer(name, MatrixShape(*shape), config, tensors)
-            layers.append(_describe_layer(name, layer))
+            layers.append(_describe_layer(name, layer, path))
             for own in layer.adapter_parameters():
                 del tensors[f"{name}.{own}"]
         for name, names in described["trained_modules"].items():
@@ -231,12 +242,16 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     )
 
 
-def _describe_layer(name: str, layer: AdaptedLayer) -> LayerDescription:
+def _describe_layer(name: str, layer: AdaptedLayer, source: Path) -> LayerDescription:
+    try:
+        rank = effective_rank(*layer.factors())
+    except RuntimeError as error:  # no singular values of infinite ones
+        raise DamagedFileError(f"{source} is damaged: the values of {name} overflow.") from error
     return LayerDescription(
         module=name,
         out_features=layer.out_features,
         in_features=layer.in_features,
         rank=layer.config.rank,
-        effective_rank=effective_rank(*layer.factors()),
+        effective_rank=rank,
         parameters=sum(parameter.numel() for parameter in layer.adapter_parameters().values()),
     )

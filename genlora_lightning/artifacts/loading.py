@@ -71,7 +71,7 @@ def load_module(
     checkpoint = None if path.is_dir() else read_checkpoint(path)
     if isinstance(module, type):
         if checkpoint is not None:
-            describe(checkpoint)
+            describe(checkpoint, str(path))
             arguments = _accepted(module, checkpoint.get("hyper_parameters", {})) | arguments
         try:
             made = module(**arguments)
@@ -113,7 +113,7 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
             check_checkpoint(module, checkpoint)
         else:
             root = adapter_root(module)
-            _inject_described(root, describe(checkpoint), prefix_of(root, module))
+            _inject_described(root, describe(checkpoint, source), prefix_of(root, module), source)
         expected = checkpoint_state(module)
         stored: dict[str, Tensor] = checkpoint["state_dict"]
         # Parameters beside the adapters that the run trained; `requires_grad` of a new module does not tell which.
@@ -126,15 +126,21 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         tensor.copy_(stored[name])
 
 
-def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str) -> None:
+def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str, source: str) -> None:
     """Put adapters where a checkpoint says that they were, or, in a model of other linears, where its rule says."""
     config = read_config(described["config"])
     names = [name.removeprefix(prefix) for name in described.get("layers", {}) if name.startswith(prefix)]
-    if names and described.get("num_linears") == count_linears(model) and len(names) == len(described["layers"]):
-        trained = [name.removeprefix(prefix) for name in described["trained_modules"]]
-        inject_layers(model, dict.fromkeys(names, config), trained)
-    else:
-        inject_adapters(model, config)
+    is_listed = (
+        names and described.get("num_linears") == count_linears(model) and len(names) == len(described["layers"])
+    )
+    try:
+        if is_listed:
+            trained = [name.removeprefix(prefix) for name in described["trained_modules"]]
+            inject_layers(model, dict.fromkeys(names, config), trained)
+        else:
+            inject_adapters(model, config)
+    except (ValueError, RuntimeError) as error:  # the latter: no memory for the sizes that it claims
+        raise ValueError(f"The adapters in {source} do not fit this {type(model).__name__}: {error}") from error
 
 
 def _prefix_in(described: dict[str, Any], model: nn.Module) -> str:
@@ -173,7 +179,10 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} is no Lightning checkpoint: it has no state dict.")
-    upgrade(checkpoint)
+    try:
+        upgrade(checkpoint)
+    except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
+        raise DamagedFileError(f"{path} is damaged: its format 1 is incomplete ({error!r}).") from error
     return checkpoint
 
 
@@ -204,10 +213,10 @@ def convert_checkpoint(
         OSError: The folder cannot be written, or is no adapter folder (``FileExistsError``).
     """
     content = read_checkpoint(checkpoint)
-    described = describe(content)
+    described = describe(content, str(checkpoint))
     stored: dict[str, Tensor] = content["state_dict"]
     with restored_after_error(base_model):
-        _inject_described(base_model, described, _prefix_in(described, base_model))
+        _inject_described(base_model, described, _prefix_in(described, base_model), str(checkpoint))
         adapter = adapter_record(base_model)
         expected = adapter.state
         first = next(iter(expected))

@@ -114,6 +114,27 @@ def base_identity(model: nn.Module, without: Iterable[str] = ()) -> dict[str, An
     }
 
 
+def _is_sample(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 3 or not isinstance(value[0], str):
+        return False
+    if not isinstance(value[1], list) or not all(isinstance(size, int) for size in value[1]):
+        return False
+    try:
+        return value[2] is None or len(base64.b64decode(value[2], validate=True)) % 4 == 0
+    except (ValueError, TypeError):
+        return False
+
+
+#: What :func:`base_identity` gives, for :func:`~genlora_lightning.storage.documents.check_document`.
+IDENTITY_SHAPE: dict[Any, Any] = {
+    "name": (str, type(None)),
+    "revision": (str, type(None)),
+    "class": str,
+    "config": {str: (str, int, float, bool)},
+    "fingerprint": {"num_tensors": int, "num_values": int, "structure_sha256": str, "samples": {str: _is_sample}},
+}
+
+
 def compare_bases(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     """How two identities differ, in phrases for a message; empty if they are one base.
 

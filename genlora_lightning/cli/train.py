@@ -62,8 +62,8 @@ class GenLoRACLI(LightningCLI):
     """LightningCLI with what fine-tuning wants by default.
 
     - Any LightningModule and LightningDataModule by ``class_path``; those of this package by their names alone.
-    - ``data.init_args.tokenizer`` and ``data.init_args.label_names``, where the class has them and they are not set,
-      are ``model.init_args.model`` and ``model.init_args.label_names``; with the model's tokenizer go its
+    - ``tokenizer``, ``label_names`` and ``problem_type`` of the data, where the class has them and they are not set,
+      are the model's ``model``, ``label_names`` and ``problem_type``; with the model's tokenizer go its
       ``trust_remote_code`` and ``revision``.
     - A checkpoint gives weights, not settings: the configuration and the command line always win over the
       hyperparameters stored in it.
@@ -102,7 +102,8 @@ class GenLoRACLI(LightningCLI):
             if types[name] is bool:  # `--overwrite`, `--overwrite false` and `--no_overwrite`
                 kind = {"action": ActionYesNo, "nargs": "?"}
             parser.add_argument(f"--{name}", default=_CALLBACK_DEFAULTS[name], help=text, **kind)
-        for source, target in (("model", "tokenizer"), ("label_names", "label_names")):
+        linked = {"model": "tokenizer", "label_names": "label_names", "problem_type": "problem_type"}
+        for source, target in linked.items():
             parser.link_arguments(
                 (f"model.init_args.{source}", "data"),
                 f"data.init_args.{target}",

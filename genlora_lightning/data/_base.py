@@ -17,6 +17,7 @@ from genlora_lightning.data._loading import (
     LengthGroupedSampler,
     PadCollator,
     import_datasets,
+    largest_number,
     load_tokenizer,
     map_examples,
     padding_id,
@@ -95,6 +96,7 @@ class FileDataModule(LightningDataModule):
         self._summary: dict[str, dict[str, int]] = {}
         self._train_keys: set[str] = set()
         self._stage: str | None = None
+        self._largest_token: dict[str, int] = {}
 
     # What a subclass says.
 
@@ -201,7 +203,18 @@ class FileDataModule(LightningDataModule):
         """Returns the batches for prediction."""
         return self._loader("predict")
 
-    # What reports want to know.
+    # What reports, and the model, want to know.
+
+    @property
+    def largest_token(self) -> int:
+        """The largest token number of all splits that were set up; 0 for none."""
+        return max(self._largest_token.values(), default=0)
+
+    @property
+    def longest(self) -> int:
+        """The length that the longest sequence of all splits that were set up has in a batch; 0 for none."""
+        longest = max((counts["longest"] for counts in self._summary.values()), default=0)
+        return -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     def summary(self) -> dict[str, dict[str, int]]:
         """Returns the numbers of examples and tokens, and of what was left out, of each split that was set up.
@@ -286,6 +299,7 @@ class FileDataModule(LightningDataModule):
         counts["cut_examples"] = sum(1 for cut in numbers["cut_tokens"] if cut)
         counts["dropped_examples"] = len(lengths) - len(kept)
         self._summary[split] = counts
+        self._largest_token[split] = largest_number(rows, "input_ids")
         rows = rows if len(kept) == len(lengths) else rows.select(kept)
         self._finished(split, rows)
         return rows

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from genlora_lightning.data._files import Record, checked_text, is_blank, parse_json, shown, text_field
+from genlora_lightning.data._files import Record, checked_text, is_blank, structured_field, text_field
 from genlora_lightning.errors import DataFileError
+from genlora_lightning.fields import shown
 
 IGNORE_INDEX = -100
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -47,15 +48,15 @@ def parse_conversation(record: Record, *, plain: bool, system_prompt: str | None
         DataFileError: A field is missing, empty or of a wrong type, a role is unknown, or nothing is to be learned.
     """
     where, fields = record
-    tools = _parse_tools(fields, where, plain)
+    tools = _parse_tools(record, plain)
     if "messages" in fields:
         if "prompt" in fields or "completion" in fields:
             raise DataFileError(where, "has both 'messages' and 'prompt'/'completion'; keep one of them")
         if plain:
             raise DataFileError(where, "'messages' need a chat template, but chat_template='none' was set")
-        messages, silent = _parse_messages(fields["messages"], where)
+        messages, silent = _parse_messages(structured_field(record, "messages"), where)
     elif "prompt" in fields:
-        messages, silent = [{"role": "user", "content": text_field(record, "prompt")}], []
+        messages, silent = [{"role": "user", "content": text_field(record, "prompt")}], set()
         if needs_answer or not is_blank(fields.get("completion")):
             messages.append({"role": "assistant", "content": text_field(record, "completion")})
     else:
@@ -76,11 +77,14 @@ def parse_conversation(record: Record, *, plain: bool, system_prompt: str | None
     return Conversation(messages, learned, tools)
 
 
-def _parse_tools(fields: dict[str, Any], where: str, plain: bool) -> list[Any] | None:
+def _parse_tools(record: Record, plain: bool) -> list[Any] | None:
+    where, fields = record
     if fields.get("functions"):
         raise DataFileError(where, "has 'functions', an older form of tools; write them as 'tools'")
-    tools = _from_csv(fields.get("tools"), where, "tools")
-    if tools is None or tools == []:
+    if is_blank(fields.get("tools")):
+        return None
+    tools = structured_field(record, "tools")
+    if tools == []:
         return None
     if plain:
         raise DataFileError(where, "'tools' need a chat template, but chat_template='none' was set")
@@ -93,19 +97,8 @@ def _parse_tools(fields: dict[str, Any], where: str, plain: bool) -> list[Any] |
     return tools
 
 
-def _from_csv(value: Any, where: str, name: str) -> Any:
-    """Returns the value of a structured field, which is JSON text in a CSV file."""
-    if not isinstance(value, str) or not where.rpartition(":")[0].lower().endswith(".csv"):
-        return value
-    try:
-        return parse_json(value) if name == "messages" or value.strip() else None
-    except ValueError as error:
-        raise DataFileError(where, f"column {name!r} is not valid JSON: {error}") from error
-
-
 def _parse_messages(value: Any, where: str) -> tuple[list[Message], set[int]]:
     """Returns the messages, and the places of those of weight 0."""
-    value = _from_csv(value, where, "messages")
     if not isinstance(value, list):
         raise DataFileError(where, f"field 'messages' must be a list of messages, got {type(value).__name__}")
     if not value:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from genlora_lightning.errors import DataFileError
+from genlora_lightning.fields import is_text, shown
 
 SUFFIXES = (".jsonl", ".csv")
 
@@ -42,7 +43,7 @@ def check_file(path: str, argument: str) -> None:
         DataFileError: It is a folder, it is empty, or its name ends neither in ``.jsonl`` nor in ``.csv``.
     """
     file = Path(path)
-    if "\0" in path or not _is_text(path):
+    if "\0" in path or not is_text(path):
         raise DataFileError(ascii(path), f"the name of {argument} is not valid Unicode text; rename the file")
     if not file.exists():
         raise FileNotFoundError(f"{argument}: there is no file {path!r} (looked in {Path.cwd()})")
@@ -88,6 +89,17 @@ def text_field(record: Record, name: str) -> str:
     return checked_text(record.fields[name], record.where, f"field {name!r}")
 
 
+def structured_field(record: Record, name: str) -> Any:
+    """Returns a field that may be a list: in a CSV file it is JSON text; otherwise raises DataFileError."""
+    value = record.fields.get(name)
+    if not isinstance(value, str) or not record.where.rpartition(":")[0].lower().endswith(".csv"):
+        return value
+    try:
+        return parse_json(value)
+    except ValueError as error:
+        raise DataFileError(record.where, f"column {name!r} is not valid JSON: {error}") from error
+
+
 def checked_text(value: object, where: str, what: str, *, may_be_blank: bool = False) -> str:
     """Returns ``value`` if it is a usable string; otherwise raises DataFileError with ``what`` as the subject."""
     if not isinstance(value, str):
@@ -104,11 +116,6 @@ def checked_text(value: object, where: str, what: str, *, may_be_blank: bool = F
 def is_blank(value: object) -> bool:
     """Returns whether a field says nothing: null in JSON, and in CSV nothing but white space."""
     return value is None or (isinstance(value, str) and not value.strip())
-
-
-def shown(value: object) -> str:
-    """Returns a value for a message: short, however long, or deeply nested, it is."""
-    return _SHOWN.repr(value)
 
 
 def parse_json(text: str) -> Any:
@@ -131,14 +138,6 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {shown(twice)} is there twice in one object")
     return found
-
-
-def _is_text(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def normalized(text: str) -> str:

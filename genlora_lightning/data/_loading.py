@@ -117,6 +117,15 @@ def map_examples(
         )
 
 
+def largest_number(rows: Any, column: str) -> int:
+    """Returns the largest number in a column of lists of numbers; 0 if there is none."""
+    from pyarrow import compute
+
+    table = rows.with_format("arrow")[:]  # as they are: a Python list of a million rows takes seconds
+    found = compute.max(compute.list_flatten(table[column])).as_py()
+    return 0 if found is None else int(found)
+
+
 def tokenizer_identity(tokenizer: Any) -> str:
     """Returns a text that differs between tokenizers that tokenize differently."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -154,13 +163,13 @@ class PadCollator:
     side: Literal["left", "right"] = "right"
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Returns a batch: tensors (batch, length) for tokens, (batch,) for numbers, lists for texts."""
+        """Returns a batch: tensors (batch, length) for tokens, (batch, n) for n numbers, lists for texts."""
         longest = max(len(row["input_ids"]) for row in rows)
         length = -(-longest // self.multiple) * self.multiple
         batch: dict[str, Any] = {}
         for key in self.keys:
             values = [row[key] for row in rows]
-            if isinstance(values[0], list):
+            if isinstance(values[0], list) and not (values[0] and isinstance(values[0][0], float)):
                 batch[key] = self._pad(values, length, self.pad_token_id if key == "input_ids" else IGNORE_INDEX)
             elif isinstance(values[0], str):
                 batch[key] = values

@@ -1,24 +1,46 @@
-"""Load data for text classification: one text and one label a record."""
+"""Load texts with what is to be predicted of them: a label, several labels, or numbers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 from typing_extensions import override
 
 from genlora_lightning.data._base import FileDataModule
-from genlora_lightning.data._files import Record, normalized, read_records, text_field
+from genlora_lightning.data._files import (
+    Record,
+    checked_text,
+    is_blank,
+    normalized,
+    read_records,
+    structured_field,
+    text_field,
+)
 from genlora_lightning.data._loading import import_datasets
 from genlora_lightning.errors import DataFileError
+from genlora_lightning.fields import shown
+
+#: What a head predicts, by transformers' names.
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
+
+_LARGEST_FLOAT32 = 3.4e38
 
 
 class TextClassificationDataModule(FileDataModule):
     """Labelled texts from JSONL or CSV files.
 
-    Labels are names or whole numbers. Batches are dictionaries of ``input_ids`` and ``attention_mask`` (batch, length)
-    and ``labels`` (batch,): the label's place in `label_names`. Batches for prediction have labels where the file has.
+    Batches are dictionaries of ``input_ids`` and ``attention_mask`` (batch, length) and ``labels``; batches for
+    prediction have labels where the file has. What a label is depends on ``problem_type``:
+
+    - ``single_label_classification``: a name or a whole number; in batches its place in `label_names` (batch,).
+    - ``multi_label_classification``: a list of such, which may be empty; in batches 1.0 for each label that the text
+      has, else 0.0 (batch, labels).
+    - ``regression``: a finite number, or a list of as many as the first record has; in batches (batch,) or (batch,
+      values).
+
+    A list in a CSV file is JSON text: ``["a", "b"]``, which CSV writes as ``"[""a"", ""b""]"``.
 
     Args:
         tokenizer: A Hugging Face id, a local folder, or a tokenizer.
@@ -31,7 +53,9 @@ class TextClassificationDataModule(FileDataModule):
         text_column: The field with the text.
         label_column: The field with the label.
         label_names: The labels in the order of their numbers. A label in a file is one of the names, or a name's place
-            in this list, from 0. If not given, the labels are those of ``train_file``, sorted (as numbers, if all are).
+            in this list, from 0. If not given, the labels are those of ``train_file``, sorted (as numbers, if all are);
+            numbers with a fraction are then taken for a mistake. For regression the names of the values.
+        problem_type: What a label is; null: ``single_label_classification``.
         batch_size: Examples in a training batch, per device.
         eval_batch_size: Examples in a batch of validation, test and prediction; ``batch_size`` if not given.
         max_length: The longest sequence, in tokens. Longer texts lose their end; how many is reported.
@@ -59,6 +83,7 @@ class TextClassificationDataModule(FileDataModule):
         text_column: str = "text",
         label_column: str = "label",
         label_names: list[str] | None = None,
+        problem_type: ProblemType | None = None,
         batch_size: int = 8,
         eval_batch_size: int | None = None,
         max_length: int = 256,
@@ -87,11 +112,16 @@ class TextClassificationDataModule(FileDataModule):
         )
         if text_column == label_column:
             raise ValueError(f"text_column and label_column are both {text_column!r}")
-        if label_names is not None and (len(label_names) < 2 or len(set(label_names)) < len(label_names)):
-            raise ValueError(f"label_names must be at least two distinct names, got {label_names}")
+        self.problem_type: ProblemType = problem_type or "single_label_classification"
+        if self.problem_type not in get_args(ProblemType):
+            raise ValueError(f"problem_type must be one of {', '.join(get_args(ProblemType))}, got {problem_type!r}")
+        least, words = (1, "one name") if self.problem_type == "regression" else (2, "two distinct names")
+        if label_names is not None and (len(label_names) < least or len(set(label_names)) < len(label_names)):
+            raise ValueError(f"label_names must be at least {words}, got {label_names}")
         self.text_column = text_column
         self.label_column = label_column
         self._label_names = label_names
+        self._names_given = label_names is not None
 
     @property
     def label_names(self) -> list[str]:
@@ -103,42 +133,103 @@ class TextClassificationDataModule(FileDataModule):
         if self._label_names is None:
             path = self.files["train"]
             assert path is not None, "train_file is required"
-            found = {self._label_text(record) for record in read_records(path, "train_file")}
-            if len(found) < 2:
-                raise DataFileError(path, f"all records have the label {found.pop()!r}; there is nothing to tell apart")
-            self._label_names = sorted(found, key=int) if all(map(_is_integer, found)) else sorted(found)
+            records = read_records(path, "train_file")
+            if self.problem_type == "regression":
+                self._label_names = [f"LABEL_{index}" for index in range(len(self._values(records[0])))]
+            else:
+                found = {label for record in records for label in self._label_texts(record)}
+                if len(found) < 2:
+                    held = f"the label {found.pop()!r}" if found else "no label"
+                    raise DataFileError(path, f"all records have {held}; there is nothing to tell apart")
+                self._label_names = sorted(found, key=int) if all(map(_is_integer, found)) else sorted(found)
         return list(self._label_names)
 
     @property
     def num_labels(self) -> int:
-        """The number of labels."""
+        """The number of labels, or of values to predict."""
         return len(self.label_names)
 
-    def _label_text(self, record: Record) -> str:
-        label = record.fields.get(self.label_column)
-        if isinstance(label, int) and not isinstance(label, bool):
-            return str(label)
-        if self.label_column in record.fields and not isinstance(label, str):
-            reason = f"field {self.label_column!r} must be a string or a whole number, got {label!r:.80}"
-            raise DataFileError(record.where, reason)
-        return text_field(record, self.label_column).strip()
+    def _label_field(self, record: Record) -> Any:
+        """Returns the field with the label; a list in a CSV file, which is JSON text, as a list."""
+        name = self.label_column
+        if name in record.fields and not isinstance(record.fields[name], str):
+            return record.fields[name]
+        text = text_field(record, name).strip()
+        if self.problem_type == "single_label_classification" or not text.startswith("["):
+            return text
+        return structured_field(record, name)
 
-    def _label_index(self, record: Record) -> int:
+    def _label_texts(self, record: Record) -> list[str]:
+        label = self._label_field(record)
+        if self.problem_type == "single_label_classification":
+            return [self._label_text(record, label)]
+        if not isinstance(label, list):
+            reason = f'field {self.label_column!r} must be a list of labels, such as ["a", "b"], got {shown(label)}'
+            raise DataFileError(record.where, reason)
+        return [self._label_text(record, one) for one in label]
+
+    def _label_text(self, record: Record, label: Any) -> str:
+        """Returns a label as text, the same one for what CSV and JSON write differently."""
+        if isinstance(label, (int, float)) and not isinstance(label, bool):
+            label = str(label)
+        what = f"field {self.label_column!r}"
+        if not isinstance(label, str):
+            raise DataFileError(record.where, f"{what} must be a string or a whole number, got {shown(label)}")
+        text = checked_text(label, record.where, what).strip()
+        if not self._names_given and _is_fraction(text):
+            raise DataFileError(
+                record.where,
+                f"{what} must be a string or a whole number, got {text:.80}; for numbers to predict set "
+                "problem_type='regression', for names that look like numbers give label_names",
+            )
+        return text
+
+    def _label_index(self, record: Record, label: str) -> int:
         names = self.label_names
-        label = self._label_text(record)
         if label in names:
             return names.index(label)
-        if _is_integer(label) and 0 <= int(label) < len(names) and not all(map(_is_integer, names)):
+        if _is_integer(label) and len(label) < 10 and 0 <= int(label) < len(names) and not all(map(_is_integer, names)):
             return int(label)
-        shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise DataFileError(record.where, f"unknown label {label!r}; known are {shown}")
+        listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+        raise DataFileError(record.where, f"unknown label {shown(label)}; known are {listed}")
+
+    def _values(self, record: Record) -> list[float]:
+        label = self._label_field(record)
+        values = []
+        for value in label if isinstance(label, list) and label else [label]:
+            try:
+                number = float("nan") if isinstance(value, (bool, list)) else float(value)
+            except (TypeError, ValueError, OverflowError):
+                number = float("nan")
+            if not abs(number) <= _LARGEST_FLOAT32:
+                reason = f"field {self.label_column!r} must be a finite number, or a list of such, got {shown(label)}"
+                raise DataFileError(record.where, reason)
+            values.append(number)
+        return values
+
+    def _label(self, record: Record) -> int | float | list[float]:
+        """Returns a record's label as batches have it."""
+        if self.problem_type == "regression":
+            values = self._values(record)
+            if len(values) != self.num_labels:
+                reason = (
+                    f"field {self.label_column!r} has {len(values)} numbers where there should be {self.num_labels}"
+                )
+                raise DataFileError(record.where, reason)
+            return values if len(values) > 1 else values[0]
+        indices = [self._label_index(record, label) for label in self._label_texts(record)]
+        if self.problem_type == "single_label_classification":
+            return indices[0]
+        if len(set(indices)) < len(indices):
+            raise DataFileError(record.where, f"field {self.label_column!r} has a label twice")
+        return [float(index in indices) for index in range(self.num_labels)]
 
     @override
     def _parse(self, record: Record, split: str) -> dict[str, Any]:
         text = text_field(record, self.text_column)
-        if split == "predict" and record.fields.get(self.label_column) in (None, ""):
+        if split == "predict" and is_blank(record.fields.get(self.label_column)):
             return {"where": record.where, "text": text, "labels": None}
-        return {"where": record.where, "text": text, "labels": self._label_index(record)}
+        return {"where": record.where, "text": text, "labels": self._label(record)}
 
     @override
     def _duplicate_key(self, example: dict[str, Any]) -> str:
@@ -146,7 +237,7 @@ class TextClassificationDataModule(FileDataModule):
 
     @override
     def _stratum(self, example: dict[str, Any]) -> str:
-        return str(example["labels"])
+        return "" if self.problem_type == "regression" else str(example["labels"])
 
     @override
     def _encoder(self, split: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -173,17 +264,31 @@ class TextClassificationDataModule(FileDataModule):
         datasets = import_datasets()
         text, number = datasets.Value("string"), datasets.Value("int64")
         tokens = datasets.Sequence(datasets.Value("int32"))
-        columns = {"where": text, "text": text, "labels": number}
-        return columns, {"input_ids": tokens, "length": number, "cut_tokens": number, "labels": number}
+        label = number
+        if self.problem_type != "single_label_classification":
+            label = datasets.Value("float32")
+            if self.problem_type == "multi_label_classification" or self.num_labels > 1:
+                label = datasets.Sequence(label)
+        columns = {"where": text, "text": text, "labels": label}
+        return columns, {"input_ids": tokens, "length": number, "cut_tokens": number, "labels": label}
 
     @override
     def _identity(self) -> str:
-        return str(self.max_length)
+        return f"{self.max_length} {self.problem_type}"
 
     @override
     def _batch_keys(self, split: str, rows: Any) -> tuple[str, ...]:
         known = split != "predict" or all(label is not None for label in rows["labels"])
         return ("input_ids", "labels") if known else ("input_ids",)
+
+
+def _is_fraction(label: str) -> bool:
+    """Returns whether a text is a number, but not a whole one as whole ones are written."""
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return not _is_integer(label)
 
 
 def _is_integer(label: str) -> bool:

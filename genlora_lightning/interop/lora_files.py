@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from genlora_lightning.storage.documents import check_document
 from genlora_lightning.storage.paths import local_path
 from genlora_lightning.text import natural_key
 
@@ -22,6 +23,24 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e30 and value != 0
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_pattern(item: tuple[Any, Any]) -> bool:
+    try:
+        re.compile(item[0])
+    except (re.error, TypeError):
+        return False
+    return _is_finite(item[1])
+
+
 # Settings that make a LoRA more, or something else, than base + scaling · B · A.
 _UNSUPPORTED = {
     "use_dora": "DoRA's magnitudes",
@@ -36,6 +55,13 @@ _UNSUPPORTED = {
     "velora_config": "VeLoRA",
     "kasa_config": "KaSA's singular values",
     "monteclora_config": "MonteCLoRA's sampling",
+}
+_SETTINGS_SHAPE: dict[Any, Any] = {
+    "lora_alpha?": _is_finite,
+    "alpha_pattern?": lambda value: value is None or (isinstance(value, dict) and all(map(_is_pattern, value.items()))),
+    "lora_dropout?": lambda value: not value or (_is_finite(value) and 0 <= value < 1),
+    "modules_to_save?": lambda value: value is None or (isinstance(value, list) and all(map(_is_name, value))),
+    "base_model_name_or_path?": (str, type(None)),
 }
 # These change the base's weights before training; the saved A and B belong to the changed ones.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -89,8 +115,8 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
     config = _read_config(folder)
     try:
         tensors = load_file(_existing(folder / WEIGHTS_FILE))
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or incomplete: {error}.") from error
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or incomplete: {error!s:.500}.") from error
     factors: dict[str, dict[str, Tensor]] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -136,12 +162,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = _existing(folder / CONFIG_FILE)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: {error}.") from error
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
         raise ValueError(
-            f"{path} describes {f'a PEFT adapter of type {kind}' if kind else 'no PEFT adapter'}, not a LoRA."
+            f"{path} describes {f'a PEFT adapter of type {kind!s:.40}' if kind else 'no PEFT adapter'}, not a LoRA."
         )
     for name, what in _UNSUPPORTED.items():
         if config.get(name):
@@ -157,6 +183,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "plain LoRA first (PEFT: `save_pretrained(..., path_initial_model_for_weight_conversion=...)`)."
         )
     assert isinstance(config, dict)
+    check_document(str(path), config, _SETTINGS_SHAPE)
     return config
 
 

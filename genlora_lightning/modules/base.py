@@ -19,6 +19,7 @@ from genlora_lightning.artifacts.loading import load_module
 from genlora_lightning.backbone.architectures import enable_gradient_checkpointing
 from genlora_lightning.backbone.pretrained import load_pretrained, load_tokenizer
 from genlora_lightning.callbacks.reading import is_for_bar
+from genlora_lightning.modules.limits import InputCheck
 from genlora_lightning.training.callback import GenLoRAFinetuning
 from genlora_lightning.training.lightning_internals import trainer_or_none
 from genlora_lightning.training.optim import OptimizerConfig, build_optimizer, build_scheduler
@@ -70,6 +71,9 @@ class GenLoRAModule(LightningModule):
         where micro-batches are accumulated or ranks are several. They are the true ones when they are clipped.
     """
 
+    #: Fields of a batch that hold token numbers.
+    token_fields: tuple[str, ...] = ("input_ids",)
+
     def __init__(
         self,
         model: str,
@@ -111,6 +115,7 @@ class GenLoRAModule(LightningModule):
         self._window_count: Tensor | None = None
         self._lr_is_set = False
         self._known_labels: tuple[Tensor, int, Any] | None = None  # of the batch that was moved last
+        self._check_inputs = InputCheck()
 
         # First everything, subclasses' arguments included, as Lightning collects it; then dictionaries in place of
         # dataclasses, which torch refuses to load from a checkpoint under its safe default.
@@ -251,11 +256,12 @@ class GenLoRAModule(LightningModule):
 
     @override
     def _call_batch_hook(self, hook_name: str, *args: Any) -> Any:
-        """When a batch is moved, remember of its labels what :meth:`look_at_labels` finds while they are on the CPU."""
+        """When a batch is moved, check it, and remember what :meth:`look_at_labels` finds, while it is on the CPU."""
         # Not in `transfer_batch_to_device`: it may be the data module's, and Lightning warns where both might have one.
         if hook_name != "transfer_batch_to_device":
             return super()._call_batch_hook(hook_name, *args)
         batch, device, dataloader_idx = args
+        self._check_inputs(self, batch)
         labels = batch.get("labels") if isinstance(batch, Mapping) else None
         found = None
         # Under inference mode tensors do not say whether they were changed.

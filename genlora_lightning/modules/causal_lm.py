@@ -51,6 +51,8 @@ class CausalLMModule(GenLoRAModule):
         ValueError: An argument is out of its range.
     """
 
+    token_fields = ("input_ids", "labels")
+
     def __init__(
         self,
         model: str,

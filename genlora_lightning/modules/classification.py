@@ -1,10 +1,11 @@
-"""Fine-tune a text classifier: an encoder or a decoder, its head trained with the adapters."""
+"""Fine-tune a text classifier (or a regression): an encoder or a decoder, its head trained with the adapters."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 import torchmetrics
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
@@ -12,28 +13,41 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.data.classification import ProblemType
+from genlora_lightning.fields import check_choice, check_number
 from genlora_lightning.modules.base import Dtype, GenLoRAModule
-from genlora_lightning.modules.metrics import WeightedMean
+from genlora_lightning.modules.metrics import R2, WeightedMean
 from genlora_lightning.training.optim import OptimizerConfig
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
 class SequenceClassificationModule(GenLoRAModule):
-    """Fine-tune a transformers model to put texts into classes.
+    """Fine-tune a transformers model to put texts into classes, or to predict numbers from them.
 
     The head (what the model has outside its ``base_model``) and modules that the checkpoint lacks, such as a pooler,
     are trained in full beside the adapters, in float32 whatever the base's dtype.
 
-    Batches are dictionaries of ``input_ids`` and ``attention_mask``, each (examples, tokens), and ``labels``
-    (examples), which may be missing in prediction. Logged: ``train_loss``; for validation and test, over the whole
-    split, ``val_loss`` (mean per example), ``val_accuracy`` and ``val_f1`` (mean of the classes' F1); ``test_…``
-    alike.
+    Batches are dictionaries of ``input_ids`` and ``attention_mask``, each (examples, tokens), and ``labels``, which may
+    be missing in prediction. Logged: ``train_loss``; for validation and test, over the whole split, as ``val_…`` and
+    ``test_…``, what belongs to ``problem_type``:
+
+    - ``single_label_classification``: labels are classes (examples). ``loss``, the mean cross entropy; ``accuracy``;
+      ``f1``, the mean of the classes' F1.
+    - ``multi_label_classification``: labels are 0 or 1 (examples, labels), floating point. ``loss``, the mean binary
+      cross entropy; ``accuracy``, the share of all labels of all examples that are right; ``exact_match``, the share of
+      examples whose labels are all right; ``f1``, the mean of the labels' F1.
+    - ``regression``: labels are numbers (examples), or (examples, values) if there are several. ``loss``, the mean
+      squared error; ``mae``, the mean absolute error; ``r2``, the share of the variance that is explained (NaN for a
+      single example).
 
     Args:
         model: Local folder or name on the Hugging Face Hub.
-        num_labels: Number of classes; may be left out if ``label_names`` are given.
+        num_labels: Number of classes, or of values for regression; may be left out if ``label_names`` are given.
         label_names: Names of the classes, in the order of the labels.
+        problem_type: What the head predicts.
+        class_weights: A factor above zero for each class. With one label an example, on the losses of its examples,
+            and the mean is weighted: ``Σ w·loss / Σ w``; with several, on the loss of the label where it is 1.
         adapter: What to adapt, and how; as a dictionary with ``kind`` for another kind than GenLoRA; GenLoRA's
             defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
             callback. The head is added to its ``modules_to_train``.
@@ -48,7 +62,7 @@ class SequenceClassificationModule(GenLoRAModule):
 
     Raises:
         TypeError: An argument holds something else than plain values.
-        ValueError: The number of classes is missing, less than 2, or not that of the names.
+        ValueError: The number of classes is missing, less than 2, or not that of the names or the weights.
     """
 
     def __init__(
@@ -57,6 +71,8 @@ class SequenceClassificationModule(GenLoRAModule):
         *,
         num_labels: int | None = None,
         label_names: list[str] | None = None,
+        problem_type: ProblemType = "single_label_classification",
+        class_weights: list[float] | None = None,
         adapter: dict[str, Any] | AdapterConfig | None = None,
         optimizer: OptimizerConfig | dict[str, Any] | None = None,
         dtype: Dtype = "auto",
@@ -79,10 +95,13 @@ class SequenceClassificationModule(GenLoRAModule):
             low_memory=low_memory,
             model_kwargs=model_kwargs,
         )
-        self.label_names = _checked_names(num_labels, label_names)
+        check_choice("problem_type", problem_type, get_args(ProblemType))
+        self.problem_type: ProblemType = problem_type
+        self.label_names = _checked_names(num_labels, label_names, least=1 if problem_type == "regression" else 2)
         self.num_labels = len(self.label_names)
+        self._class_weights = _checked_weights(class_weights, problem_type, self.num_labels)
         self._trained_modules: list[str] = []
-        self.val_metrics, self.test_metrics = _metrics(self.num_labels), _metrics(self.num_labels)
+        self.val_metrics, self.test_metrics = (_metrics(problem_type, self.num_labels) for _ in range(2))
 
     @override
     def load_backbone(self) -> nn.Module:
@@ -90,6 +109,7 @@ class SequenceClassificationModule(GenLoRAModule):
         model, absent = self.load_with(
             "AutoModelForSequenceClassification",
             num_labels=self.num_labels,
+            problem_type=self.problem_type,
             id2label=dict(enumerate(names)),
             label2id={name: index for index, name in enumerate(names)},
             ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
@@ -158,7 +178,7 @@ class SequenceClassificationModule(GenLoRAModule):
         return dataclasses.replace(config, modules_to_train=[*given, *more])
 
     def class_logits(self, batch: dict[str, Any]) -> Tensor:
-        """Compute the logits (examples, classes), in float32."""
+        """Compute the logits (examples, classes), or the values (examples, values) of a regression, in float32."""
         inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
         model: Any = self.adapter_root()
         # Decoders look for their pad token to find a text's end. Let them find it, whatever the batch was padded with.
@@ -169,14 +189,29 @@ class SequenceClassificationModule(GenLoRAModule):
 
     @override
     def look_at_labels(self, labels: Tensor) -> bool:
-        """Whether the labels are classes; if not, the step says so."""
-        return self._are_classes(labels)
+        """Whether the labels are such as the head predicts; if not, the step says so."""
+        return self._fault_of(labels) is None
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         labels = self._checked_labels(batch)
-        loss = F.cross_entropy(self.class_logits(batch), labels, reduction="sum")
-        return self.training_loss(loss, labels.new_full((), len(labels)))
+        return self.training_loss(*self._summed_loss(self.class_logits(batch), labels))
+
+    def _summed_loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Sum of the losses, and what it is to be divided by for their mean; scalars."""
+        weights = self._class_weights
+        if weights is not None:
+            weights = self._class_weights = weights.to(logits.device)
+        if self.problem_type == "single_label_classification":
+            loss = F.cross_entropy(logits, labels, weights, reduction="sum")
+            count = labels.new_full((), len(labels)) if weights is None else weights[labels].sum()
+            return loss, count
+        targets = labels.to(logits.dtype).reshape(logits.shape)
+        if self.problem_type == "multi_label_classification":
+            loss = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="sum")
+        else:
+            loss = F.mse_loss(logits, targets, reduction="sum")
+        return loss, torch.full((), logits.numel(), device=logits.device)
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -189,26 +224,46 @@ class SequenceClassificationModule(GenLoRAModule):
     def _checked_labels(self, batch: dict[str, Any]) -> Tensor:
         # Out of range they would be an assertion on a GPU that no Python code can explain any more.
         labels: Tensor = batch["labels"]
-        if not self.known_of(labels) and not self._are_classes(labels):
-            raise ValueError(
-                f"The batch has labels from {int(labels.min())} to {int(labels.max())}, but the module has "
-                f"{self.num_labels} classes (0 to {self.num_labels - 1}). Set `num_labels` or `label_names` to fit the "
-                "data."
-            )
+        fault = None if self.known_of(labels) else self._fault_of(labels)
+        if fault is not None:
+            raise ValueError(f"The batch has {fault}")
         return labels
 
-    def _are_classes(self, labels: Tensor) -> bool:
-        return not labels.numel() or 0 <= int(labels.min()) <= int(labels.max()) < self.num_labels
+    def _fault_of(self, labels: Tensor) -> str | None:
+        """What is wrong with the labels of a batch, and what to do; ``None`` if they are right."""
+        other = f"Set `problem_type` (it is {self.problem_type!r}), `num_labels` or `label_names` to fit the data."
+        found = f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}"
+        number = self.num_labels
+        if self.problem_type == "single_label_classification":
+            if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
+                return f"{found}, but the module takes classes: whole numbers (examples). {other}"
+            if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < number:
+                return (
+                    f"labels from {int(labels.min())} to {int(labels.max())}, but the module has {number} classes (0 "
+                    f"to {number - 1}). Set `num_labels` or `label_names` to fit the data."
+                )
+            return None
+        of_one_value = self.problem_type == "regression" and number == 1
+        shapes = [(len(labels), number), *([(len(labels),)] if of_one_value else [])]
+        if tuple(labels.shape) not in shapes or not labels.is_floating_point():
+            return f"{found}, but the module takes floating point ones of {' or '.join(map(str, shapes))}. {other}"
+        if self.problem_type == "regression":
+            return None if bool(labels.isfinite().all()) else "labels that are NaN or infinite; leave such records out."
+        return None if bool(((labels == 0) | (labels == 1)).all()) else f"labels that are neither 0 nor 1. {other}"
 
     def _evaluate(self, batch: dict[str, Any], split: Literal["val", "test"], metrics: nn.ModuleDict) -> None:
         labels = self._checked_labels(batch)
         logits = self.class_logits(batch)
         for name, metric in metrics.items():
             assert isinstance(metric, torchmetrics.Metric)
-            if isinstance(metric, WeightedMean):
-                metric.update(F.cross_entropy(logits, labels, reduction="sum"), len(labels))
+            if name == "loss":
+                metric.update(*self._summed_loss(logits, labels))
+            elif name == "mae":
+                metric.update((logits - labels.reshape(logits.shape)).abs().sum(), labels.numel())
+            elif self.problem_type == "regression":
+                metric.update(*(x.squeeze(1) if self.num_labels == 1 else x for x in (logits, labels.view_as(logits))))
             else:
-                metric.update(logits, labels)
+                metric.update(logits, labels.long())
             self.log(f"{split}_{name}", metric, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
 
     @override
@@ -216,39 +271,67 @@ class SequenceClassificationModule(GenLoRAModule):
         """Classify each text.
 
         Returns:
-            For each example ``label`` (the class's number), ``label_name`` and ``probabilities`` (one per class).
+            For each example ``label`` (the class's number), ``label_name`` and ``probabilities`` (one per class); with
+            several labels ``labels``, ``label_names`` (those with a probability of at least 1/2) and ``probabilities``;
+            for regression ``value``, a number or a list of them.
         """
-        probabilities = self.class_logits(batch).softmax(dim=-1).cpu()
+        logits = self.class_logits(batch).cpu()
+        if self.problem_type == "regression":
+            return [{"value": row if self.num_labels > 1 else row[0]} for row in logits.tolist()]
+        names = self.label_names
+        if self.problem_type == "multi_label_classification":
+            found = [(row, (row >= 0.5).nonzero().flatten().tolist()) for row in logits.sigmoid()]
+            return [
+                {"labels": chosen, "label_names": [names[i] for i in chosen], "probabilities": row.tolist()}
+                for row, chosen in found
+            ]
         return [
-            {
-                "label": int(row.argmax()),
-                "label_name": self.label_names[int(row.argmax())],
-                "probabilities": row.tolist(),
-            }
-            for row in probabilities
+            {"label": int(row.argmax()), "label_name": names[int(row.argmax())], "probabilities": row.tolist()}
+            for row in logits.softmax(dim=-1)
         ]
 
 
-def _metrics(num_labels: int) -> nn.ModuleDict:
-    return nn.ModuleDict(
-        {
-            "loss": WeightedMean(),
-            "accuracy": torchmetrics.classification.MulticlassAccuracy(num_labels, average="micro"),
-            "f1": torchmetrics.classification.MulticlassF1Score(num_labels, average="macro"),
+def _metrics(problem_type: ProblemType, num_labels: int) -> nn.ModuleDict:
+    of_classes = torchmetrics.classification
+    metrics: dict[str, nn.Module] = {"loss": WeightedMean()}
+    if problem_type == "regression":
+        metrics |= {"mae": WeightedMean(), "r2": R2()}
+    elif problem_type == "multi_label_classification":
+        metrics |= {
+            "accuracy": of_classes.MultilabelAccuracy(num_labels, average="micro"),
+            "exact_match": of_classes.MultilabelExactMatch(num_labels),
+            "f1": of_classes.MultilabelF1Score(num_labels, average="macro"),
         }
-    )
+    else:
+        metrics |= {
+            "accuracy": of_classes.MulticlassAccuracy(num_labels, average="micro"),
+            "f1": of_classes.MulticlassF1Score(num_labels, average="macro"),
+        }
+    return nn.ModuleDict(metrics)
 
 
-def _checked_names(num_labels: int | None, label_names: list[str] | None) -> list[str]:
+def _checked_weights(weights: list[float] | None, problem_type: ProblemType, num_labels: int) -> Tensor | None:
+    if weights is None:
+        return None
+    if problem_type == "regression":
+        raise ValueError("`class_weights` are for classes; `problem_type` is 'regression'.")
+    if not isinstance(weights, (list, tuple)) or len(weights) != num_labels:
+        raise ValueError(f"`class_weights` must be {num_labels} numbers, one for each class, got {weights!r}.")
+    for index, weight in enumerate(weights):
+        check_number(f"class_weights[{index}]", weight, above=0)
+    return torch.tensor(weights, dtype=torch.float32)
+
+
+def _checked_names(num_labels: int | None, label_names: list[str] | None, least: int) -> list[str]:
     if label_names is None:
         if num_labels is None:
             raise ValueError("Give `num_labels`, the number of classes, or `label_names`, their names.")
-        if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < 2:
-            raise ValueError(f"`num_labels` must be an integer of at least 2, got {num_labels!r}.")
+        if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < least:
+            raise ValueError(f"`num_labels` must be an integer of at least {least}, got {num_labels!r}.")
         return [f"LABEL_{index}" for index in range(num_labels)]
     names = [str(name) for name in label_names]
-    if len(names) < 2 or len(set(names)) < len(names):
-        raise ValueError(f"`label_names` must be at least 2 different names, got {names}.")
+    if len(names) < least or len(set(names)) < len(names):
+        raise ValueError(f"`label_names` must be at least {least} different names, got {names}.")
     if num_labels is not None and num_labels != len(names):
         raise ValueError(f"`num_labels` is {num_labels}, but there are {len(names)} `label_names`: {names}.")
     return names

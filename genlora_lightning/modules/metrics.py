@@ -10,12 +10,30 @@ from torch import Tensor
 from typing_extensions import override
 
 
-class WeightedMean(torchmetrics.Metric):
+class _StaysInFloat32(torchmetrics.Metric):
+    """A metric whose states are not cast with the module it belongs to (``precision="bf16-true"``).
+
+    In bfloat16 a count would stop growing at 256.
+    """
+
+    @override
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
+
+
+class R2(torchmetrics.R2Score, _StaysInFloat32):
+    """Coefficient of determination, the mean of several values'; NaN for fewer than two examples, not an error."""
+
+    @override
+    def compute(self) -> Tensor:
+        return super().compute() if self.total >= 2 else torch.full_like(self.sum_error, torch.nan).mean()
+
+
+class WeightedMean(_StaysInFloat32):
     """Mean over all tokens (or examples) of all batches and ranks, ``Σ sum / Σ count``.
 
     torchmetrics' own ``MeanMetric`` either drops NaN, which a mean loss must show, or (``nan_strategy="disable"``,
-    release 1.9) drops the weights. The sums stay in float32 when the module they belong to is cast to bfloat16
-    (``precision="bf16-true"``), in which a count would stop growing at 256.
+    release 1.9) drops the weights.
     """
 
     full_state_update = False
@@ -42,10 +60,6 @@ class WeightedMean(torchmetrics.Metric):
     @override
     def compute(self) -> Tensor:
         return self.total / self.count
-
-    @override
-    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> torch.nn.Module:
-        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), exclude_state)
 
 
 class Perplexity(WeightedMean):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from genlora_lightning.adapters.base import trained_by_role
-from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number
+from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number, shown
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -65,7 +65,7 @@ class OptimizerConfig:
         for name in ("weight_decay", "head_lr_factor"):
             check_number(name, getattr(self, name), least=0.0)
         if not isinstance(self.lr_factors, Mapping):
-            raise TypeError(f"`lr_factors` must be a dictionary of factors by group, got {self.lr_factors!r}.")
+            raise TypeError(f"`lr_factors` must be a dictionary of factors by group, got {shown(self.lr_factors)}.")
         for group, factor in self.lr_factors.items():
             check_number(f"lr_factors.{group}", factor, least=0.0)
         self.betas = _checked_betas(self.betas)
@@ -249,7 +249,7 @@ def _fused_applies(parameters: Iterable[Tensor]) -> bool:
 
 def _checked_betas(betas: Any) -> tuple[float, float]:
     if isinstance(betas, str) or not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"`betas` must be two numbers, got {betas!r}.")
+        raise TypeError(f"`betas` must be two numbers, got {shown(betas)}.")
     for index, beta in enumerate(betas):
         check_number(f"betas[{index}]", beta, least=0.0, below=1.0)
     return float(betas[0]), float(betas[1])

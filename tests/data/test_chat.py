@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,9 @@ from typing import Any
 import pytest
 
 from genlora_lightning.data import DataFileError
-from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, parse_conversation
+from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Conversation, parse_conversation
 from genlora_lightning.data._files import Record
+from tests.data.conftest import CHAT_TEMPLATE
 
 MakeTokenizer = Callable[..., Any]
 DIALOGUE = [
@@ -281,7 +284,7 @@ def test_prompts_are_cut_like_examples(tokenizer: Any) -> None:
 # Records
 
 
-def parse(fields: dict[str, Any], where: str = "f.jsonl:4", **options: Any) -> tuple[list[dict[str, str]], bool]:
+def parse(fields: dict[str, Any], where: str = "f.jsonl:4", **options: Any) -> Conversation:
     options = {"plain": False, "system_prompt": None, "needs_answer": True} | options
     return parse_conversation(Record(where, fields), **options)
 
@@ -313,6 +316,16 @@ def assistant(content: Any = "a") -> dict[str, Any]:
         ({"messages": [user(), assistant(" \n")]}, r"messages\[1\]\.content \(assistant\) is empty"),
         ({"messages": [user(""), assistant()]}, r"messages\[0\]\.content \(user\) is empty"),
         ({"messages": [user(), assistant() | {"tool_calls": [{}]}]}, r"messages\[1\] has tool calls"),
+        ({"messages": [user(), assistant() | {"function_call": {"name": "f"}}]}, r"messages\[1\] has tool calls"),
+        ({"messages": [user(), assistant() | {"weight": 0}]}, r"every answer has weight 0, so there is nothing to le"),
+        ({"messages": [user(), assistant() | {"weight": 0.5}]}, r"messages\[1\]\.weight must be 0 .* or 1, got 0\.5"),
+        ({"messages": [user(), assistant() | {"weight": "0"}]}, r"messages\[1\]\.weight must be 0 .* or 1, got '0'"),
+        ({"messages": [user(), assistant() | {"weight": False}]}, r"messages\[1\]\.weight must be 0 .*, got False"),
+        ({"messages": [user() | {"weight": 1}, assistant()]}, r"messages\[0\]\.weight is 1, but only the assistant"),
+        ({"messages": [user(), assistant()], "tools": "clock"}, r"'tools' must be a list of objects.*got 'clock'"),
+        ({"messages": [user(), assistant()], "tools": ["clock"]}, r"'tools' must be a list of objects"),
+        ({"messages": [user(), assistant()], "tools": [{"a": "\ud800"}]}, r"'tools' is not valid Unicode text"),
+        ({"messages": [user(), assistant()], "functions": [{}]}, r"has 'functions', an older form of tools"),
         ({"messages": [user()]}, r"no assistant message, so there is nothing to learn; roles found: \['user'\]"),
         ({"messages": [assistant(), user()]}, r"no user message before the first answer"),
     ],
@@ -325,6 +338,8 @@ def test_unusable_records_are_refused_with_their_line(fields: dict[str, Any], me
 def test_messages_without_a_template_are_refused() -> None:
     with pytest.raises(DataFileError, match=r"'messages' need a chat template, but chat_template='none'"):
         parse({"messages": [user(), assistant()]}, plain=True)
+    with pytest.raises(DataFileError, match=r"'tools' need a chat template, but chat_template='none'"):
+        parse({"prompt": "q", "completion": "a", "tools": TOOLS}, plain=True)
 
 
 def test_messages_in_csv_are_json_text() -> None:
@@ -335,12 +350,150 @@ def test_messages_in_csv_are_json_text() -> None:
 
 
 def test_prompt_and_completion_are_a_conversation_of_two() -> None:
-    assert parse({"prompt": "q", "completion": "a", "id": 3}) == ([user(), assistant()], True)
-    assert parse({"prompt": "q"}, needs_answer=False) == ([user()], False)
-    assert parse({"prompt": "q", "completion": ""}, needs_answer=False) == ([user()], False)
+    assert parse({"prompt": "q", "completion": "a", "id": 3}) == ([user(), assistant()], [1], None)
+    assert parse({"prompt": "q"}, needs_answer=False) == ([user()], [], None)
+    for blank in ("", " \n", None):
+        assert parse({"prompt": "q", "completion": blank}, needs_answer=False) == ([user()], [], None)
 
 
 def test_system_prompt_is_for_conversations_without_one() -> None:
     system = {"role": "system", "content": "own"}
     assert parse({"prompt": "q", "completion": "a"}, system_prompt="S")[0][0] == {"role": "system", "content": "S"}
     assert parse({"messages": [system, user(), assistant()]}, system_prompt="S")[0] == [system, user(), assistant()]
+
+
+def test_answers_of_weight_0_are_not_learned(tokenizer: Any) -> None:
+    silent = [user(), assistant("one") | {"weight": 0}, user(), assistant("two") | {"weight": 1}, user(), assistant()]
+    for options, places in (({}, [3, 5]), ({"system_prompt": "S"}, [4, 6])):
+        found = parse({"messages": silent}, **options)
+        assert found.learned == places
+        row = encoder(tokenizer).encode(found.messages, "f:1", found.learned)
+        assert learned(tokenizer, row) == ["two<|im_end|>", "a<|im_end|>"]
+        assert "one<|im_end|>" in tokenizer.decode(row["input_ids"])
+    found = parse({"messages": [*silent[:4], user(), assistant("six") | {"weight": 0}]})
+    for train_on in ("all", "last"):
+        row = encoder(tokenizer, train_on=train_on).encode(found.messages, "f:1", found.learned)
+        assert learned(tokenizer, row) == ["two<|im_end|>"]
+        assert "six" not in tokenizer.decode(row["input_ids"])
+
+
+TOOLS = [{"type": "function", "function": {"name": "clock", "parameters": {"type": "object", "properties": {}}}}]
+
+
+def test_tools_go_to_the_chat_template(tokenizer: Any) -> None:
+    told = "{% if tools %}{{ '<|im_start|>tools\n' + tools[0]['function']['name'] + '<|im_end|>\n' }}{% endif %}"
+    chat = encoder(tokenizer, told + tokenizer.chat_template)
+    for where, tools in (("f.jsonl:4", TOOLS), ("f.csv:4", json.dumps(TOOLS))):
+        fields = {"messages": json.dumps(DIALOGUE) if ".csv" in where else DIALOGUE, "tools": tools}
+        messages, places, parsed = parse(fields, where=where)
+        row = chat.encode(messages, where, places, parsed)
+        assert tokenizer.decode(row["input_ids"]).startswith("<|im_start|>tools\nclock<|im_end|>\n")
+        assert learned(tokenizer, row) == ["The sky is blue.<|im_end|>", "It is good.\nSix of ten.<|im_end|>"]
+        prompt = chat.encode_prompt(messages[:-1], where, parsed)["input_ids"]
+        assert prompt == row["input_ids"][: spans(row["labels"])[-1][0]]
+
+
+def test_tools_that_the_template_would_leave_out_are_refused(tokenizer: Any) -> None:
+    chat = encoder(tokenizer)
+    for encode in (chat.encode, chat.encode_prompt):
+        with pytest.raises(DataFileError, match=r"f:3: the chat template does not take tools"):
+            encode(DIALOGUE, "f:3", tools=TOOLS)
+    for nothing in (None, []):
+        assert parse({"messages": DIALOGUE, "tools": nothing}).tools is None
+    assert parse({"messages": json.dumps(DIALOGUE), "tools": " "}, where="f.csv:2").tools is None
+
+
+@pytest.mark.parametrize("template", ["chat", "none"])
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|im_end|>\n"])
+def test_answer_that_ends_with_the_end_token_learns_it_once(tokenizer: Any, template: str, end: str) -> None:
+    chat = encoder(tokenizer, None if template == "chat" else template)
+    messages = DIALOGUE[: 4 if template == "chat" else 2]
+    ended = [m | {"content": m["content"] + end} if m["role"] == "assistant" else m for m in messages]
+    assert chat.encode(ended, "f:1") == chat.encode(messages, "f:1")
+    if template == "chat":
+        assert chat.encode_prompt(ended[:3], "f:1") == chat.encode_prompt(messages[:3], "f:1")
+
+
+def test_end_token_that_the_template_does_not_write_stays(tokenizer: Any) -> None:
+    template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    messages = [DIALOGUE[0], {"role": "assistant", "content": "blue<|im_end|>"}]
+    assert learned(tokenizer, encoder(tokenizer, template).encode(messages, "f:1")) == ["blue<|im_end|>"]
+
+
+# Time
+
+
+class WholePrefixes(ChatEncoder):
+    """Tokenizes all the text before each border, which takes quadratic time."""
+
+    def _positions_in(self, ids: list[int], text: str, cuts: list[int]) -> list[int] | None:
+        prefixes = [ids if cut == len(text) else self._ids(text[:cut]) for cut in cuts]
+        return [len(prefix) for prefix in prefixes] if all(ids[: len(p)] == p for p in prefixes) else None
+
+
+def _metaspace_tokenizer(scheme: str) -> Any:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    end = AddedToken("<|im_end|>", lstrip=True, rstrip=True)
+    trainer = trainers.BpeTrainer(
+        vocab_size=150, special_tokens=["<unk>", "<s>", "<|im_start|>", end], show_progress=False
+    )
+    backend.train_from_iterator([str(DIALOGUE)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="<|im_end|>")
+
+
+NO_CONTROL = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+TEMPLATES = {
+    "chatml": CHAT_TEMPLATE,
+    "marks": WITH_GENERATION_MARKS,
+    "no control tokens": NO_CONTROL + "{% if add_generation_prompt %}assistant: {% endif %}",
+    "no prompt": NO_CONTROL,
+    "nothing between": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    "rewrites": CHAT_TEMPLATE.replace("{{ '<|im_start|>' +", "{{ ('' if loop.last else '~') + '<|im_start|>' +"),
+    "counts": "{{ messages|length }}" + CHAT_TEMPLATE,
+}
+
+
+def outcome(chat: ChatEncoder, messages: list[dict[str, str]]) -> dict[str, Any] | str:
+    try:
+        return chat.encode(messages, "f:1")
+    except DataFileError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_labels_are_those_of_tokenizing_all_the_text_before_each_answer(
+    make_tokenizer: MakeTokenizer, name: str
+) -> None:
+    odd = ["  two ", "ten<|im_start|>", "<|im_end|>", "<s>", "\n\n", "é🙂", "a" * 9, "<unk>", "<|im_sta", "rt|>"]
+    generator, seen = random.Random(0), set()
+    for tokenizer in (make_tokenizer(eos_token="<|endoftext|>"), *map(_metaspace_tokenizer, ("always", "first"))):
+        tokenizer.chat_template = TEMPLATES[name]
+        for max_length in (10**6, 60):
+            new, old = (kind(tokenizer, None, max_length, "left") for kind in (ChatEncoder, WholePrefixes))
+            for _ in range(20):
+                messages = [m | {"content": m["content"] + generator.choice(odd)} for m in DIALOGUE]
+                found = outcome(new, messages)
+                assert found == outcome(old, messages), messages
+                seen.add(type(found))
+    assert (dict in seen) == (name not in ("rewrites", "counts")), "or the comparison would be of errors only"
+
+
+@pytest.mark.parametrize("name", ["chatml", "no control tokens"])
+def test_tokenizing_takes_time_that_grows_with_the_tokens(tokenizer: Any, name: str) -> None:
+    class Counting(ChatEncoder):
+        characters = 0
+
+        def _ids(self, text: str) -> list[int]:
+            self.characters += len(text)
+            return super()._ids(text)
+
+    for turns in (5, 40):
+        chat = Counting(tokenizer, TEMPLATES[name], 10**6, "left")
+        row = chat.encode(DIALOGUE * turns, "f:1")
+        assert len(spans(row["labels"])) == 2 * turns
+        assert chat.characters < 4 * len(tokenizer.decode(row["input_ids"]))

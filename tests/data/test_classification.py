@@ -60,6 +60,88 @@ def test_csv_and_jsonl_give_equal_batches(write: Write, tokenizer: Any) -> None:
         assert all(torch.equal(left[key], right[key]) for key in ("input_ids", "attention_mask", "labels"))
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+def test_numbers_with_a_fraction_are_not_taken_for_classes(write: Write, tokenizer: Any, name: str) -> None:
+    path = write(name, [{"text": f"film {i}", "label": i / 8} for i in range(1, 20)])
+    with pytest.raises(
+        DataFileError, match=r":[12]: .*got 0\.125; for numbers to predict set problem_type='regression'"
+    ):
+        module(tokenizer, path).setup("fit")
+    path = write(name, [{"text": "a film", "label": 0.5}, {"text": "b film", "label": 1.5}])
+    data = module(tokenizer, path, label_names=["0.5", "1.5"])
+    data.setup("fit")
+    assert sorted(labelled_texts(data.train_dataloader(), tokenizer)) == [("a film", 0), ("b film", 1)]
+
+
+def all_labels(loader: Any) -> torch.Tensor:
+    return torch.cat([batch["labels"] for batch in loader])
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+def test_several_labels_an_example(write: Write, tokenizer: Any, name: str) -> None:
+    labels: list[list[Any]] = [["long", "sad"], [], ["sad"], ["funny"], [2]]
+    path = write(name, [{"text": f"film {i}", "label": given} for i, given in enumerate(labels)])
+    options = {"problem_type": "multi_label_classification", "label_names": ["funny", "long", "sad"]}
+    data = module(tokenizer, path, test_file=path, **options)
+    data.setup("fit")
+    data.setup("test")
+    expected = torch.tensor([[0.0, 1, 1], [0, 0, 0], [0, 0, 1], [1, 0, 0], [0, 0, 1]])
+    assert torch.equal(all_labels(data.test_dataloader()), expected)
+    assert torch.equal(all_labels(data.train_dataloader()).sum(0), expected.sum(0))
+    found = module(
+        tokenizer, write(name, [{"text": "x", "label": ["b", "a"]}, {"text": "y", "label": ["c"]}]), **options
+    )
+    found._label_names = None
+    assert found.label_names == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", ["train.jsonl", "train.csv"])
+@pytest.mark.parametrize("labels", [[0.25, 3, -1e-3], [[0.5, 1], [2, 3.5], [0, 0]]])
+def test_numbers_to_predict(write: Write, tokenizer: Any, name: str, labels: list[Any]) -> None:
+    path = write(name, [{"text": f"film {i}", "label": given} for i, given in enumerate(labels)])
+    data = module(tokenizer, path, test_file=path, problem_type="regression", val_fraction=0.4)
+    data.setup("fit")
+    data.setup("test")
+    assert torch.equal(all_labels(data.test_dataloader()), torch.tensor(labels))
+    assert data.num_labels == (2 if isinstance(labels[0], list) else 1)
+    data = module(tokenizer, path, predict_file=write("p.jsonl", [{"text": "x"}]), problem_type="regression")
+    data.setup("predict")
+    assert "labels" not in next(iter(data.predict_dataloader()))
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "label", "message"),
+    [
+        ("multi_label_classification", "good", r"field 'label' must be a list of labels, such as .*, got 'good'"),
+        ("multi_label_classification", ["good", "good"], r"field 'label' has a label twice"),
+        ("multi_label_classification", ["good", "odd"], r"unknown label 'odd'; known are bad, good"),
+        ("multi_label_classification", ["good", 0.5], r"unknown label '0\.5'"),
+        ("multi_label_classification", ["good", True], r"field 'label' must be a string or a whole number, got True"),
+        ("regression", "good", r"field 'label' must be a finite number, or a list of such, got 'good'"),
+        ("regression", float("nan"), r"field 'label' must be a finite number, .*, got nan"),
+        ("regression", 1e39, r"field 'label' must be a finite number, .*, got 1e\+39"),
+        ("regression", True, r"field 'label' must be a finite number, .*, got True"),
+        ("regression", [], r"field 'label' must be a finite number, .*, got \[\]"),
+        ("regression", [1.0], r"field 'label' has 1 numbers where there should be 2"),
+        ("regression", "", r"field 'label' is empty"),
+    ],
+)
+def test_labels_of_another_kind_are_refused_with_their_line(
+    write: Write, tokenizer: Any, problem_type: str, label: Any, message: str
+) -> None:
+    path = write("train.jsonl", [{"text": "x", "label": label}])
+    data = module(tokenizer, path, problem_type=problem_type, label_names=["bad", "good"])
+    with pytest.raises(DataFileError, match=r"train\.jsonl:1: " + message):
+        data.setup("fit")
+
+
+def test_list_in_a_csv_file_must_be_json(write: Write, tokenizer: Any) -> None:
+    path = write("train.csv", 'text,label\nx,"[good, bad]"\n')
+    data = module(tokenizer, path, problem_type="multi_label_classification", label_names=["bad", "good"])
+    with pytest.raises(DataFileError, match=r"train\.csv:2: column 'label' is not valid JSON"):
+        data.setup("fit")
+
+
 def test_given_label_names_decide_the_numbers(write: Write, tokenizer: Any) -> None:
     records = [{"text": "a film", "label": "bad"}, {"text": "b film", "label": 0}, {"text": "c film", "label": "2"}]
     data = module(tokenizer, write("train.jsonl", records), label_names=["good", "fair", "bad"])
@@ -128,10 +210,13 @@ def test_long_texts_lose_their_end_and_are_counted(write: Write, make_tokenizer:
 
 def test_prediction_needs_no_labels(write: Write, tokenizer: Any) -> None:
     train = write("train.jsonl", reviews())
-    data = module(tokenizer, train, predict_file=write("predict.jsonl", [{"text": "x"}, {"text": "y y"}]))
-    data.setup("predict")
-    (batch,) = data.predict_dataloader()
-    assert set(batch) == {"input_ids", "attention_mask"}
+    for name in ("predict.jsonl", "predict.csv"):
+        records = [{"text": "x", "label": " "}, {"text": "y y", "label": ""}]
+        for unlabelled in (records, [{"text": record["text"]} for record in records]):
+            data = module(tokenizer, train, predict_file=write(name, unlabelled))
+            data.setup("predict")
+            (batch,) = data.predict_dataloader()
+            assert set(batch) == {"input_ids", "attention_mask"}
     data = module(tokenizer, train, test_file=write("test.jsonl", reviews(3)))
     data.setup("predict")
     (batch,) = data.predict_dataloader()
@@ -157,6 +242,8 @@ def test_changed_label_order_is_never_answered_from_a_cache(
         ({"label_names": ["a"]}, r"label_names must be at least two distinct names, got \['a'\]"),
         ({"label_names": ["a", "a"]}, r"label_names must be at least two distinct names, got \['a', 'a'\]"),
         ({"text_column": "label"}, "text_column and label_column are both 'label'"),
+        ({"problem_type": "ranking"}, r"problem_type must be one of single_label_\w+, .*, regression, got 'ranking'"),
+        ({"problem_type": "regression", "label_names": []}, r"label_names must be at least one name, got \[\]"),
         ({"val_fraction": 2}, "val_fraction must be at least 0 and below 1, got 2"),
     ],
 )
@@ -174,6 +261,8 @@ def test_bad_arguments_are_refused_at_once(tokenizer: Any, options: dict[str, An
         ({"text": "x"}, r"train\.jsonl:3: field 'label' is missing; fields found: 'text'"),
         ({"text": "x", "label": ""}, r"train\.jsonl:3: field 'label' is empty"),
         ({"text": "x", "label": 0.5}, r"train\.jsonl:3: field 'label' must be a string or a whole number, got 0\.5"),
+        ({"text": "x", "label": "1e3"}, r"train\.jsonl:3: field 'label' must be a string or a whole .*, got 1e3; for"),
+        ({"text": "x", "label": ["good"]}, r"train\.jsonl:3: field 'label' must be a string .*, got \['good'\]"),
         ({"text": "x", "label": True}, r"train\.jsonl:3: field 'label' must be a string or a whole number, got True"),
     ],
 )

@@ -51,6 +51,9 @@ def test_unusable_files_are_refused_before_they_are_read(
         read(write("a.json", "[]"), "val_file")
     with pytest.raises(DataFileError, match=r"a\.jsonl: val_file is empty"):
         read(write("a.jsonl", ""), "val_file")
+    for name in ("a\0.jsonl", "a\udcff.jsonl"):
+        with pytest.raises(DataFileError, match=r"the name of val_file is not valid Unicode text"):
+            read(name, "val_file")
     os.mkdir(tmp_path / "folder.csv")
     with pytest.raises(DataFileError, match="val_file is not a file"):
         read(str(tmp_path / "folder.csv"), "val_file")
@@ -63,6 +66,10 @@ def test_unusable_files_are_refused_before_they_are_read(
         ("a.csv", "text,label\n", r"a\.csv: train_file holds no records"),
         ("a.jsonl", '{"a": 1}\n{"a": 1,}\n', r"a\.jsonl:2: not valid JSON: .* at column 9"),
         ("a.jsonl", "{\n", r"a\.jsonl:1: not valid JSON: .*one JSON object a line"),
+        ("a.jsonl", '{"a": 1, "b": {"c": 1, "c": 2}}', r"a\.jsonl:1: not usable JSON: the key 'c' is there twice"),
+        pytest.param(
+            "a.jsonl", '{"a": ' + "9" * 5000 + "}", r"a\.jsonl:1: not usable JSON: .*digits", id="long-number"
+        ),
         ("a.jsonl", '[{"a": 1}]\n', r"a\.jsonl:1: must be a JSON object, got list"),
         pytest.param("a.jsonl", "[" * 200_000, r"a\.jsonl:1: not (usable|valid) JSON: ", id="nested-too-deeply"),
         ("a.csv", "a,b\n1,2\n1,2,3\n", r"a\.csv:3: 3 values in a file of 2 columns \['a', 'b'\]"),
@@ -96,6 +103,7 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_line(tmp_path: Path, nam
         ('{"a": 3}', r":1: field 'a' must be a string, got int: 3"),
         ('{"a": null}', r":1: field 'a' must be a string, got NoneType"),
         ('{"a": " \\n"}', r":1: field 'a' is empty"),
+        ('{"a": ' + "[" * 300 + "]" * 300 + "}", r":1: field 'a' must be a string, got list: \[+\.\.\.\]+$"),
         ('{"a": "\\ud800"}', r":1: field 'a' is not valid Unicode text"),
     ],
 )

@@ -226,12 +226,157 @@ def test_labels_are_checked_on_the_cpu_or_else_in_the_step(model_folders: dict[s
         ({}, "Give `num_labels`, the number of classes, or `label_names`"),
         ({"num_labels": 1}, "`num_labels` must be an integer of at least 2, got 1"),
         ({"label_names": ["a", "a"]}, "`label_names` must be at least 2 different names"),
+        ({"num_labels": 0, "problem_type": "regression"}, "`num_labels` must be an integer of at least 1, got 0"),
+        (
+            {"num_labels": 2, "problem_type": "ranking"},
+            "`problem_type` must be one of 'single_label_classification', '",
+        ),
+        ({"num_labels": 2, "class_weights": [1.0]}, r"`class_weights` must be 2 numbers, .*, got \[1\.0\]"),
+        ({"num_labels": 2, "class_weights": [1.0, 0]}, r"`class_weights\[1\]` must be .* greater than 0, got 0"),
+        ({"num_labels": 1, "problem_type": "regression", "class_weights": [1.0]}, "`class_weights` are for classes"),
         ({"label_names": ["a", "b"], "num_labels": 3}, "`num_labels` is 3, but there are 2 `label_names`"),
     ],
 )
 def test_classes_must_be_told(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SequenceClassificationModule("nowhere", **arguments)
+
+
+# Several labels, and numbers
+
+
+def several(rows: list[list[float]]) -> dict[str, torch.Tensor]:
+    """Texts that have the token 10 + j where label j is 1 (or where the value is above 0)."""
+    texts = [([20, *(10 + j if value > 0 else 30 for j, value in enumerate(row))], 0) for row in rows]
+    return {**labelled(texts), "labels": torch.tensor(rows, dtype=torch.float32)}
+
+
+SEVERAL = [[0.0, 1, 1], [1, 0, 0], [0, 0, 0], [1, 1, 1], [0, 1, 0], [1, 0, 1]]
+NUMBERS = [[-1.5], [0.5], [2.0], [1.0], [-0.25]]
+
+
+def two_batches(rows: list[list[float]]) -> list[dict[str, torch.Tensor]]:
+    return [several(rows[:1]), several(rows[1:])]
+
+
+def logits_of(module: SequenceClassificationModule, rows: list[list[float]]) -> torch.Tensor:
+    module.eval()
+    with torch.no_grad():
+        return module.class_logits(several(rows))
+
+
+def test_several_labels_are_learnt_and_their_metrics_are_those_of_the_whole_split(
+    make_trainer: MakeTrainer, model_folders: dict[str, str]
+) -> None:
+    from torchmetrics.functional.classification import multilabel_f1_score
+
+    module = classifier(model_folders["llama"], problem_type="multi_label_classification")
+    make_trainer(max_steps=3, limit_val_batches=0).fit(module, loader([several(SEVERAL)]))
+    result = make_trainer().validate(module, loader(two_batches(SEVERAL)), verbose=False)[0]
+    logits, labels = logits_of(module, SEVERAL), torch.tensor(SEVERAL)
+    right = (logits > 0) == labels.bool()
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+    assert result == {
+        "val_loss": pytest.approx(float(loss), rel=1e-5),
+        "val_accuracy": pytest.approx(float(right.float().mean())),
+        "val_exact_match": pytest.approx(float(right.all(1).float().mean())),
+        "val_f1": pytest.approx(float(multilabel_f1_score(logits, labels.int(), 3, average="macro"))),
+    }
+    assert module.model.config.problem_type == "multi_label_classification"
+    make_trainer(max_steps=40, limit_val_batches=0).fit(module, loader([several(SEVERAL)]))
+    (rows,) = make_trainer().predict(module, loader([several(SEVERAL)]))
+    assert [row["labels"] for row in rows] == [[j for j in range(3) if row[j]] for row in SEVERAL]
+    assert rows[0]["label_names"] == ["fair", "good"]
+    assert max(rows[2]["probabilities"]) < 0.5
+
+
+@pytest.mark.parametrize("values", [1, 2])
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_numbers_are_learnt_and_their_metrics_are_those_of_the_whole_split(
+    make_trainer: MakeTrainer, model_folders: dict[str, str], values: int, precision: str
+) -> None:
+    from torchmetrics.functional import r2_score
+
+    targets = [row + [-number for number in row] * (values - 1) for row in NUMBERS]
+    batches = two_batches(targets)
+    if values == 1:  # as the data module makes them
+        batches = [{**batch, "labels": batch["labels"][:, 0]} for batch in batches]
+    module = classifier(model_folders["llama"], label_names=None, num_labels=values, problem_type="regression")
+    options = {"precision": precision, "limit_val_batches": 3}
+    make_trainer(max_steps=3, **options).fit(module, loader(batches))
+    result = make_trainer(**options).validate(module, loader(batches), verbose=False)[0]
+    assert module.val_metrics["r2"].sum_error.dtype == torch.float32
+    if precision == "32-true":
+        predicted, wanted = logits_of(module, targets), torch.tensor(targets)
+        assert result == {
+            "val_loss": pytest.approx(float((predicted - wanted).square().mean()), rel=1e-4),
+            "val_mae": pytest.approx(float((predicted - wanted).abs().mean()), rel=1e-4),
+            "val_r2": pytest.approx(float(r2_score(predicted, wanted)), rel=1e-4),
+        }
+    one = make_trainer(precision=precision).validate(module, loader(batches[:1]), verbose=False)[0]
+    assert one["val_r2"] != one["val_r2"], "NaN: a single example has no variance"
+    ((first,), _) = make_trainer(precision=precision).predict(module, loader(batches))
+    assert isinstance(first["value"], float if values == 1 else list)
+
+
+def test_regression_fits_its_numbers(make_trainer: MakeTrainer, model_folders: dict[str, str]) -> None:
+    rows = [[-1.0], [1.0]]
+    module = classifier(model_folders["llama"], label_names=["height"], problem_type="regression")
+    make_trainer(max_steps=30, limit_val_batches=0).fit(module, loader([several(rows)]))
+    result = make_trainer().validate(module, loader([several(rows)]), verbose=False)[0]
+    assert result["val_r2"] > 0.9
+
+
+def test_class_weights_weigh_losses(make_trainer: MakeTrainer, model_folders: dict[str, str]) -> None:
+    weights = [0.5, 2.0, 4.0]
+    module = classifier(model_folders["llama"], class_weights=weights)
+    module.configure_model()
+    module.eval()
+    split = [labelled(TEXTS[:5]), labelled(TEXTS[5:])]
+    whole = labelled(TEXTS)
+    with torch.no_grad():
+        logits = module.class_logits(whole)
+    wanted = torch.nn.functional.cross_entropy(logits, whole["labels"], torch.tensor(weights))
+    torch.testing.assert_close(module.training_step(whole, 0).detach(), wanted)
+    result = make_trainer().validate(module, loader(split), verbose=False)[0]
+    assert result["val_loss"] == pytest.approx(float(wanted), rel=1e-5)
+
+    module = classifier(model_folders["llama"], problem_type="multi_label_classification", class_weights=weights)
+    module.configure_model()
+    logits, labels = logits_of(module, SEVERAL), torch.tensor(SEVERAL)
+    losses = torch.nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
+    wanted = (losses * torch.where(labels == 1, torch.tensor(weights), torch.tensor(1.0))).mean()
+    torch.testing.assert_close(module.training_step(several(SEVERAL), 0).detach(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "labels", "message"),
+    [
+        (
+            "single_label_classification",
+            [0.0, 1.0],
+            r"shape \(2,\) and dtype torch\.float32, but the module takes class",
+        ),
+        (
+            "single_label_classification",
+            [[0, 1, 1]],
+            r"shape \(1, 3\) .* takes classes.*`problem_type` \(it is 'single",
+        ),
+        ("multi_label_classification", [0, 1], r"shape \(2,\) .* takes floating point ones of \(2, 3\)"),
+        ("multi_label_classification", [[0.0, 1.0]], r"shape \(1, 2\) .* takes floating point ones of \(1, 3\)"),
+        ("multi_label_classification", [[0.0, 1.0, 2.0]], "labels that are neither 0 nor 1"),
+        ("regression", [[0, 1, 2]], r"dtype torch\.int64, but .* takes floating point ones of \(1, 3\)"),
+        ("regression", [[0.0, 1.0, float("nan")]], "labels that are NaN or infinite"),
+    ],
+)
+def test_labels_of_another_kind_of_problem_are_refused(
+    model_folders: dict[str, str], problem_type: str, labels: Any, message: str
+) -> None:
+    module = classifier(model_folders["bert"], problem_type=problem_type)
+    batch = {**labelled(TEXTS[: len(labels)]), "labels": torch.tensor(labels)}
+    for step in (module.training_step, module.validation_step):
+        with pytest.raises(ValueError, match=message):
+            step(batch, 0)
 
 
 def test_weights_of_another_kind_of_model_are_refused(model_folders: dict[str, str], tmp_path: Path) -> None:
