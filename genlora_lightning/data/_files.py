@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-import reprlib
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -18,10 +17,6 @@ from genlora_lightning.errors import DataFileError
 from genlora_lightning.fields import is_text, shown
 
 SUFFIXES = (".jsonl", ".csv")
-
-
-_SHOWN = reprlib.Repr()
-_SHOWN.maxlevel, _SHOWN.maxstring, _SHOWN.maxother = 3, 80, 80
 
 
 class Record(NamedTuple):
