@@ -48,8 +48,11 @@ class Evaluation:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from genlora_lightning import CausalLMModule, InstructionDataModule
+        from genlora_lightning.training.precision import AUTO, best_precision
 
-        self.precision = settings["trainer"]["precision"]
+        precision = settings["trainer"]["precision"]
+        name = best_precision("cpu").name if precision == AUTO else precision
+        self.is_bf16 = name.startswith("bf16")
         self.module = CausalLMModule(**settings["model"]["init_args"])
         self.module.configure_model()
         self.module.eval()
@@ -78,7 +81,7 @@ class Evaluation:
 
         loss = tokens = right = examples = 0.0
         batches = self.data.test_dataloader()
-        bf16 = torch.autocast("cpu", torch.bfloat16, enabled=self.precision.startswith("bf16"))
+        bf16 = torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16)
         with torch.inference_mode(), bf16:
             for batch in tqdm(batches, desc="evaluating", disable=not sys.stderr.isatty()):
                 logits, labels = self.module.answer_logits(batch)
@@ -104,7 +107,7 @@ class Evaluation:
         self.data.setup("predict")
         batch = next(iter(self.data.predict_dataloader()))
         few = {name: values[:SHOWN] for name, values in batch.items()}
-        bf16 = torch.autocast("cpu", torch.bfloat16, enabled=self.precision.startswith("bf16"))
+        bf16 = torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16)
         with torch.inference_mode(), bf16:
             return self.module.predict_step(few, 0)
 

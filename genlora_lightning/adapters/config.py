@@ -54,6 +54,7 @@ class AdapterConfig(ABC):
 
     kind: ClassVar[str]
     title: ClassVar[str]  # the kind's name in texts
+    usual_rates: ClassVar[tuple[float, float] | None] = None  # of Adam, for the parameters that learn slowest
 
     rank: int
     alpha: float

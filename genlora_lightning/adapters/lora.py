@@ -102,6 +102,7 @@ class LoRAConfig(AdapterConfig):
 
     kind: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
+    usual_rates: ClassVar[tuple[float, float] | None] = (1e-4, 2e-3)
 
     rank: int = 16
     alpha: float = 32.0

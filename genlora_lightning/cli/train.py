@@ -1,4 +1,4 @@
-"""Run ``fit``, ``validate``, ``test`` and ``predict`` from YAML files and flags, with errors one can act on."""
+"""Run ``fit``, ``validate``, ``test``, ``predict``, ``find_lr`` from YAML and flags, with errors one can act on."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ from genlora_lightning.callbacks.progress import default_progress_bar
 from genlora_lightning.callbacks.throughput import TokensPerSecond
 from genlora_lightning.cli.adapter import AdapterOptions, config_of
 from genlora_lightning.cli.errors import find_user_error, leave, one_line
+from genlora_lightning.cli.trainer import CommandTrainer
 from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
 from genlora_lightning.storage.checkpoint_file import verify_checkpoint
@@ -77,6 +78,7 @@ class GenLoRACLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
+            trainer_class=CommandTrainer,
             parser_class=_Parser,
             save_config_kwargs={"overwrite": True},
             seed_everything_default=42,
@@ -115,6 +117,11 @@ class GenLoRACLI(LightningCLI):
                 f"data.init_args.{name}",
                 compute_fn=partial(_given_or_linked_tokenizer, name),
             )
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        return {**LightningCLI.subcommands(), "find_lr": {"model", "datamodule"}}
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

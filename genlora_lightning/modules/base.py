@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import Self, override
@@ -23,6 +24,7 @@ from genlora_lightning.modules.limits import InputCheck
 from genlora_lightning.training.callback import GenLoRAFinetuning
 from genlora_lightning.training.lightning_internals import trainer_or_none
 from genlora_lightning.training.optim import OptimizerConfig, build_optimizer, build_scheduler
+from genlora_lightning.training.precision import cpu_multiplies_bfloat16
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -52,7 +54,8 @@ class GenLoRAModule(LightningModule):
             defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
             callback.
         optimizer: AdamW and its schedule; the defaults if ``None``.
-        dtype: Dtype of the frozen base's weights; ``"auto"``: the one they are stored in. Adapters are always float32.
+        dtype: Dtype of the frozen base's weights; ``"auto"``: the one they are stored in, or float32 on a CPU without
+            bfloat16 arithmetic. Adapters are always float32.
         revision: Branch, tag or commit on the Hub.
         attn_implementation: transformers' attention, such as ``"sdpa"`` or ``"eager"``; its choice if ``None``.
         trust_remote_code: Run the Python code that comes with the model.
@@ -142,7 +145,21 @@ class GenLoRAModule(LightningModule):
         """
         # Without a trainer there is no callback either, which has the weights read.
         low_memory = self.low_memory and self._trainer_or_none() is not None
-        return load_pretrained(auto_class, self.source, low_memory=low_memory, **{**self.loading_options, **options})
+        given = {**self.loading_options, **options}
+        if given["dtype"] == "auto" and "quantization_config" not in given and self._is_slow_in_bfloat16():
+            rank_zero_info(
+                "The base is loaded in float32, because this CPU has no bfloat16 arithmetic. Set `dtype` to choose."
+            )
+            given["dtype"] = torch.float32
+        return load_pretrained(auto_class, self.source, low_memory=low_memory, **given)
+
+    def _is_slow_in_bfloat16(self) -> bool:
+        """Whether the model would compute in bfloat16 on a CPU that has no arithmetic for it, unasked."""
+        trainer = self._trainer_or_none()
+        if trainer is None:
+            return not torch.cuda.is_available() and not cpu_multiplies_bfloat16()
+        is_cpu = trainer.strategy.root_device.type == "cpu"
+        return is_cpu and str(trainer.precision).startswith("32") and not cpu_multiplies_bfloat16()
 
     @override
     def configure_model(self) -> None:

@@ -52,7 +52,8 @@ class SequenceClassificationModule(GenLoRAModule):
             defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
             callback. The head is added to its ``modules_to_train``.
         optimizer: AdamW and its schedule; the defaults if ``None``.
-        dtype: Dtype of the frozen base's weights; ``"auto"``: the one they are stored in. Adapters are always float32.
+        dtype: Dtype of the frozen base's weights; ``"auto"``: the one they are stored in, or float32 on a CPU without
+            bfloat16 arithmetic. Adapters are always float32.
         revision: Branch, tag or commit on the Hub.
         attn_implementation: transformers' attention, such as ``"sdpa"`` or ``"eager"``; its choice if ``None``.
         trust_remote_code: Run the Python code that comes with the model.

@@ -49,6 +49,7 @@ from genlora_lightning.training.checks import (
     check_writable,
     prune_frozen,
     set_train_mode,
+    warn_of_low_rates,
 )
 from genlora_lightning.training.divergence import DivergenceWatch
 from genlora_lightning.training.finite import FiniteWatch
@@ -347,6 +348,7 @@ class GenLoRAFinetuning(Callback):
         if not trainer.strategy.restore_checkpoint_after_setup:  # else nobody knows yet which run it is
             self._settle_folder(trainer, pl_module)
         check_optimizers_hold(trainer.optimizers, pl_module)
+        warn_of_low_rates(trainer.optimizers, pl_module)
         self._sync_of_run.check_trainable(pl_module)
         if self._resume is not None:
             self._resume.prepare(trainer, pl_module)

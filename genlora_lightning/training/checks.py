@@ -7,13 +7,14 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 from torch.optim import Optimizer
 
 from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
 from genlora_lightning.distributed.shards import local_part
 from genlora_lightning.injection.full_training import trained_modules
-from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
 
 _AnyRank = Callable[[list[bool]], list[bool]]
 
@@ -69,6 +70,30 @@ def check_optimizers_hold(optimizers: list[Optimizer], model: nn.Module) -> None
         raise ValueError(
             f"The optimizer holds {len(foreign)} parameters that the module does not have (any more). "
             "`configure_optimizers` must collect the parameters when it is called."
+        )
+
+
+def warn_of_low_rates(optimizers: list[Optimizer], model: nn.Module) -> None:
+    """Warn where Adam trains adapters at a rate for whole models, at which they learn next to nothing in silence."""
+    layers = adapter_layers(model)
+    usual = next((layer.config.usual_rates for layer in layers.values() if layer.config.usual_rates), None)
+    if usual is None:
+        return
+    adapters = {id(p) for p in adapter_parameters(model).values()}
+    rates = [
+        max(float(group["lr"]), float(group.get("initial_lr", 0.0)))
+        for optimizer in optimizers
+        if "Adam" in type(optimizer).__name__
+        for group in optimizer.param_groups
+        if any(id(p) in adapters for p in group["params"])
+    ]
+    if rates and max(rates) < usual[0] / 5:
+        title = next(iter(layers.values())).config.title
+        rank_zero_warn(
+            f"The optimizer trains the adapters at a rate of {max(rates):g}. That suits a whole model; {title} mostly "
+            f"learns at {usual[0]:g} to {usual[1]:g} with Adam, and next to nothing at this rate. Raise the rate that "
+            f"your `configure_optimizers` gives, or return `build_optimizer(self, OptimizerConfig(lr={usual[0]:g}))`, "
+            "which has rates of their own for heads."
         )
 
 

@@ -73,6 +73,7 @@ class GenLoRAConfig(AdapterConfig):
 
     kind: ClassVar[str] = "genlora"
     title: ClassVar[str] = "GenLoRA"
+    usual_rates: ClassVar[tuple[float, float] | None] = (1e-3, 8e-3)  # docs/method.md
 
     rank: int = 64
     alpha: float = 2.0
