@@ -34,7 +34,7 @@ quickstart: $(STAMP) ## fetch a real model and real data, fine-tune, evaluate, r
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(STAMP) ## run the whole test suite
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup $(PYTEST_ARGS)
 
 lint: $(STAMP) ## run what else CI runs: ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .

@@ -16,6 +16,14 @@ from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.injection.inject import adapter_parameters
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of several processes in one worker of pytest-xdist: those of two at once starve each other."""
+    for item in items:
+        starts = {"distributed", "test_multi_node.py"} & set(item.path.parts)
+        if starts or hasattr(getattr(item, "module", None), "on_ranks"):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     # Left by a test that called `seed_everything`: multi-process strategies would seed by it, single ones would not.

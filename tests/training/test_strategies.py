@@ -19,6 +19,7 @@ from genlora_lightning.training.strategies import GenLoRAFSDPStrategy, check_str
 from genlora_lightning.training.sync import AdapterSync, _check_unquantized
 from tests.conftest import small_config
 from tests.plain import PlainMLP, mlp_loader, trainer
+from tests.ranks import on_ranks
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 
@@ -113,8 +114,6 @@ def test_quantized_bases_are_not_sharded():
 
 
 def test_fsdp_without_the_callback_says_what_is_missing(tmp_path):
-    from tests.ranks import on_ranks
-
     def run() -> str:
         with pytest.raises(ValueError, match="is for training with GenLoRAFinetuning") as error:
             trainer(tmp_path, strategy=GenLoRAFSDPStrategy(), devices=2).fit(PlainMLP(), mlp_loader())
