@@ -17,11 +17,16 @@ from genlora_lightning.injection.inject import adapter_parameters
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of several processes in one worker of pytest-xdist: those of two at once starve each other."""
+    """Say what one worker of pytest-xdist does: a file, for its fixtures, or all tests of several processes.
+
+    Those of two workers at once would starve each other.
+    """
     for item in items:
         starts = {"distributed", "test_multi_node.py"} & set(item.path.parts)
         if starts or hasattr(getattr(item, "module", None), "on_ranks"):
             item.add_marker(pytest.mark.xdist_group("ranks"))
+        else:
+            item.add_marker(pytest.mark.xdist_group(str(item.path)))
 
 
 @pytest.fixture(autouse=True)

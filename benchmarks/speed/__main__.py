@@ -19,7 +19,7 @@ file when it is measured; the same command goes on where it was stopped. Keep th
 | accumulation | 1 and 8 micro-batches of 1 × 128 tokens, rank 16; also generated once per optimizer step |
 | memory | peak of a process of its own for each arm (SmolLM2; ranks 16 and 64; with checkpointing) |
 | counts | operators, bytes kept for the backward, optimizer state, gradients; the same in every run |
-| inference | forwards without autograd, and generation of 32 tokens: adapters on, cached, merged |
+| inference | forwards without autograd, and generation of 32 tokens: adapters on, merged |
 """
 
 from __future__ import annotations

@@ -138,7 +138,7 @@ def _memory(results: Results, cell: Cell, field: str, arm: str = "genlora") -> f
 
 def _inference_bars(grid: Grid, precision: str, rank: int) -> list[Bar]:
     cell = grid.cell("forward", precision, rank)
-    ways = (("cached factors", "genlora-cached", 1.1), ("merged", "genlora-merged", 1.01), ("neither", "genlora", None))
+    ways = (("unmerged", "genlora", 1.1), ("merged", "genlora-merged", 1.01))
     return [
         _ratio_bar(f"forward / frozen base, {way}, {precision}, rank {rank}", most, cell, "base", arm=arm)
         for way, arm, most in ways

@@ -341,3 +341,39 @@ def test_learning_rate_finder_sets_the_rate_of_groups_and_schedule(
     for step, rate in enumerate(rates):
         warmup = min(1.0, (step + 1) / 3)
         assert rate == pytest.approx({name: module.lr * factors.get(name, 1.0) * warmup for name in rate})
+
+
+@pytest.mark.parametrize(
+    ("multiplies", "precision", "options", "expected"),
+    [
+        (False, "32-true", {}, torch.float32),
+        (False, None, {}, torch.float32),
+        (True, "32-true", {}, torch.bfloat16),
+        (True, None, {}, torch.bfloat16),
+        (False, "bf16-mixed", {}, torch.bfloat16),
+        (False, "32-true", {"dtype": "bfloat16"}, torch.bfloat16),
+        (False, None, {"dtype": "bfloat16"}, torch.bfloat16),
+    ],
+)
+def test_base_of_16_bits_is_float32_where_a_cpu_would_compute_it_that_way_in_any_case(
+    tmp_path: Path,
+    model_folders: dict[str, str],
+    make_trainer: MakeTrainer,
+    monkeypatch: pytest.MonkeyPatch,
+    multiplies: bool,
+    precision: str | None,
+    options: dict[str, Any],
+    expected: torch.dtype,
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_pretrained(model_folders["llama"], dtype=torch.bfloat16).save_pretrained(tmp_path / "m")
+    monkeypatch.setattr("genlora_lightning.modules.base.cpu_multiplies_bfloat16", lambda: multiplies)
+    module = CausalLMModule(str(tmp_path / "m"), adapter=small_config(), **options)
+    if precision is None:
+        module.configure_model()
+    else:
+        run = make_trainer(precision=precision, max_steps=1, limit_val_batches=0)
+        run.fit(module, loader([text_batch(ROWS)]))
+    found = {p.dtype for p in module.adapter_root().parameters() if not p.requires_grad or precision is None}
+    assert found - {torch.float32} == {expected} - {torch.float32}
