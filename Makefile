@@ -5,12 +5,18 @@
 #   VENV            the environment's folder                                        [.venv]
 #   PYTEST_ARGS     more arguments for pytest, such as `-k merge -x`
 #   UV_ARGS         more arguments for uv in `make lock`
+#   LOWEST_PYTHON   the interpreter of the oldest versions in `make test-matrix`     [PYTHON]
+#   HIGHEST_PYTHON  that of the newest                                              [PYTHON]
 # pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, …) are honoured.
 
 PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 UV_ARGS ?=
+LOWEST_PYTHON ?= $(PYTHON)
+HIGHEST_PYTHON ?= $(PYTHON)
+# What depends on other libraries' versions and takes minutes.
+MATRIX_TESTS ?= $(addprefix tests/,adapters artifacts backbone data injection interop layers modules storage training)
 
 ifeq ($(OS),Windows_NT)
   BIN := $(VENV)/Scripts
@@ -25,16 +31,27 @@ CHECK_VERSION = import sys; v = sys.version.split()[0]; sys.version_info >= (3, 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test lint format lock clean
+.PHONY: help quickstart test test-matrix lint format lock clean
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(STAMP) ## fetch a real model and real data, fine-tune, evaluate, report
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(STAMP) ## run the whole test suite
 	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup $(PYTEST_ARGS)
+
+# The oldest versions of what pyproject.toml names, and the newest of all.
+test-matrix: $(STAMP) ## run the fast half of the suite on the oldest and on the newest versions that pyproject.toml allows
+	@$(PIP) install --quiet uv
+	@for set in lowest-direct:$(LOWEST_PYTHON) highest:$(HIGHEST_PYTHON); do \
+	  name=.venv-$${set%%:*}; echo "== $$name" && \
+	  $(BIN)/uv venv --quiet --clear --python "$${set#*:}" $$name && \
+	  $(BIN)/uv pip install --quiet --python $$name --resolution $${set%%:*} --editable '.[data,peft,quickstart]' \
+	    'pytest>=8.0' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' && \
+	  $$name/bin/python -m pytest -q -n auto --dist loadgroup $(PYTEST_ARGS) $(MATRIX_TESTS) || exit 1; \
+	done
 
 lint: $(STAMP) ## run what else CI runs: ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
@@ -55,7 +72,7 @@ lock: $(STAMP) ## bring requirements.lock in line with pyproject.toml (UV_ARGS=-
 	@mv requirements.lock.new requirements.lock && rm requirements.lock.partial
 
 clean: ## remove caches and build outputs; .venv, data and runs stay
-	rm -rf build dist .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
+	rm -rf build dist .venv-lowest-direct .venv-highest .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The stamp is made last, so that a failed set-up is tried again, and is older than a changed lock or pyproject.toml.
