@@ -25,11 +25,9 @@ def on_ranks(function: Callable[[], Any], *, world_size: int = 2, seconds: float
     Raises:
         RankError: A rank raised (the message is its traceback), or they took longer; they are killed then.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        children = [_fork(function, rank, world_size, port, Path(folder)) for rank in range(world_size)]
+        children = [fork_rank(function, rank, world_size, port, Path(folder)) for rank in range(world_size)]
         try:
             problem = _wait(children, Path(folder), time.monotonic() + seconds)
         finally:
@@ -40,7 +38,14 @@ def on_ranks(function: Callable[[], Any], *, world_size: int = 2, seconds: float
         return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(world_size)]
 
 
-def _fork(function: Callable[[], Any], rank: int, world_size: int, port: int, folder: Path) -> int:
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def fork_rank(function: Callable[[], Any], rank: int, world_size: int, port: int, folder: Path) -> int:
     child = os.fork()
     if child:
         return child

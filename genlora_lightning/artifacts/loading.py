@@ -98,7 +98,7 @@ def load_module(
 def _check_base(
     checkpoint: dict[str, Any], model: nn.Module, source: str, base_check: BaseCheck, prefix: str | None = None
 ) -> None:
-    described = describe(checkpoint)
+    described = describe(checkpoint, source)
     if base_check == "off" or "base" not in described:
         return
     here = described["prefix"] if prefix is None else prefix

@@ -69,7 +69,8 @@ def is_new(weight: object) -> bool:
 
 def _new_among(model: nn.Module, linears: list[nn.Module]) -> Iterable[nn.Module]:
     """Those linears that are new while most of the model was trained; none where nothing can be told from them."""
-    weights = [m.weight for m in model.modules() if isinstance(m, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))]
+    kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    weights = [m.weight for m in model.modules() if isinstance(m, kinds) and not m.weight.is_meta]
     trained = [w for w in weights if not is_new(w) and bool((w != w.reshape(-1)[0]).any())]
     new = [linear for linear in linears if is_new(linear.weight)]
     return new if len(new) <= len(trained) else []

@@ -76,19 +76,23 @@ def compute_dtype(weight: Tensor) -> torch.dtype:
     return weight.dtype
 
 
-def can_fuse(base: nn.Module, x: Tensor) -> bool:
-    """Whether a linear computes ``x Wᵀ + b`` from an ordinary weight of its own, frozen, and nothing else.
+def fusable(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a linear that computes ``x Wᵀ + b`` from ordinary ones of its own, frozen, and nothing else.
 
-    Not so for a quantized or wrapped linear, a sharded weight, or one with hooks: these are called.
+    ``None`` for a quantized or wrapped linear, a sharded weight, or one with hooks: these are called.
     """
-    weight, bias = base._parameters.get("weight"), base._parameters.get("bias")
-    if weight is None or not (is_ordinary(weight) and is_ordinary(x) and (bias is None or is_ordinary(bias))):
-        return False
+    own: Any = base._parameters  # a module's own lookup is slow; FSDP1 puts views beside the parameters, not among them
+    weight: Any = own.get("weight")
+    bias: Any = own.get("bias")
+    if weight is None or (bias is None and "bias" not in own):
+        weight, bias = base.weight, base.bias
+    if not (is_ordinary(weight) and is_ordinary(x) and (bias is None or is_ordinary(bias))):
+        return None
     if _hooks(base) or "forward" in vars(base) or weight.ndim != 2 or not weight.is_floating_point():
-        return False
+        return None
     if weight.requires_grad or (bias is not None and bias.requires_grad) or not x.is_floating_point():
-        return False
-    return x.dtype == weight.dtype or _autocast_is_on(weight.device.type)
+        return None
+    return (weight, bias) if x.dtype == weight.dtype or _autocast_is_on(weight.device.type) else None
 
 
 def _autocast_is_on(device: str) -> bool:

@@ -16,7 +16,7 @@ from typing_extensions import override
 from genlora_lightning.adapters.autograd import in_transform
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.layers.adapted import AdaptedLayer
-from genlora_lightning.layers.fused import adapted_linear, can_fuse, compute_dtype
+from genlora_lightning.layers.fused import adapted_linear, compute_dtype, fusable
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -102,9 +102,9 @@ class AdaptedLinear(AdaptedLayer):
         # A class that was derived from these may compute something else.
         is_linear = type(base) is nn.Linear
         transposed = not is_linear and type(base).__name__ == "Conv1D" and is_conv1d(base)
-        if (is_linear or transposed) and not args and not kwargs and can_fuse(base, x):
-            weight, bias = base._parameters["weight"], base._parameters["bias"]
-            assert weight is not None
+        own = fusable(base, x) if (is_linear or transposed) and not args and not kwargs else None
+        if own is not None:
+            weight, bias = own
             dtype = compute_dtype(weight)
             return adapted_linear(
                 x,

@@ -146,12 +146,14 @@ class GenLoRAModule(LightningModule):
         # Without a trainer there is no callback either, which has the weights read.
         low_memory = self.low_memory and self._trainer_or_none() is not None
         given = {**self.loading_options, **options}
-        if given["dtype"] == "auto" and "quantization_config" not in given and self._is_slow_in_bfloat16():
-            rank_zero_info(
-                "The base is loaded in float32, because this CPU has no bfloat16 arithmetic. Set `dtype` to choose."
-            )
-            given["dtype"] = torch.float32
-        return load_pretrained(auto_class, self.source, low_memory=low_memory, **given)
+        model, missing = load_pretrained(auto_class, self.source, low_memory=low_memory, **given)
+        is_quantized = getattr(model.config, "quantization_config", None) is not None
+        is_free = given["dtype"] == "auto" and not low_memory and not is_quantized
+        has_16_bits = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+        if is_free and has_16_bits and self._is_slow_in_bfloat16():
+            model.float()
+            rank_zero_info("The base is float32 here: this CPU has no 16-bit arithmetic. Set `dtype` to choose.")
+        return model, missing
 
     def _is_slow_in_bfloat16(self) -> bool:
         """Whether the model would compute in bfloat16 on a CPU that has no arithmetic for it, unasked."""

@@ -471,7 +471,7 @@ def test_help_loads_no_model_and_no_model_library() -> None:
             ["--trainer.max_steps", "many"],
             "Parser key \"trainer.max_steps\": Expected a <class 'int'>. Got value: many.",
         ),
-        (["--adapter.kernel", "cubic"], "'gaussian', 'inverse_multiquadric', 'inverse_quadratic'"),
+        (["--adapter.scaling", "cubic"], "'sqrt_rank', 'rank'"),
         (["--config", "nowhere.yaml"], "File does not exist"),
         (["--data.train_fil", "x"], "Option 'train_fil' is not accepted; did you mean 'train_file'?"),
     ],

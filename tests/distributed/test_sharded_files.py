@@ -135,8 +135,8 @@ def test_what_is_sent_is_the_adapters_and_never_the_base_s_gradients_or_a_gather
     base_bytes = sum(4 * p.numel() for p in module.parameters() if not p.requires_grad)
     results, _ = on_ranks(lambda: {policy: count(kind, policy, tmp_path) for policy in POLICIES})
     calls, saved_bytes = results["replicate"]
-    # Without single numbers: Lightning asks whether all ranks have as many batches.
-    reductions = [size for name, size in calls if "reduce" in name and size > 1]
+    # Without a few numbers now and then: whether all ranks have as many batches, and what their losses are.
+    reductions = [size for name, size in calls if "reduce" in name and size > 20]
     assert reductions == [values] * STEPS
     assert saved_bytes < base_bytes / 10
 

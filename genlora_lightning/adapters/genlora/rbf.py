@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from genlora_lightning.fields import shown
+
 # exp(c²/2), which the Gaussian's expansion multiplies and divides by, overflows float32 at c = 13.3. A centre this many
 # widths from zero contributes a slope of 1e-30 and is of no use to anyone.
 _MAX_CENTER = 12.0
@@ -166,11 +168,11 @@ def get_kernel(name: str) -> Kernel:
     Raises:
         ValueError: There is none of this name.
     """
-    found = _KERNELS.get(name)
+    found = _KERNELS.get(name) if isinstance(name, str) else None
     if found is None:
         raise ValueError(
-            f"`kernel` must be one of {', '.join(map(repr, _KERNELS))}, got {name!r}. One of your own is registered "
-            "with `register_kernel` before a configuration or a file names it."
+            f"`kernel` must be one of {', '.join(map(repr, _KERNELS))}, got {shown(name)}. One of your own is "
+            "registered with `register_kernel` before a configuration or a file names it."
         )
     return found
 
