@@ -17,6 +17,7 @@ from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.injection.inject import adapter_parameters
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the marks in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say what one worker of pytest-xdist does: a file, for its fixtures, or all tests of several processes.
 

@@ -246,6 +246,7 @@ class Unfrozen(PlainMLP):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1)
 
 
+@pytest.mark.filterwarnings("ignore:2 trainable parameters, net.0.base_layer.bias among them, are neither")
 def test_what_is_trained_beside_the_adapters_is_no_other_base(tmp_path):
     made, module = trainer(tmp_path, GenLoRAFinetuning(CONFIG)), Unfrozen()
     made.fit(module, mlp_loader())
