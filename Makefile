@@ -40,7 +40,7 @@ quickstart: $(STAMP) ## fetch a real model and real data, fine-tune, evaluate, r
 	@$(BIN)/python examples/quickstart/run.py
 
 test: $(STAMP) ## run the whole test suite
-	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadgroup $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n auto --dist loadfile $(PYTEST_ARGS)
 
 # The oldest versions of what pyproject.toml names, and the newest of all.
 test-matrix: $(STAMP) ## run the fast half of the suite on the oldest and on the newest versions that pyproject.toml allows
@@ -50,7 +50,7 @@ test-matrix: $(STAMP) ## run the fast half of the suite on the oldest and on the
 	  $(BIN)/uv venv --quiet --clear --python "$${set#*:}" $$name && \
 	  $(BIN)/uv pip install --quiet --python $$name --resolution $${set%%:*} --editable '.[data,peft,quickstart]' \
 	    'pytest>=8.0' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' && \
-	  $$name/bin/python -m pytest -q -n auto --dist loadgroup $(PYTEST_ARGS) $(MATRIX_TESTS) || exit 1; \
+	  $$name/bin/python -m pytest -q -n auto --dist loadfile $(PYTEST_ARGS) $(MATRIX_TESTS) || exit 1; \
 	done
 
 lint: $(STAMP) ## run what else CI runs: ruff check, ruff format --check, mypy

@@ -17,20 +17,6 @@ from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.injection.inject import adapter_parameters
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist looks at the marks in the same hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what one worker of pytest-xdist does: a file, for its fixtures, or all tests of several processes.
-
-    Those of two workers at once would starve each other.
-    """
-    for item in items:
-        starts = {"distributed", "test_multi_node.py"} & set(item.path.parts)
-        if starts or hasattr(getattr(item, "module", None), "on_ranks"):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        else:
-            item.add_marker(pytest.mark.xdist_group(str(item.path)))
-
-
 @pytest.fixture(autouse=True)
 def _no_process_group() -> Iterator[None]:
     """Leave no process group: ranks that a later test forks would take it for theirs, and wait for ever."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 
 
 class RankError(AssertionError):
@@ -25,8 +26,10 @@ def on_ranks(function: Callable[[], Any], *, world_size: int = 2, seconds: float
     Raises:
         RankError: A rank raised (the message is its traceback), or they took longer; they are killed then.
     """
-    port = free_port()
-    with tempfile.TemporaryDirectory() as folder:
+    # The ranks of tests in two workers of pytest-xdist would starve each other.
+    lock = FileLock(Path(tempfile.gettempdir()) / f"ranks-of-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
+    with tempfile.TemporaryDirectory() as folder, lock:
+        port = free_port()
         children = [fork_rank(function, rank, world_size, port, Path(folder)) for rank in range(world_size)]
         try:
             problem = _wait(children, Path(folder), time.monotonic() + seconds)
