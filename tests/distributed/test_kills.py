@@ -26,11 +26,15 @@ from tests.ranks import fork_rank, free_port
 KILLS, EACH = 60, 6  # in all, and of one run at most
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "gloo"}},
-    "fsdp2": {"class_path": "ModelParallelStrategy", "init_args": {"process_group_backend": "gloo"}},
+    "fsdp2": {
+        "class_path": "ModelParallelStrategy",
+        "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "process_group_backend": "gloo"},
+    },
 }
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1800),
+    pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed"),
 ]
 
