@@ -106,5 +106,7 @@ def test_no_run_is_lost_however_its_ranks_are_killed(models, tmp_path, strategy)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
             assert torch.equal(tensor, found[name]), f"{name} after {kills} kills"
-        assert not [path.name for path in folder.iterdir() if path.name.startswith(("adapter-", ".adapter"))]
+        # The rank that is left may have time to save what it has.
+        left = {path.name for path in folder.iterdir() if "adapter" in path.name}
+        assert left <= {"adapter", "adapter-interrupted"}
     print(f"{strategy}: {kills} kills in {runs} runs")
