@@ -160,9 +160,9 @@ class _Kept:
         self._wanted = wanted
         self._served = served
         self._parts = self._current_parts()
-        self._places = [part.data_ptr() for part in self._parts]
+        self._places = _places(self._parts)
         # They look at the parameters' memory: to flatten hundreds of tensors takes longer than to compare their values.
-        self._views = [part.detach().reshape(-1) for part in self._parts]
+        self._views = [part.detach().view(-1) for part in self._parts]
         self._values = self._current_values()
 
     def _current_parts(self) -> list[Tensor]:
@@ -179,7 +179,7 @@ class _Kept:
         if wanted != self._wanted or _is_captured(self._parts[0]):
             return False
         parts = self._current_parts()
-        if not all(map(is_, parts, self._parts)) or [part.data_ptr() for part in parts] != self._places:
+        if not all(map(is_, parts, self._parts)) or _places(parts) != self._places:
             return False
         if not all(map(torch.equal, self._current_values(), self._values)):
             return False
@@ -190,9 +190,14 @@ class _Kept:
 
 
 def _may_be_kept(served: list[_Served]) -> bool:
-    """Whether parameters have values that can be compared."""
+    """Whether parameters have values that can be compared, in one piece of memory each."""
     parts = [part for one in served for factor in one.pair for part in factor.parts()]
-    return not any(part.is_meta or isinstance(part, FakeTensor) for part in parts) and not _is_captured(parts[0])
+    are_there = all(part.is_contiguous() and not part.is_meta and not isinstance(part, FakeTensor) for part in parts)
+    return are_there and not _is_captured(parts[0])
+
+
+def _places(parts: list[Tensor]) -> list[tuple[int, tuple[int, ...]]]:
+    return [(part.data_ptr(), part.stride()) for part in parts]
 
 
 def _is_recorded() -> bool:

@@ -487,6 +487,16 @@ def test_arguments_that_do_not_parse_are_told_in_one_line(
     assert "fit --help`" in errors[0]
 
 
+def test_find_lr_draws_a_curve_for_a_module_with_a_schedule_and_writes_no_adapter(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["find_lr", "--config", str(config), "--steps", "12", "--trainer.enable_progress_bar", "false"])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.split() == ["rate", "loss"] for line in lines)
+    assert lines[-1].startswith("Suggested: lr ")
+    assert not [*tmp_path.rglob("adapter_model.safetensors")]
+
+
 def test_unknown_class_is_told_with_those_that_are_known(capsys: pytest.CaptureFixture[str]) -> None:
     code, errors = run_fails(["fit", "--model", "CausalLM"], capsys)
     assert code == 2

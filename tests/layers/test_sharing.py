@@ -520,6 +520,19 @@ def test_no_change_of_a_parameter_is_missed(change, mode):
         assert torch.equal(after, loss_of(copy.deepcopy(model)))
 
 
+def test_no_change_is_missed_where_parameters_lie_in_memory_in_another_order():
+    model = adapted().eval()
+    parameter = next(p for name, p in adapter_parameters(model).items() if name.endswith("B.weight"))
+    parameter.data = parameter.data.transpose(0, 1).contiguous().transpose(0, 1)  # flattened it is a copy
+    assert not parameter.is_contiguous()
+    with torch.no_grad():
+        before = loss_of(model)
+        parameter.data.mul_(1.5)
+        after = loss_of(model)
+        assert not torch.equal(after, before)
+        assert torch.equal(after, loss_of(copy.deepcopy(model)))
+
+
 def test_what_a_forward_without_autograd_kept_is_not_used_under_it_and_is_freed_by_training():
     model = adapted().eval()
     layer = next(iter(adapter_layers(model).values()))
