@@ -1,4 +1,4 @@
-"""What the language tasks need, in one folder: a model and tokenised questions, real ones, or tiny ones to try."""
+"""What the language tasks need, in one folder: a model and tokens, real ones, or tiny ones to try."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import os
 import random
 from pathlib import Path
 
-from benchmarks.quality import questions
+from benchmarks.quality import questions, texts
 from benchmarks.quality.language import MODEL_VARIABLE, model_folder
 
-from .good import TASKS, TINY
+from .good import TASKS
+
+MOST_WINDOWS = 3200  # of a text for training: twice what a run sees
 
 
 def use(folder: Path) -> None:
@@ -20,17 +22,21 @@ def use(folder: Path) -> None:
 
 
 def store_tokens(folder: Path) -> None:
-    """Write the questions of all language tasks as token ids."""
+    """Write the questions and texts of all tasks as token ids."""
     from transformers import AutoTokenizer
 
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     for task in TASKS:
-        questions.store(task, questions.splits(task, tokenizer), folder)
+        if task in questions.FILES:
+            questions.store(task, questions.splits(task, tokenizer), folder)
+    for text in (*texts.TRAINED, texts.GENERAL):
+        parts = texts.windows(text, tokenizer)
+        texts.store(text, {**parts, "train": parts["train"][:MOST_WINDOWS]}, folder)
 
 
 def make_tiny(folder: Path) -> None:
-    """Make a model of random weights and questions of random tokens."""
+    """Make a model of random weights, and questions and texts of random tokens."""
     from transformers import LlamaConfig, LlamaModel
 
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -43,5 +49,8 @@ def make_tiny(folder: Path) -> None:
         return questions.Encoded([draw.randrange(3, 64) for _ in range(6)], answers, draw.randrange(3))
 
     parts = {name: [question() for _ in range(16)] for name in ("train", "val", "test")}
-    for task in TINY.tasks:
+    for task in questions.FILES:
         questions.store(task, parts, folder / "tokens")
+    windows = {name: [[draw.randrange(3, 64) for _ in range(16)] for _ in range(8)] for name in parts}
+    for text in (*texts.TRAINED, texts.GENERAL):
+        texts.store(text, windows, folder / "tokens")

@@ -1,7 +1,7 @@
-"""How good: the quality benchmark's questions for SmolLM2-135M in long runs, several at a time on one card.
+"""How good: the quality benchmark's texts and questions for SmolLM2-135M, several runs at a time on one card.
 
-Any prefix of the order is useful: first each arm once at the rate that short runs suggest, then half and twice that
-rate, then more seeds at the rate with the lowest validation loss.
+Any prefix of the order is useful: first LoRA and GenLoRA once at the rate that short runs suggest, then at twice and
+half that rate, then more seeds at the rate with the lowest validation loss; then other forms, then other methods.
 """
 
 from __future__ import annotations
@@ -15,29 +15,41 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.quality.experiments import GENLORAS, Arm, groups_only, lora
+from benchmarks.quality.experiments import (
+    CAPACITY_TASKS,
+    GENLORAS,
+    LEADERS,
+    OTHERS,
+    SHARED_DIRECTION,
+    Arm,
+    groups_only,
+    lora,
+)
 from benchmarks.quality.methods import Shapes, linear_shapes
 from benchmarks.quality.rows import Row, append_row, read_rows
 from benchmarks.quality.runs import Spec, execute, get_task, start_worker
 
 EXPERIMENT = "quality"  # the CSV file's name
-TASKS = ("siqa", "asdiv")
+TASKS = CAPACITY_TASKS
 SEEDS = (0, 1, 2)
-FACTORS = (1.0, 0.5, 2.0)  # on an arm's rate, with the first seed
-# Rates that runs of 100 steps on these tasks suggest (benchmarks/quality/results/llm.csv), halved for the longer run.
-ARMS = (
-    lora(1, 2e-3),
-    replace(GENLORAS[0], lr=4e-3),
-    lora(2, 2e-3),
+FACTORS = (1.0, 2.0, 0.5)  # on an arm's rate, with the first seed
+# What the claim is about, then what else could be better, then other methods, each at a rate that shorter runs suggest.
+CORE = (
+    lora(2, 4e-3),
     replace(GENLORAS[2], lr=4e-3),
-    lora(4, 1e-3),
-    replace(GENLORAS[3], lr=4e-3),
-    replace(groups_only("the paper's form", 8, (1, 2)), lr=2e-3),  # no signs, R 16, 8 groups of A and of B
-    lora(8, 1e-3),
-    lora(16, 5e-4),
-    lora(32, 5e-4),
-    lora(64, 2.5e-4),
+    lora(32, 1e-3),
+    lora(1, 4e-3),
+    lora(8, 2e-3),
+    replace(GENLORAS[1], lr=4e-3),  # the defaults
 )
+FORMS = (
+    *(replace(arm, lr=4e-3) for arm in SHARED_DIRECTION),
+    replace(groups_only("the paper's form", 8, (1, 2)), lr=2e-3),  # no signs, R 16, 8 groups of A and of B
+    replace(GENLORAS[0], lr=4e-3),
+    replace(GENLORAS[3], lr=4e-3),
+    lora(64, 5e-4),
+)
+METHODS = (*(replace(arm, lr=2 * arm.lr) for arm in OTHERS if arm.method in ("vera", "randlora", "lokr")), *LEADERS)
 
 
 @dataclass(frozen=True)
@@ -47,27 +59,29 @@ class Size:
     Args:
         steps: Of a run.
         workers: Processes beside each other.
-        arms: Which.
+        arms: Which, in groups: the runs of one are all made before those of the next.
         tasks: Which.
         seeds: The first tries the rates, the others take its best.
     """
 
     steps: int
     workers: int
-    arms: tuple[Arm, ...]
+    arms: tuple[tuple[Arm, ...], ...]
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
 
 
-FULL = Size(1000, 12, ARMS, TASKS, SEEDS)
-TINY = Size(3, 1, (ARMS[0], ARMS[6]), TASKS[:1], SEEDS[:2])
+FULL = Size(400, 12, (CORE, FORMS, METHODS), TASKS, SEEDS)
+TINY = Size(3, 1, ((CORE[0],), (FORMS[2],)), TASKS[:1], SEEDS[:2])
 
 
 def run(folder: Path, device: str, end: float, *, tiny: bool) -> bool:
     """Make the runs that are missing until the time is over; whether all were made."""
     size = TINY if tiny else FULL
     shapes = {task: linear_shapes(get_task(task).skeleton()) for task in size.tasks}
-    cells = [(arm.name, _spec(size, arm, task, shapes[task])) for arm in size.arms for task in size.tasks]
+    groups = [
+        [(arm.name, _spec(size, arm, task, shapes[task])) for arm in arms for task in size.tasks] for arms in size.arms
+    ]
     started: dict[Future[dict[str, object]], tuple[str, Spec]] = {}
     skipped: set[str] = set()
     longest = 0.0
@@ -77,12 +91,12 @@ def run(folder: Path, device: str, end: float, *, tiny: bool) -> bool:
         while True:
             done = read_rows(folder)
             busy = {spec.key for _, spec in started.values()}
-            for arm, spec in _order(cells, size.seeds, done, busy | skipped):
+            for arm, spec in _order(groups, size.seeds, done, busy | skipped):
                 if len(started) >= size.workers or time.time() + longest > end:
                     break
                 started[pool.submit(execute, spec, EXPERIMENT, arm, device)] = (arm, spec)
             if not started:
-                return next(_order(cells, size.seeds, done, set()), None) is None
+                return next(_order(groups, size.seeds, done, set()), None) is None
             for future in wait(started, timeout=max(0.0, end - time.time()), return_when=FIRST_COMPLETED).done:
                 arm, spec = started.pop(future)
                 try:
@@ -104,15 +118,17 @@ def run(folder: Path, device: str, end: float, *, tiny: bool) -> bool:
 
 
 def _order(
-    cells: list[tuple[str, Spec]], seeds: tuple[int, ...], done: dict[str, Row], skip: set[str]
+    groups: list[list[tuple[str, Spec]]], seeds: tuple[int, ...], done: dict[str, Row], skip: set[str]
 ) -> Iterator[tuple[str, Spec]]:
     """The runs that are missing, the most worth knowing first."""
-    wanted = [(arm, replace(spec, lr=spec.lr * factor)) for factor in FACTORS for arm, spec in cells]
-    for seed in seeds[1:]:
-        for arm, spec in cells:
-            tries = [replace(spec, lr=spec.lr * factor) for factor in FACTORS]
-            if all(one.key in done for one in tries):
-                wanted.append((arm, replace(min(tries, key=lambda one: _loss(done[one.key])), seed=seed)))
+    wanted = []
+    for cells in groups:
+        wanted += [(arm, replace(spec, lr=spec.lr * factor)) for factor in FACTORS for arm, spec in cells]
+        for seed in seeds[1:]:
+            for arm, spec in cells:
+                tries = [replace(spec, lr=spec.lr * factor) for factor in FACTORS]
+                if all(one.key in done for one in tries):
+                    wanted.append((arm, replace(min(tries, key=lambda one: _loss(done[one.key])), seed=seed)))
     yield from ((arm, spec) for arm, spec in wanted if spec.key not in done and spec.key not in skip)
 
 

@@ -207,13 +207,19 @@ def _good(rows: list[QualityRow]) -> list[str]:
     for (task, arm, parameters), mine in best(rows).items():
         losses, accuracies = ([float(row[f"test_{key}"]) for row in mine] for key in ("loss", "accuracy"))
         spreads = f"{min(losses):.4f}–{max(losses):.4f}"
-        found = [f"{statistics.mean(losses):.4f}", spreads, f"{statistics.mean(accuracies):.3f}", str(len(mine))]
+        found = [f"{statistics.mean(losses):.4f}", spreads, f"{statistics.mean(accuracies):.3f}"]
+        rises = [float(row["general_rise"]) for row in mine if row["general_rise"]]
+        peaks = [int(row["peak_bytes"]) for row in mine if row["peak_bytes"]]
+        found += [f"{statistics.mean(rises):+.4f}" if rises else "", f"{max(peaks) / 2**30:.2f}" if peaks else ""]
+        found += [f"{statistics.mean(float(row['train_seconds']) for row in mine):.0f}", str(len(mine))]
         lines.append([task, arm, f"{parameters:,}", f"{json.loads(mine[0]['lr']):g}", *found, mine[0]["steps"]])
     text = (
-        "SmolLM2-135M on the quality benchmark's questions. For each arm the rate with the lowest validation loss of "
-        f"seed 0, then all seeds at it. {'; '.join(sorted({row['versions'] for row in rows}))}."
+        "SmolLM2-135M on the quality benchmark's texts and questions. For each arm the rate with the lowest validation "
+        "loss of seed 0, then all seeds at it. Forgotten: the rise of the loss on English news. Seconds are those of "
+        f"training, beside other runs on the card. {'; '.join(sorted({row['versions'] for row in rows}))}."
     )
-    header = ["task", "arm", "parameters", "rate", "test loss", "lowest to highest", "accuracy", "seeds", "steps"]
+    header = ["task", "arm", "parameters", "rate", "test loss", "lowest to highest", "accuracy"]
+    header += ["forgotten", "peak GiB", "seconds", "seeds", "steps"]
     return ["## Good", text, markdown_table(header, lines, 2)]
 
 

@@ -1,4 +1,4 @@
-"""The quality benchmark's commands: `run` makes what is missing of an experiment, `report` the tables and pictures."""
+"""The quality benchmark's commands: `run` makes what is missing of an experiment, `report` tables and pictures."""
 
 from __future__ import annotations
 
@@ -86,7 +86,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     run.add_argument("--most", type=int, help="stop after this many runs")
     run.add_argument("--plan", action="store_true", help="list what could start now, and run nothing")
     report = commands.add_parser("report", help="make the tables and pictures from the results")
-    for command in (run, report):
+    peft_form = commands.add_parser(
+        "peft-form", help="write the final runs as PEFT's method comparison does, a JSON file each"
+    )
+    peft_form.add_argument("folder", type=Path, help="where to")
+    for command in (run, report, peft_form):
         command.add_argument(
             "--results", type=Path, default=RESULTS, help="folder of the CSV files (default: %(default)s)"
         )
@@ -95,6 +99,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .report import write_report
 
         write_report(given.results)
+        return 0
+    if given.command == "peft-form":
+        from .peft_form import write
+
+        say(f"{write(read_rows(given.results).values(), given.folder)} files in {given.folder}")
         return 0
     try:
         experiment = narrowed(EXPERIMENTS[given.experiment], given.tasks, given.methods)

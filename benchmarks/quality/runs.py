@@ -91,6 +91,8 @@ def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[
     trace: list[list[float]] = []
     points = {round(spec.steps * (i + 1) / spec.trace) for i in range(spec.trace)}
     autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=method.full)
+    if on_gpu := torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     train_started = time.perf_counter()
     if optimizer_groups:
         optimizer = torch.optim.AdamW(optimizer_groups, lr=0.0, fused=True)
@@ -108,20 +110,27 @@ def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[
             if step + 1 in points:
                 trace.append([step + 1, *(round(value, 4) for value in mean_ranks(deltas(model.base, before)))])
     train_seconds = time.perf_counter() - train_started
+    peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else ""
 
     diverged = bool(losses) and not math.isfinite(losses[-1])
     empty = {"loss": "", "accuracy": ""}
     val, test = dict(empty), dict(empty)
+    general_rise: float | str = ""
     ranks: tuple[Any, Any] = ("", "")
     if not diverged:
         with autocast:
             val = task.evaluate(model, "val")
             if spec.stage == "final":
                 test = task.evaluate(model, "test")
+                if hasattr(task, "general_loss"):
+                    general_rise = task.general_loss(model) - _general_loss_of_base(spec.task, device)
         diverged = not math.isfinite(val["loss"])
     if not diverged:
         ranks = mean_ranks(deltas(model.base, before))
     last = losses[-max(1, spec.steps // 3) :]
+    dtype = f"{str(getattr(task, 'base_dtype', torch.bfloat16)).removeprefix('torch.')} base, float32 adapter"
+    if method.full:
+        dtype = "float32 weights, bfloat16 autocast"
     return {
         "key": spec.key,
         "experiment": experiment,
@@ -137,7 +146,7 @@ def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[
         "seed": spec.seed,
         "steps": spec.steps,
         "batch_size": task.batch_size,
-        "dtype": "float32 weights, bfloat16 autocast" if method.full else "bfloat16 base, float32 adapter",
+        "dtype": dtype,
         "stage": spec.stage,
         "status": "diverged" if diverged else "ok",
         "train_loss": sum(last) / len(last) if last else "",
@@ -145,13 +154,23 @@ def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[
         "val_accuracy": val["accuracy"],
         "test_loss": test["loss"],
         "test_accuracy": test["accuracy"],
+        "general_rise": general_rise,
         "entropy_rank": ranks[0],
         "stable_rank": ranks[1],
         "rank_trace": json.dumps(trace) if trace else "",
+        "saved_bytes": getattr(model.base, "saved_bytes", ""),
+        "peak_bytes": peak_bytes,
         "train_seconds": train_seconds,
         "seconds": time.perf_counter() - started,
         "versions": versions(device),
     }
+
+
+@functools.cache
+def _general_loss_of_base(task_name: str, device: str) -> float:
+    task = get_task(task_name)
+    loss: float = task.general_loss(task.build(0).to(device))
+    return loss
 
 
 def start_worker() -> None:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import data, questions
+from . import data, questions, texts
 from .batches import bucketed, on_device
 from .classifier import Classifier
-from .language import QuestionTask
+from .language import QuestionTask, SubjectTask, TextTask
 from .vision import FashionTask
 
 _SIZES = {"movies": (2000, 1000), "tweets": (1000, 600)}
@@ -94,7 +94,11 @@ def make_task(name: str) -> Any:
     if name in _SIZES:
         return SentimentTask(name)
     if name in questions.FILES:
-        return QuestionTask(name)
+        return (SubjectTask if name == "subjects" else QuestionTask)(name)
+    if name in texts.TRAINED:
+        return TextTask(name)
     if name == FashionTask.name:
         return FashionTask()
-    raise ValueError(f"Unknown task {name!r}; the tasks are {[*_SIZES, *questions.FILES, FashionTask.name]}.")
+    raise ValueError(
+        f"Unknown task {name!r}; the tasks are {[*_SIZES, *questions.FILES, *texts.TRAINED, FashionTask.name]}."
+    )

@@ -106,15 +106,18 @@ def test_arms_take_turns_and_say_what_they_hold(killed):
 def test_language_tasks_try_three_rates_and_take_the_best_for_the_next_seed(killed):
     with (killed[0].parent / "quality.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    for arm in ("LoRA r1", "the paper's form"):
+    for arm, lowest in (("LoRA r2", 0.002), ("the paper's form", 0.001)):
         mine = [row for row in rows if row["arm"] == arm]
         assert [row["seed"] for row in mine] == ["0", "0", "0", "1"]
         rates = [float(row["lr"]) for row in mine]
-        assert rates[:3] == [0.002, 0.001, 0.004]
+        assert rates[:3] == [2 * lowest, 4 * lowest, lowest]
         best = min(mine[:3], key=lambda row: float(row["val_loss"]))
         assert rates[3] == float(best["lr"])
         assert mine[0]["versions"].endswith(f"peft {version('peft')}")  # and no card
-    settings = json.loads(rows[1]["settings"])
+        assert mine[0]["dtype"] == "float32 base, float32 adapter"
+        assert float(mine[0]["general_rise"]) != 0
+        assert int(mine[0]["saved_bytes"]) == 4 * int(mine[0]["adapter_parameters"])
+    settings = json.loads(mine[0]["settings"])
     assert (settings["rank"], settings["num_groups_a"], settings["num_groups_b"]) == (16, 8, 8)
     assert (settings["num_latents_a"], settings["num_latents_b"], settings["entry_signs"]) == (1, 2, False)
 
