@@ -216,7 +216,7 @@ def _polar(matrix: Tensor) -> Tensor:
 
 
 def _land_gradient(X: nn.Parameter, strength: float) -> None:
-    """Replace X's gradient by ``(G Xᵀ − X Gᵀ) X + λ X (XᵀX − I)``, as the authors' code does, without an n × n matrix."""
+    """Replace X's gradient by ``(G Xᵀ − X Gᵀ) X + λ X (XᵀX − I)``, as the authors do, without an n × n matrix."""
     if X.grad is not None:
         with torch.no_grad():
             gram = X.T @ X

