@@ -2,7 +2,7 @@
 # Starts one node's processes. Run it on every node, with the same settings and the arguments of `train.py fit`:
 #
 #   MASTER=node1:29500 NNODES=2 examples/multi_node/torchrun.sh \
-#       --config configs/llama3.1_70b.yaml --config examples/multi_node/two_nodes.yaml --config my_task.yaml
+#       --config genlora:llama-70b --config examples/multi_node/two_nodes.yaml --config my_task.yaml
 #
 # If a process dies, all of them are started again, up to MAX_RESTARTS times; with `ckpt_path: auto` they go on from the
 # last checkpoint.

@@ -1,4 +1,4 @@
-"""Run the ``genlora`` command: plan runs, and inspect, verify, convert, export, import and merge adapters.
+"""Run the ``genlora`` command: set up, train, plan, and inspect, verify, convert, export, import and merge adapters.
 
 Exit codes: 0 done, 1 the input is bad or the work failed, 2 the command line is wrong.
 """
@@ -13,7 +13,17 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from genlora_lightning.backbone.catalog import TASKS
+from genlora_lightning.cli.init import add_init, run_init
 from genlora_lightning.cli.plan import add_budget, add_plan, run_budget, run_plan
+
+# Lightning's command line, which has a parser of its own.
+_TRAINING = {
+    "fit": "train an adapter, from a configuration and flags",
+    "validate": "measure a checkpoint on the validation data",
+    "test": "measure a checkpoint on the test data",
+    "predict": "write a checkpoint's answers to a file",
+    "find_lr": "try rising learning rates for some steps, and draw the loss",
+}
 
 # torch and transformers take seconds to import: only the commands that need them do.
 if TYPE_CHECKING:
@@ -30,7 +40,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 after an error, which is one line on standard error. A wrong command line raises
         ``SystemExit(2)``.
     """
-    options = _parser().parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given and given[0] in _TRAINING:
+        from genlora_lightning.cli.train import main as train
+
+        train(given)
+        return 0
+    options = _parser().parse_args(given)
     command: Callable[[argparse.Namespace], None] = options.command
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' advice is not for users of a tool
@@ -51,11 +67,22 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="genlora",
-        description="Plan runs, and inspect, verify, convert, export, import and merge adapters.",
+        description="Train adapters with Lightning, plan runs, and use what was trained.",
         epilog="`genlora COMMAND --help` shows a command's options and an example.",
     )
     parser.add_argument("--version", action="version", version=f"genlora-lightning {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    init = _command(
+        commands,
+        "init",
+        run_init,
+        "write a short configuration for a model and data of your own",
+        "--model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl --name support",
+    )
+    add_init(init)
+    for name, what in _TRAINING.items():
+        commands.add_parser(name, help=what, add_help=False)  # to be listed; `main` has passed it on
 
     plan = _command(
         commands,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from genlora_lightning.callbacks.predictions import PredictionWriter
 from genlora_lightning.callbacks.progress import default_progress_bar
 from genlora_lightning.callbacks.throughput import TokensPerSecond
 from genlora_lightning.cli.adapter import AdapterOptions, config_of
+from genlora_lightning.cli.configs import with_paths
 from genlora_lightning.cli.errors import find_user_error, leave, one_line
 from genlora_lightning.cli.trainer import CommandTrainer
 from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
@@ -224,7 +226,7 @@ def main(args: list[str] | None = None) -> GenLoRACLI:
     """
     try:
         with _quiet():
-            return GenLoRACLI(args)
+            return GenLoRACLI(with_paths(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt:
         leave("interrupted", _INTERRUPTED)
     except SystemExit as error:

@@ -129,7 +129,7 @@ class Plan:
     @property
     def overlay(self) -> str | None:
         """The configuration file to add for the strategy; ``None`` for one GPU."""
-        return None if self.setup.strategy == "single" else f"configs/strategy/{self.setup.strategy}.yaml"
+        return None if self.setup.strategy == "single" else f"genlora:strategy/{self.setup.strategy}"
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as JSON values; memory in bytes."""

@@ -39,7 +39,7 @@ def test_plan_says_at_once_what_it_does_and_takes_ddp_where_it_fits(model, capsy
     found = capsys.readouterr()
     assert found.err.startswith(f"Counting what a step of {model} holds")
     assert "4 GPUs, ddp;" in found.out
-    assert "add --config configs/strategy/ddp.yaml" in found.out
+    assert "add --config genlora:strategy/ddp" in found.out
 
 
 def test_plan_takes_names_or_an_expression_as_targets(model, capsys):
@@ -94,7 +94,7 @@ def test_plan_and_budget_know_lora(model, capsys):
     assert "LoRA of rank 16 trains" in text
     assert "LoRA of that rank" not in text
     assert "lora replicate" in text
-    assert "genlora" not in text
+    assert "genlora" not in text.replace("genlora:strategy", "")
     assert main(["budget", "--model", model, "--kind", "lora", "--like-lora-rank", "3"]) == 0
     text = capsys.readouterr().out
     assert yaml.safe_load(text)["adapter"] == {"kind": "lora", "rank": 3, "alpha": 6.0}

@@ -134,7 +134,7 @@ def run_fails(args: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[Any,
 
 def test_there_are_configs_for_the_quickstart_for_gpus_and_for_classification() -> None:
     names = {path.stem for path in CONFIGS}
-    assert {"quickstart", "llama3.1_8b", "llama3.2_1b", "classification"} <= names
+    assert {"quickstart", "llama-8b", "llama-1b", "classification"} <= names
 
 
 @pytest.mark.parametrize("subcommand", ["fit", "validate", "test", "predict"])

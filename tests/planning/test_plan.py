@@ -98,12 +98,12 @@ def test_lora_sends_what_its_rank_is_larger():
 def test_verdict_overlay_and_text():
     plan = tiny_plan(strategy="fsdp2", gpus=8, gpu_memory=1.0)
     assert plan.fits
-    assert plan.overlay == "configs/strategy/fsdp2.yaml"
+    assert plan.overlay == "genlora:strategy/fsdp2"
     assert tiny_plan().overlay is None
     text = str(plan)
     assert "8 GPUs, fsdp2, adapters replicated" in text
     assert "It fits" in text
-    assert "--config configs/strategy/fsdp2.yaml" in text
+    assert "--config genlora:strategy/fsdp2" in text
     assert json.loads(json.dumps(plan.to_dict()))["memory"]["total"] == plan.memory.total
     tight = tiny_plan(strategy="fsdp2", gpus=8, gpu_memory=plan.memory.total / GIB)
     assert "It does not fit" in str(tight)  # 90 % of it may be used

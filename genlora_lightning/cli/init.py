@@ -1,0 +1,197 @@
+"""Write a short configuration for a model and data of the user's own: `genlora init`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_FORMS = (
+    'conversations {"messages": [{"role": "user", "content": …}, …]}, instructions with "prompt" and "completion", or '
+    'texts with "text" and "label"'
+)
+_MOST_LABELS = 100
+_HEADER = """\
+# {what}, made by `genlora init`.
+#     genlora fit --config {file}
+# Every setting: `genlora fit --help`; this file with all defaults: `genlora fit --config {file} --print_config`.
+
+seed_everything: 42
+
+adapter:
+  kind: genlora # or lora: kind: lora, rank: 16, alpha: 32
+  rank: 64
+  target_modules: all-linear # or names, [q_proj, v_proj], or a regular expression
+
+"""
+_CHAT = """\
+model:
+  class_path: CausalLMModule
+  init_args:
+    model: {model} # a folder, or a name on the Hugging Face Hub
+    optimizer: {{lr: 2.0e-3, schedule: cosine, warmup_ratio: 0.05}}
+
+data:
+  class_path: InstructionDataModule
+  init_args:
+    train_file: {data}
+    val_fraction: 0.1 # held out of train_file; or val_file: …
+    max_length: 1024 # tokens; longer conversations lose their start, and a message says how many
+    batch_size: 8
+    group_by_length: true
+
+"""
+_CLASSES = """\
+model:
+  class_path: SequenceClassificationModule
+  init_args:
+    model: {model} # a folder, or a name on the Hugging Face Hub
+    label_names: {labels}
+    optimizer: {{lr: 4.0e-3, head_lr_factor: 0.5, schedule: linear, warmup_ratio: 0.06}}
+
+data:
+  class_path: TextClassificationDataModule
+  init_args:
+    train_file: {data}
+    val_fraction: 0.1 # held out of train_file; or val_file: …
+    max_length: 256
+    batch_size: 32
+
+"""
+_TRAINER = """\
+trainer:
+  accelerator: auto
+  devices: 1 # more: add --config genlora:strategy/ddp
+  precision: auto # bf16-mixed where the machine multiplies bfloat16, else 32-true
+  max_epochs: 3
+  gradient_clip_val: 1.0
+  num_sanity_val_steps: 0
+  log_every_n_steps: 5
+  default_root_dir: runs/{name} # each run gets a folder of its own in it, logs/version_N
+  callbacks:
+    - class_path: ModelCheckpoint
+      init_args: {{monitor: val_loss, save_top_k: 1, filename: "{{step}}"}}
+"""
+
+
+def add_init(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("--model", help="a model's folder, or its name on the Hugging Face Hub")
+    parser.add_argument("--data", metavar="FILE", help=f"training data, .jsonl or .csv: {_FORMS}")
+    parser.add_argument("--name", help="the run's name: the configuration is NAME.yaml, results are in runs/NAME")
+    parser.add_argument("--overwrite", action="store_true", help="replace NAME.yaml if there is one")
+
+
+def run_init(options: argparse.Namespace) -> None:
+    """Ask for what is not given, look at the data, and write the file.
+
+    Raises:
+        ValueError: Something is missing and nobody can be asked, or the data have no form that is known.
+        FileNotFoundError: There is no such file, or no model in the folder.
+        FileExistsError: The configuration is there already.
+    """
+    model = _given(options.model, "--model", "Model (a folder, or a name on the Hugging Face Hub): ", check_model)
+    data = _given(options.data, "--data", "Training data (.jsonl or .csv): ", check_data)
+    name = _given(options.name, "--name", "Name of the run: ", check_name)
+    file = Path(f"{name}.yaml")
+    if file.exists() and not options.overwrite:
+        raise FileExistsError(f"There is a {file} already. Give another --name, or --overwrite to replace it.")
+    labels = _labels(Path(data))
+    fields = {"file": file, "name": _scalar(name), "model": _scalar(model), "data": _scalar(data)}
+    if labels is None:
+        text = (_HEADER + _CHAT + _TRAINER).format(what="A model that answers as your data do", **fields)
+    else:
+        shown = f"[{', '.join(map(_scalar, labels))}]"
+        text = (_HEADER + _CLASSES + _TRAINER).format(what="Texts into classes", labels=shown, **fields)
+    file.write_text(text, encoding="utf-8")
+    print(f"{file} is written. Look at it, then:\n  genlora fit --config {file}")
+
+
+def check_model(model: str) -> None:
+    """Refuse a folder without a model; a name on the Hub is taken as it is."""
+    folder = Path(model).expanduser()
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{model} is a folder without a config.json, so it holds no model.")
+    if not folder.exists() and (folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1):
+        raise FileNotFoundError(f"There is no folder {model}.")
+
+
+def check_data(data: str) -> None:
+    """Refuse a file that is not there, or has no form that is known."""
+    _labels(Path(data))
+
+
+def check_name(name: str) -> None:
+    """Refuse what is no plain name of a file."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise ValueError(f"{name!r} is no name for a run: letters, digits, `_`, `-` and `.`, a letter or digit first.")
+
+
+def _given(value: str | None, flag: str, question: str, check: Callable[[str], None]) -> str:
+    """The flag's value, or a valid answer of whoever sits at the terminal."""
+    if value is not None:
+        check(value)
+        return value
+    if not sys.stdin.isatty():
+        raise ValueError(f"{flag} is missing, and there is no terminal to ask at.")
+    while True:
+        answer = input(question).strip()
+        try:
+            check(answer)
+        except (ValueError, OSError) as error:
+            print(error)
+        else:
+            return answer
+
+
+def _labels(file: Path) -> list[str] | None:
+    """The classes of a file of texts, or ``None`` for conversations and instructions.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is empty, cannot be read, or has another form; the message says which are known.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"There is no file {file}.")
+    if file.suffix not in (".jsonl", ".csv"):
+        raise ValueError(f"{file} is neither .jsonl nor .csv. Known are {_FORMS}.")
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            records = (
+                csv.DictReader(lines) if file.suffix == ".csv" else (json.loads(line) for line in lines if line.strip())
+            )
+            return _labels_of(file, records)
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise ValueError(f"{file} cannot be read as UTF-8 {file.suffix[1:].upper()}: {error}.") from None
+
+
+def _labels_of(file: Path, records: Any) -> list[str] | None:
+    labels: set[str] = set()
+    fields: set[str] = set()
+    for record in records:
+        fields = set(record) if isinstance(record, dict) else set()
+        if "messages" in fields or {"prompt", "completion"} <= fields:
+            return None
+        if not {"text", "label"} <= fields:
+            break
+        labels.add(str(record["label"]))
+    else:
+        if not labels:
+            raise ValueError(f"{file} has no records.")
+        if len(labels) > _MOST_LABELS or len(labels) < 2:
+            raise ValueError(f"{file} has {len(labels)} different labels; a classifier needs 2 to {_MOST_LABELS}.")
+        return sorted(labels)
+    found = f"a record with the fields {sorted(map(str, fields))}" if fields else "a record that is no object"
+    raise ValueError(f"{file} has {found}. Known are {_FORMS}.")
+
+
+def _scalar(text: str) -> str:
+    """The text as YAML; JSON's strings are YAML's, too."""
+    plain = re.fullmatch(r"[A-Za-z_./~][\w./~@-]*( [\w./~@-]+)*", text)
+    word = text.lower() in ("null", "true", "false", "yes", "no", "on", "off", "y", "n", "~")
+    return text if plain and not word else json.dumps(text, ensure_ascii=False)
