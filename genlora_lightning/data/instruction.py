@@ -6,13 +6,16 @@ import json
 from collections.abc import Callable
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from genlora_lightning.data._base import FileDataModule
 from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Truncation, parse_conversation
 from genlora_lightning.data._files import Record, normalized
-from genlora_lightning.data._loading import import_datasets
+from genlora_lightning.data._loading import import_datasets, padding_id
+from genlora_lightning.data._packing import PackedCollator, PackedRows, pack
+from genlora_lightning.training.resumable import ResumableDataLoader
 
 
 class InstructionDataModule(FileDataModule):
@@ -27,6 +30,9 @@ class InstructionDataModule(FileDataModule):
     the longest of the batch. Batches for prediction are padded on the left and hold prompts only: the last message is
     left out where it is an answer. Beside ``input_ids`` and ``attention_mask`` they have ``prompt``, the texts of the
     last questions, and ``completion``, the expected answers, where all are known.
+
+    With `packing` training batches have `position_ids`, too, which begin at 0 with each example: transformers keeps the
+    examples of a row apart by them.
 
     Args:
         tokenizer: A Hugging Face id, a local folder, or a tokenizer.
@@ -52,6 +58,8 @@ class InstructionDataModule(FileDataModule):
         pad_to_multiple_of: Batches are padded to a multiple of so many tokens.
         group_by_length: Make training batches of examples of similar length, which saves padding. It has no effect
             where Lightning puts its distributed sampler in place.
+        packing: Put several training examples into a row, up to ``max_length`` tokens of it, so that little is padding;
+            none sees another. ``batch_size`` then counts rows. Which examples share a row stays the same in all epochs.
         cache_dir: A folder in which tokenized data are kept for the next run. By default nothing is written.
         trust_remote_code: Run the Python code that comes with the tokenizer.
         revision: The tokenizer's branch, tag or commit on the Hub.
@@ -79,6 +87,7 @@ class InstructionDataModule(FileDataModule):
         num_workers: int = 0,
         pad_to_multiple_of: int = 8,
         group_by_length: bool = False,
+        packing: bool = False,
         cache_dir: str | None = None,
         trust_remote_code: bool | None = None,
         revision: str | None = None,
@@ -104,8 +113,12 @@ class InstructionDataModule(FileDataModule):
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+        if packing and group_by_length:
+            raise ValueError("packing and group_by_length exclude each other: packed rows are all about as long")
         if chat_template == "none" and system_prompt is not None:
             raise ValueError("system_prompt needs a chat template, but chat_template='none' was set")
+        self.packing = packing
+        self._packs: list[list[int]] | None = None
         self.truncation: Truncation = truncation
         self.chat_template = chat_template
         self.system_prompt = system_prompt
@@ -126,6 +139,32 @@ class InstructionDataModule(FileDataModule):
         """Checks on one process that files, tokenizer and chat template are there."""
         super().prepare_data()
         _ = self.chat
+
+    @override
+    def train_dataloader(self) -> Any:
+        """Returns shuffled batches; the order depends on `seed` only and is a new one in each epoch."""
+        if not self.packing:
+            return super().train_dataloader()
+        rows = self._rows("train")
+        if self._packs is None:
+            lengths = list(rows["length"])
+            self._packs = pack(lengths, self.max_length)
+            share = sum(lengths) / (len(self._packs) * self.max_length)
+            rank_zero_info(
+                f"Packed {len(lengths):,} training examples into {len(self._packs):,} rows of {self.max_length}, "
+                f"{share:.1%} full."
+            )
+        examples = rows.select_columns(["input_ids", "labels"])
+        return ResumableDataLoader(
+            PackedRows(examples, self._packs),
+            batch_size=self.batch_size,
+            collate_fn=PackedCollator(padding_id(self.tokenizer), self.pad_to_multiple_of),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            shuffle=True,
+            generator=torch.Generator().manual_seed(self.seed),
+        )
 
     @override
     def _parse(self, record: Record, split: str) -> dict[str, Any]:

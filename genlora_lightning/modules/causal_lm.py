@@ -22,7 +22,9 @@ class CausalLMModule(GenLoRAModule):
     """Fine-tune a causal language model; the loss is on the answers' tokens alone.
 
     Batches are dictionaries of ``input_ids``, ``attention_mask`` and ``labels``, each (examples, tokens); ``labels``
-    are the input ids where an answer stands and -100 elsewhere. Prediction takes prompts padded on the left, without
+    are the input ids where an answer stands and -100 elsewhere. With ``position_ids`` (examples, tokens), which begin
+    at 0 again where another text begins, a row is several texts that do not see each other; that the model keeps them
+    apart is tried once, before the first step. Prediction takes prompts padded on the left, without
     labels, and optionally lists ``prompt`` and ``completion`` of texts.
 
     Logged for the training: ``train_loss``. For validation and test, over the whole split: ``val_loss`` (mean per
@@ -89,6 +91,7 @@ class CausalLMModule(GenLoRAModule):
                 "prompt has one completion."
             )
         self._takes_logits_to_keep: bool | None = None
+        self._keeps_packed_apart = False
         self.val_metrics, self.test_metrics = _metrics(), _metrics()
 
     @override
@@ -143,12 +146,48 @@ class CausalLMModule(GenLoRAModule):
         model = self.adapter_root()
         if self._takes_logits_to_keep is None:
             self._takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
-        inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+        inputs = {"input_ids": batch["input_ids"], "use_cache": False}
+        if "position_ids" in batch:  # without a mask transformers finds the texts of a row by their positions
+            self._check_packing(batch["input_ids"])
+            inputs["position_ids"] = batch["position_ids"]
+        else:
+            inputs["attention_mask"] = batch["attention_mask"]
         if self._takes_logits_to_keep:
             logits = model(**inputs, logits_to_keep=positions).logits
         else:
             logits = model(**inputs).logits[:, positions]
         return logits, labels.index_select(1, positions)
+
+    @torch.no_grad()
+    def _check_packing(self, like: Tensor) -> None:
+        """Try once whether the model keeps the texts of a row apart: another first text must not change the second.
+
+        Args:
+            like: A batch's input ids (rows, tokens), for their number of rows and device.
+
+        Raises:
+            ValueError: It does not.
+        """
+        if self._keeps_packed_apart:
+            return
+        model: Any = self.adapter_root()
+        half = 4
+        tokens = torch.arange(3 * half, device=like.device).repeat(len(like), 1)
+        tokens %= model.config.get_text_config().vocab_size
+        ids, other = tokens[:, half:], torch.cat([tokens[:, :half], tokens[:, 2 * half :]], dim=1)
+        positions = torch.arange(half, device=like.device).repeat(len(like), 2)
+        found = []
+        for tried in (ids, other):
+            with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):  # the same dropout in both
+                torch.manual_seed(0)
+                found.append(model(input_ids=tried, position_ids=positions, use_cache=False).logits[:, half:].float())
+        if not torch.allclose(*found, rtol=1e-3, atol=1e-3 * found[0].abs().max().item()):
+            raise ValueError(
+                f"A {type(model).__name__} with the attention {model.config._attn_implementation!r} does not keep the "
+                "texts of a packed row apart: what stands before a text changes it. Set the data module's "
+                "packing=false, or try the model's attn_implementation='sdpa' (flash attention needs batch_size=1)."
+            )
+        self._keeps_packed_apart = True
 
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
