@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from genlora_lightning.backbone.catalog import TASKS
+from genlora_lightning.cli.data import add_data, run_data
 from genlora_lightning.cli.init import add_init, run_init
 from genlora_lightning.cli.plan import add_budget, add_plan, run_budget, run_plan
 
@@ -81,6 +82,14 @@ def _parser() -> argparse.ArgumentParser:
         "--model HuggingFaceTB/SmolLM2-135M-Instruct --data chats.jsonl --name support",
     )
     add_init(init)
+    data = _command(
+        commands,
+        "data",
+        run_data,
+        "show a configuration's data as the model sees them: lengths, what is cut, and what is learned",
+        "--config support.yaml --examples 5",
+    )
+    add_data(data)
     for name, what in _TRAINING.items():
         commands.add_parser(name, help=what, add_help=False)  # to be listed; `main` has passed it on
 

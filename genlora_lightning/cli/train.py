@@ -76,10 +76,12 @@ class GenLoRACLI(LightningCLI):
 
     Args:
         args: The command line as a list; ``sys.argv`` if ``None``.
+        run: Whether there are subcommands, of which one is run.
     """
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self, args: list[str] | None = None, *, run: bool = True) -> None:
         super().__init__(
+            run=run,
             trainer_class=CommandTrainer,
             parser_class=_Parser,
             save_config_kwargs={"overwrite": True},
@@ -207,6 +209,25 @@ class GenLoRACLI(LightningCLI):
         if config.adapter is not None:
             adapter = config_of(config.adapter)
         return [GenLoRAFinetuning(adapter, **settings)]
+
+
+class DataCLI(GenLoRACLI):
+    """The same settings, of which nothing but the data module is made.
+
+    Args:
+        args: The command line as a list, without a subcommand.
+    """
+
+    def __init__(self, args: list[str]) -> None:
+        super().__init__(with_paths(args), run=False)
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Not done: no checkpoint is read."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        self.datamodule = self.parser.instantiate_classes(self.config).get("data")
 
 
 def main(args: list[str] | None = None) -> GenLoRACLI:

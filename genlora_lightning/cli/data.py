@@ -1,0 +1,71 @@
+"""Show what a configuration's data become: `genlora data`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from genlora_lightning.text import text_table
+
+_LEARNED, _PLAIN = "\033[32m", "\033[0m"
+_SHARES = (0.0, 0.5, 0.9, 0.99, 1.0)
+
+
+def add_data(parser: argparse.ArgumentParser) -> None:
+    """Add the command's options."""
+    parser.add_argument("--config", action="append", required=True, help="as for `fit`; later ones win")
+    parser.add_argument("--split", choices=["train", "val", "test"], default="train", help="default: %(default)s")
+    parser.add_argument("--examples", type=int, default=3, metavar="N", help="how many to show (default: %(default)s)")
+    parser.add_argument("--color", choices=["auto", "always", "never"], default="auto", help="default: %(default)s")
+
+
+def run_data(options: argparse.Namespace) -> None:
+    """Print the numbers of a split, the lengths, and some examples as the model sees them.
+
+    Raises:
+        ValueError: The configuration has no data module of this package, or the data cannot be used.
+    """
+    from genlora_lightning.cli.train import DataCLI
+    from genlora_lightning.data._base import STAGES, FileDataModule
+
+    data = DataCLI([word for config in options.config for word in ("--config", config)]).datamodule
+    if not isinstance(data, FileDataModule):
+        raise ValueError(f"The configuration's data module is {type(data).__name__}; only the package's own are shown.")
+    data.prepare_data()
+    data.setup(next(stage for stage, splits in STAGES.items() if options.split in splits))
+    rows = data._rows(options.split)
+    lengths = sorted(rows["length"])
+    places = [lengths[round(share * (len(lengths) - 1))] for share in _SHARES]
+    names = ["shortest", "median", "90 %", "99 %", "longest"]
+    print("\n" + text_table(["tokens of an example", *names], [[options.split, *(f"{place:,}" for place in places)]]))
+    colored = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
+    for number in range(min(options.examples, len(rows))):
+        row = rows[number]
+        print(f"\n--- example {number + 1} of {len(rows):,}: {row['length']} tokens{_answers(row)}")
+        print(shown(row, data.tokenizer, colored))
+    if options.examples and isinstance(rows[0].get("labels"), list):
+        print(f"\nLearned is what is {'green' if colored else 'between ⟦ and ⟧'}.")
+
+
+def shown(row: dict[str, Any], tokenizer: Any, colored: bool) -> str:
+    """Returns an example as text, its learned tokens marked; a class or numbers as a last line."""
+    ids, labels = row["input_ids"], row.get("labels", row.get("label"))
+    if not isinstance(labels, list) or len(labels) != len(ids):
+        return f"{tokenizer.decode(ids)}\n=> {labels}"
+    start, end = (_LEARNED, _PLAIN) if colored else ("⟦", "⟧")
+    parts = []
+    at = 0
+    while at < len(ids):
+        learned = labels[at] != -100
+        stop = next((i for i in range(at, len(ids)) if (labels[i] != -100) != learned), len(ids))
+        text = tokenizer.decode(ids[at:stop])
+        parts.append(f"{start}{text}{end}" if learned else text)
+        at = stop
+    return "".join(parts)
+
+
+def _answers(row: dict[str, Any]) -> str:
+    notes = [f"{row['answer_tokens']} learned"] if "answer_tokens" in row else []
+    notes += [f"{row['cut_tokens']} cut"] if row.get("cut_tokens") else []
+    return "".join(f", {note}" for note in notes)
