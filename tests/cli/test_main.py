@@ -17,7 +17,7 @@ from genlora_lightning.cli.main import main
 from genlora_lightning.injection.inject import adapter_layers
 from tests.conftest import perturb, small_config
 from tests.interop.test_lora_export import adapted, load_with_peft, logits
-from tests.models import tiny_bert, tiny_llama
+from tests.models import give_own_code, tiny_bert, tiny_llama
 
 ROOT = Path(genlora_lightning.__file__).parents[1]
 
@@ -194,15 +194,7 @@ def test_code_of_the_base_is_run_if_asked_and_nobody_is_asked_on_the_terminal(tm
     model = adapted("llama")
     tiny_llama().save_pretrained(tmp_path / "base")
     save_adapter(model, tmp_path / "adapter")
-    (tmp_path / "base" / "own_code.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class Conf(LlamaConfig):\n    model_type = 'own'\n"
-        "class LM(LlamaForCausalLM):\n    config_class = Conf\n"
-    )
-    file = tmp_path / "base" / "config.json"
-    auto = {"AutoConfig": "own_code.Conf", "AutoModelForCausalLM": "own_code.LM"}
-    own = {"model_type": "own", "architectures": ["LM"], "auto_map": auto}
-    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    give_own_code(tmp_path / "base")
     arguments = ("merge", tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", "--base-check", "off")
     assert "contains custom code" in failure(capsys, *arguments)
     assert run(*arguments, "--trust-remote-code") == 0
