@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 
 
@@ -20,6 +23,19 @@ def tiny_llama(**changes: object):
         "tie_word_embeddings": True,
     }
     return LlamaForCausalLM(LlamaConfig(**{**sizes, **changes}))
+
+
+def give_own_code(folder: Path) -> None:
+    """Have the Llama in a folder be of a class that only code beside it defines."""
+    (folder / "own_code.py").write_text(
+        "from transformers import LlamaConfig, LlamaForCausalLM\n"
+        "class Conf(LlamaConfig):\n    model_type = 'own'\n"
+        "class LM(LlamaForCausalLM):\n    config_class = Conf\n"
+    )
+    file = folder / "config.json"
+    auto = {"AutoConfig": "own_code.Conf", "AutoModelForCausalLM": "own_code.LM"}
+    own = {"model_type": "own", "architectures": ["LM"], "auto_map": auto}
+    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
 
 
 def tiny_gpt2():

@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ CONFIG = Path("configs/quickstart.yaml")
 OUTPUT = Path("runs/quickstart")
 CHOICES = ("positive", "negative")
 SHOWN = 4
+EVALUATED = 8  # batches of the test split: half of it, of all lengths
 
 
 @contextmanager
@@ -74,16 +76,16 @@ class Evaluation:
         return tokens
 
     def measure(self) -> dict[str, float]:
-        """Accuracy by likelihood, its standard error, and the loss per answer token, over the whole test split."""
+        """Accuracy by likelihood, its standard error, and the loss per answer token, over half of the test split."""
         import torch
         from torch.nn import functional as F
         from tqdm import tqdm
 
         loss = tokens = right = examples = 0.0
-        batches = self.data.test_dataloader()
+        batches = islice(self.data.test_dataloader(), EVALUATED)
         bf16 = torch.autocast("cpu", torch.bfloat16, enabled=self.is_bf16)
         with torch.inference_mode(), bf16:
-            for batch in tqdm(batches, desc="evaluating", disable=not sys.stderr.isatty()):
+            for batch in tqdm(batches, desc="evaluating", total=EVALUATED, disable=not sys.stderr.isatty()):
                 logits, labels = self.module.answer_logits(batch)
                 logits = logits.float()
                 answer = labels != -100

@@ -301,13 +301,16 @@ def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], trai
     for name, data in files.items():
         (staging / name).write_bytes(data)
     versions = library_versions()
+    trained = sum(content.configs[name].count_parameters(MatrixShape(*shape)) for name, shape in content.layers.items())
+    trained += sum(state[own].numel() for names in content.trained_modules.values() for own in names)
     card = model_card(
         configs=list({id(config): config for config in content.configs.values()}.values()),
         base=base,
         training=training,
         versions=versions,
         num_layers=len(content.layers),
-        num_values=sum(tensor.numel() for tensor in state.values()),
+        num_trained=trained,
+        num_fixed=sum(tensor.numel() for tensor in state.values()) - trained,
         base_is_transformers=content.base_is_transformers,
     )
     (staging / CARD_FILE).write_text(card, encoding="utf-8")

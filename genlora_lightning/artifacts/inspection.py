@@ -18,6 +18,7 @@ from genlora_lightning.artifacts.adapter_folder import StoredAdapter, read_adapt
 from genlora_lightning.artifacts.adapter_io import adapter_bytes
 from genlora_lightning.artifacts.checkpoint import describe
 from genlora_lightning.artifacts.loading import read_checkpoint
+from genlora_lightning.artifacts.model_card import counted_values
 from genlora_lightning.backbone.identity import describe_base
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
@@ -68,7 +69,8 @@ class LayerDescription:
         in_features: Of the linear.
         rank: Highest rank that its update can have.
         effective_rank: Entropy effective rank of its update; see :func:`effective_rank`.
-        parameters: Values of its adapter.
+        parameters: Trained values of its adapter, as the plan and the summary of a run count them.
+        fixed: Values of its adapter that are stored and were not trained.
     """
 
     module: str
@@ -77,6 +79,7 @@ class LayerDescription:
     rank: int
     effective_rank: float
     parameters: int
+    fixed: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +113,18 @@ class AdapterDescription:
 
     @property
     def parameters(self) -> int:
-        """All values that are stored, modules trained in full and other tensors included."""
+        """All values that were trained, modules trained in full and other tensors included."""
         others = (*self.trained_modules.values(), *self.other_tensors.values())
         return sum(layer.parameters for layer in self.layers) + sum(others)
 
+    @property
+    def fixed(self) -> int:
+        """Values of the adapters that are stored beside them: fixed centres and widths."""
+        return sum(layer.fixed for layer in self.layers)
+
     def to_dict(self) -> dict[str, Any]:
         """The description as JSON values."""
-        return {**asdict(self), "layers": [asdict(layer) for layer in self.layers], "parameters": self.parameters}
+        return {**asdict(self), "parameters": self.parameters, "fixed": self.fixed}
 
     def __str__(self) -> str:
         header = ("module", "shape (out, in)", "rank", "effective rank", "parameters")
@@ -137,8 +145,8 @@ class AdapterDescription:
             [
                 text_table(header, rows, left=2),
                 f"{read_config(self.config).title} adapter for {self.base}, written {self.created}: "
-                f"{self.parameters:,} values in {self.num_bytes:,} bytes; {len(self.layers)} linears, mean effective "
-                f"rank {mean:.2f} of {max((layer.rank for layer in self.layers), default=0)}.",
+                f"{counted_values(self.parameters, self.fixed)} in {self.num_bytes:,} bytes; {len(self.layers)} "
+                f"linears, mean effective rank {mean:.2f} of {max((layer.rank for layer in self.layers), default=0)}.",
             ]
         )
 
@@ -247,11 +255,14 @@ def _describe_layer(name: str, layer: AdaptedLayer, source: Path) -> LayerDescri
         rank = effective_rank(*layer.factors())
     except RuntimeError as error:  # no singular values of infinite ones
         raise DamagedFileError(f"{source} is damaged: the values of {name} overflow.") from error
+    stored = sum(parameter.numel() for parameter in layer.adapter_parameters().values())
+    trained = layer.config.count_parameters(layer.shape)
     return LayerDescription(
         module=name,
         out_features=layer.out_features,
         in_features=layer.in_features,
         rank=layer.config.rank,
         effective_rank=rank,
-        parameters=sum(parameter.numel() for parameter in layer.adapter_parameters().values()),
+        parameters=trained,
+        fixed=stored - trained,
     )

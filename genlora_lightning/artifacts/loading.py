@@ -90,9 +90,27 @@ def load_module(
     if checkpoint is None:
         load_adapter(adapter_root(made), path, base_check=base_check, replace=True)
     else:
-        _check_base(checkpoint, adapter_root(made), str(path), base_check)
-        _load_state(made, checkpoint, str(path))
+        load_checkpoint(made, checkpoint, str(path), base_check=base_check)
     return made.eval()
+
+
+def load_checkpoint(
+    module: nn.Module, checkpoint: dict[str, Any], source: str, *, base_check: BaseCheck = "error"
+) -> None:
+    """Load the content of a checkpoint into a module whose model is built; adapters are injected if it has none.
+
+    Args:
+        module: The module.
+        checkpoint: As :func:`read_checkpoint` gives it.
+        source: What it is, for messages.
+        base_check: As in :func:`load_module`.
+
+    Raises:
+        WrongBaseError: The base is not the one that was trained on.
+        ValueError: It holds no adapters, or they do not fit; the module is as it was then.
+    """
+    _check_base(checkpoint, adapter_root(module), source, base_check)
+    _load_state(module, checkpoint, source)
 
 
 def _check_base(

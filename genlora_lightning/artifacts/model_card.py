@@ -18,7 +18,8 @@ def model_card(
     training: Mapping[str, Any],
     versions: Mapping[str, str],
     num_layers: int,
-    num_values: int,
+    num_trained: int,
+    num_fixed: int,
     base_is_transformers: bool,
 ) -> str:
     """A Markdown text with the base, how to load the adapter, what it was made with, and the facts of its training."""
@@ -46,7 +47,7 @@ def model_card(
             "",
             f"# {configs[0].title} adapter",
             "",
-            f"A low-rank adapter: {num_values:,} values for {num_layers} linear layers.",
+            f"A low-rank adapter: {counted_values(num_trained, num_fixed)} for {num_layers} linear layers.",
             "",
             f"- **Base**: {describe_base(dict(base))}",
             "- **Licence**: not stated by who trained it; that of the base applies, and is unknown to this card.",
@@ -71,6 +72,11 @@ def model_card(
             "",
         ]
     )
+
+
+def counted_values(trained: int, fixed: int) -> str:
+    """Say how many values were trained, which is the number that plans and summaries have, and how many were not."""
+    return f"{trained:,} trained values" + (f" and {fixed:,} fixed ones" if fixed else "")
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:

@@ -49,6 +49,8 @@ def read_config(source: str, **options: Any) -> Any:
 def task_of(config: Any, source: str) -> str:
     """What a model is for, a key of :data:`TASKS`, by the class that its configuration names.
 
+    A class of the model's own code counts as what its configuration maps it to.
+
     Raises:
         ValueError: It names none that is known.
     """
@@ -56,6 +58,10 @@ def task_of(config: Any, source: str) -> str:
         for task in class_tasks(name):
             if task in _TASK_OF:
                 return _TASK_OF[task]
+    own_code = getattr(config, "auto_map", None) or {}
+    for task, auto_class in TASKS.items():
+        if auto_class in own_code:
+            return task
     raise ValueError(
         f"{source} does not say what it is for (its architectures are {getattr(config, 'architectures', None)}). Give "
         f"--task {' or --task '.join(TASKS)}."

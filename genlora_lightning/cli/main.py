@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from genlora_lightning.backbone.catalog import TASKS
 from genlora_lightning.cli.data import add_data, run_data
 from genlora_lightning.cli.init import add_init, run_init
-from genlora_lightning.cli.plan import add_budget, add_plan, run_budget, run_plan
+from genlora_lightning.cli.plan import add_budget, add_plan, add_source, run_budget, run_plan, source_of
 
 # Lightning's command line, which has a parser of its own.
 _TRAINING = {
@@ -204,8 +204,7 @@ def _add_base_out(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("out", metavar="OUT", help=out)
     parser.add_argument("--task", choices=list(TASKS), help="what the model is for (default: as the base says)")
     parser.add_argument("--num-labels", type=int, help="labels of a sequence classification model")
-    parser.add_argument("--revision", help="the base's branch, tag or commit on the Hub")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the base")
+    add_source(parser, "the base")
 
 
 def _inspect(options: argparse.Namespace) -> None:
@@ -290,7 +289,7 @@ def _load_base(
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    source: dict[str, Any] = {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
+    source = source_of(options)
     config = transformers.AutoConfig.from_pretrained(options.base, **source)
     if options.task:
         loader = getattr(transformers, TASKS[options.task])

@@ -71,6 +71,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         metavar="ID|FOLDER",
         help=f"folder with a config.json, name on the Hugging Face Hub, or one of {', '.join(SHAPES)}",
     )
+    add_source(parser, "the model")
     parser.add_argument("--kind", choices=_KINDS, default=_KINDS[0], help="kind of adapter (default: %(default)s)")
     parser.add_argument("--task", choices=list(TASKS), help="what the model is for (default: as it says)")
     parser.add_argument(
@@ -78,6 +79,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", default=[], help="linears to leave alone")
     parser.add_argument("--modules-to-train", nargs="+", metavar="NAME", default=[], help="modules trained in full")
+
+
+def add_source(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add the options of reading a model from the Hub, or with code of its own; :func:`source_of` is what they say."""
+    parser.add_argument("--revision", help=f"branch, tag or commit of {what} on the Hub")
+    parser.add_argument("--trust-remote-code", action="store_true", help=f"run the code that comes with {what}")
+
+
+def source_of(options: argparse.Namespace) -> dict[str, Any]:
+    """The options of ``from_pretrained`` that :func:`add_source` asks for."""
+    return {"revision": options.revision, "trust_remote_code": options.trust_remote_code}
 
 
 def _config(options: argparse.Namespace, sizes: dict[str, Any]) -> AdapterConfig:
@@ -105,7 +117,7 @@ def _model(options: argparse.Namespace) -> tuple[Any, str]:
     from genlora_lightning.backbone.architectures import read_config, task_of
 
     transformers.utils.logging.set_verbosity_error()
-    config = read_config(options.model)
+    config = read_config(options.model, **source_of(options))
     return config, options.task or task_of(config, options.model)
 
 
@@ -133,7 +145,8 @@ def run_plan(options: argparse.Namespace) -> None:
     adapter = _config(options, {name: value for name, value in given.items() if value is not None})
     config, task = _model(options)
     dtype: torch.dtype | None = None if options.dtype == "auto" else getattr(torch, options.dtype)
-    plan = make_plan(config, options.model, task, adapter, setup, dtype=dtype)
+    trust = options.trust_remote_code
+    plan = make_plan(config, options.model, task, adapter, setup, dtype=dtype, trust_remote_code=trust)
     print(json.dumps(plan.to_dict(), indent=2) if options.json else plan)
 
 
@@ -146,7 +159,7 @@ def run_budget(options: argparse.Namespace) -> None:
     # The smallest adapter fits wherever one does: what is asked here is which linears there are.
     kind = _config(options, {})
     smallest = _config(options, {name: 1 for name in _SIZES if hasattr(kind, name)})
-    model = build_on_meta(*_model(options))
+    model = build_on_meta(*_model(options), trust_remote_code=options.trust_remote_code)
     inject_adapters(model, smallest)
     shapes = [layer.shape for layer in adapter_layers(model).values()]
     wanted = options.parameters or round(options.like_lora_rank * sum(map(sum, shapes)))

@@ -313,6 +313,10 @@ class FileDataModule(LightningDataModule):
 
     def _loader(self, split: str, **options: Any) -> DataLoader[Any]:
         rows = self._rows(split)
+        if self.group_by_length and split in ("val", "test"):
+            # The rows and not a sampler, which Lightning would replace on several devices.
+            generator = torch.Generator().manual_seed(self.seed)
+            rows = rows.select(list(LengthGroupedSampler(list(rows["length"]), self.eval_batch_size, generator)))
         collate = PadCollator(
             keys=self._batch_keys(split, rows),
             pad_token_id=padding_id(self.tokenizer),

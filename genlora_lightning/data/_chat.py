@@ -18,6 +18,7 @@ from genlora_lightning.errors import DataFileError
 from genlora_lightning.fields import shown
 
 IGNORE_INDEX = -100
+_FOUND_BY_ALL = 8
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 Message = dict[str, str]
@@ -198,12 +199,20 @@ class ChatEncoder:
         if self.train_on == "last":
             targets = [last]
         messages, text = self._render_whole(messages[: last + 1], where, tools)
-        cuts = []
-        for index in targets:
-            start = self._prefix_end(text, self._render(messages[:index], where, tools, ask=True), index, where)
-            end = len(text)
-            if index != last:
-                end = self._prefix_end(text, self._render(messages[: index + 1], where, tools), index, where)
+        cuts: list[int] = []
+        passed = [0]  # the ends of the answers that were found
+        for number, index in enumerate(targets, 1):
+            start, end = None, None
+            # Rendering all that precedes each answer takes quadratic time, so of many answers only every so many-th is
+            # found that way: those at powers of two, whose conversations together are twice as long as the whole one.
+            if number > _FOUND_BY_ALL and number & (number - 1) and index != last:
+                start, end = self._answer_by_part(messages, text, index, where, tools, passed[-2:], cuts[-1])
+            if start is None or end is None:
+                start = self._prefix_end(text, self._render(messages[:index], where, tools, ask=True), index, where)
+                end = len(text)
+                if index != last:
+                    end = self._prefix_end(text, self._render(messages[: index + 1], where, tools), index, where)
+            passed.append(index + 1)
             if _squeezed(messages[index]["content"]) not in _squeezed(text[start:end]):
                 reason = f"the chat template changes the text of messages[{index}]; it must render answers as they are"
                 raise DataFileError(where, reason)
@@ -292,6 +301,47 @@ class ChatEncoder:
         except (TemplateError, TypeError) as error:
             reason = f"the chat template does not accept this conversation: {error} (roles: {_roles(messages)})"
             raise DataFileError(where, reason) from error
+
+    def _answer_by_part(
+        self,
+        messages: list[Message],
+        text: str,
+        index: int,
+        where: str,
+        tools: list[Any] | None,
+        passed: list[int],
+        position: int,
+    ) -> tuple[int, int] | tuple[None, None]:
+        """Finds where an answer is in `text` by what the template adds to a shorter conversation.
+
+        The shorter one is the first exchange and the one before; what follows it must stand in `text` where the answer
+        before ended.
+
+        Args:
+            messages: The conversation.
+            text: All of it.
+            index: The answer's place.
+            where: For messages.
+            tools: What the chat template is told of tools.
+            passed: The ends of the last two answers that were found, as places in the conversation.
+            position: The end of the last one in `text`.
+
+        Returns:
+            Where the answer starts and ends, or None and None where the template does otherwise.
+        """
+        before, done = passed
+        first = next(place for place, message in enumerate(messages) if message["role"] == "assistant") + 1
+        shorter = [*messages[:first], *messages[max(before, first) : done]]
+        try:
+            known = self._render(shorter, where, tools)
+            asked = self._render([*shorter, *messages[done:index]], where, tools, ask=True)
+            answered = self._render([*shorter, *messages[done : index + 1]], where, tools)
+        except DataFileError:
+            return None, None
+        for longer in (asked, answered):
+            if not (longer.startswith(known) and text.startswith(longer[len(known) :], position)):
+                return None, None
+        return position + len(asked) - len(known), position + len(answered) - len(known)
 
     def _prefix_end(self, text: str, prefix: str, index: int, where: str) -> int:
         if text.startswith(prefix):

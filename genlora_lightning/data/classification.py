@@ -62,8 +62,8 @@ class TextClassificationDataModule(FileDataModule):
         seed: Decides the split and the order of training examples.
         num_workers: Processes that make batches. The data are tokenized once, in memory, so 0 is rarely slow.
         pad_to_multiple_of: Batches are padded to a multiple of so many tokens.
-        group_by_length: Make training batches of examples of similar length, which saves padding. It has no effect
-            where Lightning puts its distributed sampler in place.
+        group_by_length: Make batches of examples of similar length, which saves padding; predictions keep their file's
+            order. In training it has no effect where Lightning puts its distributed sampler in place.
         cache_dir: A folder in which tokenized data are kept for the next run. By default nothing is written.
         trust_remote_code: Run the Python code that comes with the tokenizer.
         revision: The tokenizer's branch, tag or commit on the Hub.

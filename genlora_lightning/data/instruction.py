@@ -56,8 +56,8 @@ class InstructionDataModule(FileDataModule):
         seed: Decides the split and the order of training examples.
         num_workers: Processes that make batches. The data are tokenized once, in memory, so 0 is rarely slow.
         pad_to_multiple_of: Batches are padded to a multiple of so many tokens.
-        group_by_length: Make training batches of examples of similar length, which saves padding. It has no effect
-            where Lightning puts its distributed sampler in place.
+        group_by_length: Make batches of examples of similar length, which saves padding; predictions keep their file's
+            order. In training it has no effect where Lightning puts its distributed sampler in place.
         packing: Put several training examples into a row, up to ``max_length`` tokens of it, so that little is padding;
             none sees another. ``batch_size`` then counts rows. Which examples share a row stays the same in all epochs.
         cache_dir: A folder in which tokenized data are kept for the next run. By default nothing is written.

@@ -15,11 +15,7 @@ from genlora_lightning.adapters.base import adapter_modules
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.adapters.low_rank import RankKind, effective_rank
-from genlora_lightning.injection.foreign import (
-    check_no_foreign_adapters,
-    save_by_base_names,
-    stop_saving_by_base_names,
-)
+from genlora_lightning.injection.foreign import check_no_foreign_adapters
 from genlora_lightning.injection.full_training import stop_training_in_full, train_in_full, trained_modules
 from genlora_lightning.injection.heads import last_if_new
 from genlora_lightning.injection.report import BESIDE_PARTS, InjectionReport, InjectionRow
@@ -230,7 +226,6 @@ def _put_in(
     train_in_full(model, list(trained.values()))
     _disable_fast_paths(model)
     share_generation(model)
-    save_by_base_names(model)
     note(model, _SKIPPED, skipped)
     return _report(model, skipped)
 
@@ -281,7 +276,6 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
             layer.unmerge()
         restore_dtypes(model)
     stop_sharing_generation(model)
-    stop_saving_by_base_names(model)
     _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
     for module in trained_modules(model).values():
         stop_training_in_full(module)

@@ -13,6 +13,7 @@ from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, Wei
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.layers.factors import FactorStore
 from genlora_lightning.layers.obstacles import obstacle_in_hooks, obstacle_in_weight
+from genlora_lightning.layers.pretrained import save_by_base_names
 
 
 class AdaptedLayer(nn.Module, ABC):
@@ -49,6 +50,7 @@ class AdaptedLayer(nn.Module, ABC):
         self.train(base_layer.training)  # dropout follows the mode of the model it is put into
         # The weight as it was before `merge`, kept out of the module's parameters so that no state dict holds it.
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()
+        save_by_base_names(AdaptedLayer)
 
     # -- what a site says ---------------------------------------------------------------------------------------------
 
@@ -216,6 +218,11 @@ class AdaptedLayer(nn.Module, ABC):
             if f"{prefix}{name}" in state_dict:
                 state_dict.setdefault(f"{prefix}base_layer.{name}", state_dict.pop(f"{prefix}{name}"))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    @override
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        save_by_base_names(AdaptedLayer)  # a pickle may be loaded where nothing was adapted yet
 
     @override
     def extra_repr(self) -> str:

@@ -152,6 +152,7 @@ def make_plan(
     setup: Setup,
     *,
     dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """Plan a run; the model is built on the meta device.
 
@@ -162,11 +163,12 @@ def make_plan(
         config: The adapters.
         setup: The GPUs and the step.
         dtype: Of the frozen base; the configuration's if ``None``.
+        trust_remote_code: Run the Python code that comes with the model.
 
     Raises:
         ValueError: The adapters' configuration does not fit the model.
     """
-    model = build_on_meta(model_config, task, dtype)
+    model = build_on_meta(model_config, task, dtype, trust_remote_code=trust_remote_code)
     report = inject_adapters(model, config)
     sizes = model_sizes(model)
     labels = model_config.num_labels if task == "sequence-classification" else None

@@ -73,6 +73,9 @@ from genlora_lightning.training.snapshots import Snapshots
 from genlora_lightning.training.step_generation import Generate, StepGeneration
 from genlora_lightning.training.strategies import averaging_callbacks, check_strategy
 from genlora_lightning.training.sync import AdapterSharding, AdapterSync, describe_timeout
+from genlora_lightning.training.without_callback import load_without_callback
+
+load_without_callback()
 
 _OVERRIDDEN = (
     "configure_model",

@@ -25,7 +25,7 @@ from tests.plain import PlainMLP, mlp_loader, trainer
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_description_agrees_with_the_model_that_was_saved(tmp_path, make):
     model = make()
-    inject_adapters(model, small_config())
+    report = inject_adapters(model, small_config(learn_centers=False, learn_widths=False))
     perturb(model)
     folder = save_adapter(model, tmp_path / "adapter", training={"global_step": 7})
     described = describe_adapter(folder)
@@ -34,7 +34,9 @@ def test_description_agrees_with_the_model_that_was_saved(tmp_path, make):
     for layer in described.layers:
         own = layers[layer.module]
         assert (layer.out_features, layer.in_features, layer.rank) == (own.out_features, own.in_features, 4)
-        assert layer.parameters == sum(p.numel() for p in own.adapter_parameters().values())
+        assert layer.parameters == sum(p.numel() for p in own.adapter_parameters().values() if p.requires_grad)
+        assert layer.fixed == sum(p.numel() for p in own.adapter_parameters().values() if not p.requires_grad)
+        assert layer.fixed > 0
         assert layer.effective_rank == pytest.approx(effective_ranks(model)[layer.module], rel=1e-6)
         assert layer.effective_rank > 1
     assert described.num_bytes == adapter_bytes(folder)
@@ -42,17 +44,22 @@ def test_description_agrees_with_the_model_that_was_saved(tmp_path, make):
     assert values["training"] == {"global_step": 7}
     assert values["config"]["rank"] == 4
     assert values["layers"][0]["module"] == described.layers[0].module
-    assert values["parameters"] == sum(layer.parameters for layer in described.layers)
+    assert values["parameters"] == report.trainable_parameters
+    assert values["fixed"] == sum(layer.fixed for layer in described.layers)
+    counted = f"{values['parameters']:,} trained values and {values['fixed']:,} fixed ones"
+    assert f": {counted} in " in str(described)
+    assert f": {counted} for {len(layers)} linear layers." in (folder / "README.md").read_text()
 
 
 def test_description_prints_a_line_per_layer_and_module_trained_in_full(tmp_path):
     model = tiny_llama()
-    inject_adapters(model, small_config(modules_to_train=["norm"], target_modules=["q_proj"]))
+    fixed = {"learn_centers": False, "learn_widths": False}
+    inject_adapters(model, small_config(modules_to_train=["norm"], target_modules=["q_proj"], **fixed))
     lines = str(describe_adapter(save_adapter(model, tmp_path / "adapter"))).splitlines()
     assert len(lines) == 2 + 2 + 1 + 1
-    assert lines[2].split() == ["model.layers.0.self_attn.q_proj", "(16,", "16)", "4", "0.00", "64"]
+    assert lines[2].split() == ["model.layers.0.self_attn.q_proj", "(16,", "16)", "4", "0.00", "48"]
     assert lines[4].split() == ["model.norm", "trained", "in", "full", "-", "-", "16"]
-    assert "144 values in" in lines[5]
+    assert "112 trained values and 32 fixed ones in" in lines[5]
     assert "2 linears, mean effective rank 0.00 of 4." in lines[5]
 
 

@@ -17,7 +17,7 @@ from genlora_lightning.cli.main import main
 from genlora_lightning.injection.inject import adapter_layers
 from tests.conftest import perturb, small_config
 from tests.interop.test_lora_export import adapted, load_with_peft, logits
-from tests.models import tiny_bert, tiny_llama
+from tests.models import give_own_code, tiny_bert, tiny_llama
 
 ROOT = Path(genlora_lightning.__file__).parents[1]
 
@@ -194,15 +194,7 @@ def test_code_of_the_base_is_run_if_asked_and_nobody_is_asked_on_the_terminal(tm
     model = adapted("llama")
     tiny_llama().save_pretrained(tmp_path / "base")
     save_adapter(model, tmp_path / "adapter")
-    (tmp_path / "base" / "own_code.py").write_text(
-        "from transformers import LlamaConfig, LlamaForCausalLM\n"
-        "class Conf(LlamaConfig):\n    model_type = 'own'\n"
-        "class LM(LlamaForCausalLM):\n    config_class = Conf\n"
-    )
-    file = tmp_path / "base" / "config.json"
-    auto = {"AutoConfig": "own_code.Conf", "AutoModelForCausalLM": "own_code.LM"}
-    own = {"model_type": "own", "architectures": ["LM"], "auto_map": auto}
-    file.write_text(json.dumps({**json.loads(file.read_text()), **own}))
+    give_own_code(tmp_path / "base")
     arguments = ("merge", tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", "--base-check", "off")
     assert "contains custom code" in failure(capsys, *arguments)
     assert run(*arguments, "--trust-remote-code") == 0
@@ -283,7 +275,7 @@ def test_inspect_describes_folders_and_checkpoints_alike(files, capsys):
     for row in described["layers"]:
         layer = adapter_layers(model)[row["module"]]
         assert (row["in_features"], row["out_features"]) == (layer.in_features, layer.out_features)
-        assert row["parameters"] == sum(p.numel() for p in layer.adapter_parameters().values())
+        assert row["parameters"] == sum(p.numel() for p in layer.adapter_parameters().values() if p.requires_grad)
         assert row["effective_rank"] == pytest.approx(ranks[row["module"]], rel=1e-4)
 
 

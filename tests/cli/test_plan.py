@@ -8,7 +8,7 @@ import yaml
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.cli.main import main
 from genlora_lightning.injection.inject import inject_adapters
-from tests.models import tiny_llama
+from tests.models import give_own_code, tiny_llama
 
 
 @pytest.fixture
@@ -51,6 +51,19 @@ def test_plan_takes_names_or_an_expression_as_targets(model, capsys):
             == 0
         )
         assert json.loads(capsys.readouterr().out)["linears"] == linears
+
+
+@pytest.mark.parametrize("command", [["plan", "--seq", "8"], ["budget", "--like-lora-rank", "2"]])
+def test_code_of_the_model_is_run_if_asked_and_nobody_is_asked_on_the_terminal(
+    tmp_path, model, command, capsys, monkeypatch
+):
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    give_own_code(tmp_path)
+    assert main([*command, "--model", model]) == 1
+    assert "contains custom code" in capsys.readouterr().err
+    assert main([*command, "--model", model, "--trust-remote-code", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["linears"] == 14
 
 
 def test_bad_plans_are_errors_of_one_line(model, capsys):

@@ -483,6 +483,60 @@ def test_labels_are_those_of_tokenizing_all_the_text_before_each_answer(
     assert (dict in seen) == (name not in ("rewrites", "counts")), "or the comparison would be of errors only"
 
 
+# What shows in some turns only, the last of them far from the start.
+LONG = TEMPLATES | {
+    "numbers later questions": CHAT_TEMPLATE.replace(
+        "{{ '<|im_start|>' +",
+        "{{ (loop.index|string if message['role'] == 'user' and loop.index > 40 else '') + '<|im_start|>' +",
+    ),
+    "alternating": "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('roles must alternate') }}{% endif %}{% endfor %}" + CHAT_TEMPLATE,
+    "rewrites the one before the last": CHAT_TEMPLATE.replace(
+        "{{ '<|im_start|>' +", "{{ ('~' if loop.revindex == 2 else '') + '<|im_start|>' +"
+    ),
+    "forgets": CHAT_TEMPLATE.replace("in messages", "in messages[-50:]"),
+}
+
+
+@pytest.mark.parametrize("learned", ["all", "some"])
+@pytest.mark.parametrize("name", LONG)
+def test_answers_of_a_long_conversation_are_those_that_rendering_all_before_each_finds(
+    tokenizer: Any, name: str, learned: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer.chat_template = LONG[name]
+    messages = [{**m, "content": f"{m['content']} {turn}"} for turn in range(40) for m in DIALOGUE]
+    answers = range(1, len(messages), 2)
+    wanted = [index for index in answers if learned == "all" or index % 3]
+    chat = encoder(tokenizer, max_length=10**6)
+
+    def found() -> dict[str, Any] | str:
+        try:
+            return chat.encode(messages, "f:1", wanted)
+        except DataFileError as error:
+            return str(error)
+
+    by_parts = found()
+    monkeypatch.setattr("genlora_lightning.data._chat._FOUND_BY_ALL", len(messages))
+    assert by_parts == found()
+    bad = ("rewrites", "counts", "rewrites the one before the last", "forgets")
+    assert isinstance(by_parts, str) == (name in bad), "or the comparison would be of errors only"
+
+
+@pytest.mark.parametrize("name", ["chatml", "no control tokens", "alternating"])
+def test_rendering_takes_time_that_grows_with_the_messages(tokenizer: Any, name: str) -> None:
+    class Counting(ChatEncoder):
+        messages = 0
+
+        def _render(self, messages: list[dict[str, str]], *args: Any, **kwargs: Any) -> str:
+            self.messages += len(messages)
+            return super()._render(messages, *args, **kwargs)
+
+    for turns in (5, 100):
+        chat = Counting(tokenizer, LONG[name], 10**6, "left")
+        assert len(spans(chat.encode(DIALOGUE * turns, "f:1")["labels"])) == 2 * turns
+        assert chat.messages < 16 * len(DIALOGUE * turns)
+
+
 @pytest.mark.parametrize("name", ["chatml", "no control tokens"])
 def test_tokenizing_takes_time_that_grows_with_the_tokens(tokenizer: Any, name: str) -> None:
     class Counting(ChatEncoder):

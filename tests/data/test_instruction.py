@@ -245,15 +245,19 @@ def test_summary_counts_what_is_in_the_batches(write: Write, tokenizer: Any) -> 
 
 
 def test_group_by_length_saves_padding_and_loses_nothing(write: Write, tokenizer: Any) -> None:
-    path = write("train.jsonl", [{"prompt": "one " * (i % 40 + 1), "completion": str(i)} for i in range(200)])
-    totals = {}
-    for grouped in (False, True):
-        data = module(tokenizer, path, group_by_length=grouped)
-        data.setup("fit")
-        batches = list(data.train_dataloader())
-        totals[grouped] = sum(batch["input_ids"].numel() for batch in batches)
-        assert sorted(answers(batches, tokenizer)) == sorted(f"{i}<|im_end|>" for i in range(200))
-    assert totals[True] < 0.9 * totals[False]
+    path = write("train.jsonl", [{"prompt": "one " * (i * 17 % 40 + 1), "completion": str(i)} for i in range(200)])
+    for loader in ("train", "val", "test"):
+        totals = {}
+        for grouped in (False, True):
+            files = {"val_file": path, "test_file": path, "eval_batch_size": 4}
+            data = module(tokenizer, path, group_by_length=grouped, **files)
+            data.setup()
+            batches = list(getattr(data, f"{loader}_dataloader")())
+            totals[grouped] = sum(batch["input_ids"].numel() for batch in batches)
+            assert sorted(answers(batches, tokenizer)) == sorted(f"{i}<|im_end|>" for i in range(200))
+        assert totals[True] < 0.9 * totals[False]
+        lengths = [batch["input_ids"].shape[1] for batch in batches]
+        assert lengths != sorted(lengths), "the first batches alone stand for all"
 
 
 # Prediction

@@ -13,7 +13,7 @@ from torch import nn
 from genlora_lightning import inject_adapters, merge_adapters, remove_adapters
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
 from tests.conftest import perturb, small_config
-from tests.models import tiny_llama
+from tests.models import tiny_llama, tiny_t5
 
 IDS = torch.arange(12).view(2, 6)
 
@@ -85,7 +85,30 @@ def test_saved_pretrained_model_says_what_it_leaves_out_and_is_merged_if_the_ada
     loaded = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
     remove_adapters(holder)
-    assert "save_pretrained" not in vars(model)
+    model.save_pretrained(tmp_path / "plain")
+    assert set(load_file(tmp_path / "plain" / "model.safetensors")) <= set(tiny_llama().state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:`save_pretrained` saves the base")
+def test_model_of_which_a_part_was_adapted_saves_all_of_its_base(tmp_path):
+    from transformers import T5ForSequenceClassification
+
+    base = tiny_t5().eval()
+    whole = copy.deepcopy(base)
+    part = whole.transformer.encoder
+    inject_adapters(part, small_config())
+    perturb(part)
+    whole.save_pretrained(tmp_path / "whole")
+    ids = torch.tensor([[5, 6, 7, 1]])
+    loaded, info = T5ForSequenceClassification.from_pretrained(tmp_path / "whole", output_loading_info=True)
+    assert not info["missing_keys"]
+    torch.testing.assert_close(loaded.eval()(ids).logits, base(ids).logits)
+    assert (whole(ids).logits - base(ids).logits).abs().max() > 1e-3
+
+    merge_adapters(part)
+    whole.save_pretrained(tmp_path / "merged")
+    merged = T5ForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    torch.testing.assert_close(merged(ids).logits, whole(ids).logits)
 
 
 @pytest.mark.filterwarnings("ignore:`save_pretrained` saves the base")
