@@ -1,4 +1,4 @@
-"""Run the ``genlora`` command: plan runs, and inspect, verify, convert, export, import and merge adapters.
+"""Run the ``genlora`` command: plan runs, try what was trained, and inspect, convert, export and merge adapters.
 
 Exit codes: 0 done, 1 the input is bad or the work failed, 2 the command line is wrong.
 """
@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from genlora_lightning.backbone.catalog import TASKS
+from genlora_lightning.cli.chat import add_chat, run_chat
+from genlora_lightning.cli.generate import add_generate, run_generate
 from genlora_lightning.cli.plan import add_budget, add_plan, run_budget, run_plan
 
 # torch and transformers take seconds to import: only the commands that need them do.
@@ -30,7 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0, or 1 after an error, which is one line on standard error. A wrong command line raises
         ``SystemExit(2)``.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    # argparse gives a command its list of words up to the first option alone.
+    if left and (not hasattr(options, "prompts") or any(word.startswith("-") for word in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.prompts += left
     command: Callable[[argparse.Namespace], None] = options.command
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' advice is not for users of a tool
@@ -51,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="genlora",
-        description="Plan runs, and inspect, verify, convert, export, import and merge adapters.",
+        description="Plan runs, try what was trained, and inspect, verify, convert, export, import and merge adapters.",
         epilog="`genlora COMMAND --help` shows a command's options and an example.",
     )
     parser.add_argument("--version", action="version", version=f"genlora-lightning {__version__}")
@@ -74,6 +82,22 @@ def _parser() -> argparse.ArgumentParser:
         "--model HuggingFaceTB/SmolLM2-135M-Instruct --like-lora-rank 2",
     )
     add_budget(budget)
+
+    generate = _command(
+        commands,
+        "generate",
+        run_generate,
+        "answer prompts with what was trained",
+        "runs/reviews/adapter 'Is this review positive or negative? …' --max-new-tokens 20",
+    )
+    add_generate(generate)
+    _add_base_check(generate)
+
+    chat = _command(
+        commands, "chat", run_chat, "talk to what was trained, and to its base beside it", "runs/reviews/adapter"
+    )
+    add_chat(chat)
+    _add_base_check(chat)
 
     inspect = _command(
         commands, "inspect", _inspect, "say what an adapter folder or a checkpoint holds", "runs/reviews/adapter --json"
