@@ -133,7 +133,11 @@ class _Talk:
         if self.subject.adapter is None:
             raise ValueError("There is no adapter here to answer without; /adapter PATH loads one.")
         self.mode = "adapter" if self.mode == mode else mode
-        words = {"adapter": "with the adapter", "base": "without the adapter", "both": "without the adapter, then with"}
+        words = {
+            "adapter": "with the adapter",
+            "base": "without the adapter",
+            "both": "without the adapter, then with it,",
+        }
         print(f"Answers come {words[self.mode]} from now on.{self._trained_in_full()}")
 
     def _trained_in_full(self) -> str:

@@ -69,7 +69,7 @@ def test_base_and_both_are_the_answers_of_base_and_adapter(talking, chat):
     (adapter,) = chat(talking / "first", "w7 w8")
     assert base != adapter
     lines = chat(talking / "first", "/base", "w7 w8", "/base", "/reset", "w7 w8", "/reset", "/both", "w7 w8")
-    answers = [line for line in lines if not line.startswith(("Answers", "A new"))]
+    answers = [line for line in lines if not line.startswith(("From now on", "A new"))]
     assert answers == [base, adapter, f"[base] {base}", f"[adapter] {adapter}"]
 
 
@@ -98,7 +98,7 @@ def test_terminal_shows_prompts_help_and_errors_and_goes_on(talking, chat, termi
     assert "error: The prompt has 73 tokens, and the model takes 64 with the answer. Shorten it." in out
     assert "adapter> w7 w8\n" in out
     assert answer in out.splitlines()  # the question that failed is forgotten
-    assert "Answers come without the adapter from now on." in out
+    assert "From now on answers come without the adapter." in out
     assert "error: There is no adapter here" in terminal(talking / "base", "/both")
 
 
