@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MODEL_FILES = "adapter folder, checkpoint, model folder (merged, or a base) or name on the Hugging Face Hub"
+_MODEL_FILES = "adapter folder, checkpoint, model folder (merged, or a base), or name of either on the Hugging Face Hub"
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -273,7 +273,7 @@ class _Trained:
         from genlora_lightning.interop.lora_files import read_lora
 
         self.name = name
-        self.path = Path(name).expanduser()
+        self.path = _place_of(name)
         base: dict[str, Any] = {}
         if self.path.is_file():
             self.kind = "checkpoint"
@@ -291,6 +291,17 @@ class _Trained:
         self.base: str | None = base.get("name")
         self.revision: str | None = base.get("revision")
         _check_writes_text(name, base.get("class"))
+
+
+def _place_of(name: str) -> Path:
+    from genlora_lightning.artifacts.adapter_folder import adapter_place
+
+    try:
+        return adapter_place(name).expanduser()
+    except OSError:
+        if name.startswith("hf://"):
+            raise
+        return Path(name)  # of a base, perhaps, whose loading says what is wrong otherwise
 
 
 def _is_peft(path: Path) -> bool:

@@ -15,11 +15,14 @@ from typing import TYPE_CHECKING, Any
 from genlora_lightning.backbone.catalog import TASKS
 from genlora_lightning.cli.chat import add_chat, run_chat
 from genlora_lightning.cli.generate import add_generate, run_generate
+from genlora_lightning.cli.hub import add_push, run_push
 from genlora_lightning.cli.plan import add_budget, add_plan, run_budget, run_plan
 
 # torch and transformers take seconds to import: only the commands that need them do.
 if TYPE_CHECKING:
     from torch import nn
+
+_ADAPTER = "adapter folder, or the name of one on the Hugging Face Hub (org/name, org/name@revision, hf://org/name)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,13 +105,13 @@ def _parser() -> argparse.ArgumentParser:
     inspect = _command(
         commands, "inspect", _inspect, "say what an adapter folder or a checkpoint holds", "runs/reviews/adapter --json"
     )
-    inspect.add_argument("path", metavar="FOLDER|CKPT", help="adapter folder, or checkpoint of a run with adapters")
+    inspect.add_argument("path", metavar="FOLDER|CKPT", help=f"{_ADAPTER}, or checkpoint of a run with adapters")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     verify = _command(
         commands, "verify", _verify, "prove that an adapter folder is complete and unchanged", "runs/reviews/adapter"
     )
-    verify.add_argument("path", metavar="FOLDER", help="adapter folder")
+    verify.add_argument("path", metavar="FOLDER", help=_ADAPTER)
     verify.add_argument("--json", action="store_true", help="print JSON")
 
     convert = _command(
@@ -144,6 +147,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_base_out(imported, "adapter folder to write")
     _add_overwrite(imported)
 
+    push = _command(
+        commands,
+        "push",
+        run_push,
+        "upload an adapter folder to the Hugging Face Hub",
+        "runs/reviews/adapter me/reviews",
+    )
+    add_push(push)
+
     merge = _command(
         commands,
         "merge",
@@ -169,7 +181,7 @@ def _command(
 
 
 def _add_adapter_base_out(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument("adapter", metavar="ADAPTER", help=_ADAPTER)
     _add_base_out(parser, out)
     _add_base_check(parser)
 
