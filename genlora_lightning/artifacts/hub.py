@@ -96,7 +96,7 @@ def _may_be_name(text: str) -> bool:
 def _explained(repo: str, revision: str | None, where: str) -> Iterator[None]:
     """Say in one line what the Hub's library says in many, with what to do."""
     from huggingface_hub import errors
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     shows_bars = not are_progress_bars_disabled()
     if not sys.stderr.isatty():
