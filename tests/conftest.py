@@ -15,6 +15,7 @@ from torch import nn
 
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.injection.inject import adapter_parameters
+from tests.hub import hub  # noqa: F401 - a fixture
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,8 @@ from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts import format1
+from genlora_lightning.artifacts.hub import local_folder
+from genlora_lightning.artifacts.model_card import CARD_FILE
 from genlora_lightning.backbone.identity import IDENTITY_SHAPE
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
@@ -36,12 +38,11 @@ from genlora_lightning.layers.sites import adapt
 from genlora_lightning.storage.atomic import find_folder
 from genlora_lightning.storage.digests import sha256
 from genlora_lightning.storage.documents import check_document, is_matrix_shape
-from genlora_lightning.storage.paths import local_path
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
-CARD_FILE = "README.md"
+ADAPTER_FILES = [CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, CARD_FILE]
 FORMAT = "genlora"
 FORMAT_VERSION = 2
 
@@ -153,18 +154,35 @@ def manifest_bytes(values: Mapping[str, Any]) -> bytes:
     return _json({**values, "sha256": sha256(_json(values))})
 
 
+def adapter_place(path: str | os.PathLike[str], what: str = "adapter folder") -> Path:
+    """Where a reader finds an adapter: a local path, or the folder into which it was fetched from the Hugging Face Hub.
+
+    Args:
+        path: A path, or ``org/name``, ``org/name@revision`` or ``hf://org/name`` on the Hub.
+        what: What it is the place of, for messages.
+
+    Raises:
+        ValueError: It is the URL of another remote store.
+        OSError: The Hub cannot be reached, gives no access, or has no such adapter (``FileNotFoundError``).
+    """
+    return find_folder(local_folder(path, what, ADAPTER_FILES))
+
+
 def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
     """Read an adapter folder and verify all of it.
 
     The files are read one after another. If another process replaces the folder meanwhile, they are of two adapters,
     which is found as damage is; a second reading then succeeds.
 
+    Args:
+        folder: The folder, or its name on the Hugging Face Hub: ``org/name``, ``org/name@revision``, ``hf://org/name``.
+
     Raises:
         FileNotFoundError: There is no such folder, or a file of it is missing.
         DamagedFileError: A file is not what was written.
         ValueError: The folder is of another library, or of a newer release.
     """
-    place = find_folder(local_path(folder, "adapter folder"))
+    place = adapter_place(folder)
     files = {CONFIG_FILE: _config_bytes(place)}
     description = _parse_description(place / CONFIG_FILE, files[CONFIG_FILE])
     for name in (MANIFEST_FILE, WEIGHTS_FILE):
@@ -217,7 +235,7 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
         FileNotFoundError: There is no such folder or no configuration in it.
         ValueError: The configuration cannot be read, is another library's, or comes from a newer release.
     """
-    place = find_folder(local_path(folder, "adapter folder"))
+    place = adapter_place(folder)
     return _read_configs(place / CONFIG_FILE, _parse_description(place / CONFIG_FILE, _config_bytes(place)))[0]
 
 

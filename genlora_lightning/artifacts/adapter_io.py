@@ -23,7 +23,7 @@ from genlora_lightning._version import __version__
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.artifacts.adapter_folder import (
-    CARD_FILE,
+    ADAPTER_FILES,
     CONFIG_FILE,
     FORMAT,
     FORMAT_VERSION,
@@ -36,7 +36,8 @@ from genlora_lightning.artifacts.adapter_folder import (
     manifest_bytes,
     read_adapter,
 )
-from genlora_lightning.artifacts.model_card import model_card
+from genlora_lightning.artifacts.hub import push_folder
+from genlora_lightning.artifacts.model_card import CARD_FILE, model_card
 from genlora_lightning.backbone.identity import (
     BaseCheck,
     base_identity,
@@ -60,8 +61,6 @@ from genlora_lightning.injection.state import adapter_state_dict, load_adapter_s
 from genlora_lightning.storage.atomic import atomic_folder
 from genlora_lightning.storage.digests import dtype_name, sha256
 from genlora_lightning.storage.paths import local_path
-
-_OWN_FILES = {WEIGHTS_FILE, CONFIG_FILE, MANIFEST_FILE, CARD_FILE}
 
 
 @dataclass
@@ -201,7 +200,8 @@ def load_adapter(
     Args:
         model: The base model the adapter was trained on, with or without adapters of the same configuration. An adapter
             of a module that holds such a model (a LightningModule, say) is loaded without the prefix of its names.
-        folder: A folder that :func:`save_adapter` wrote.
+        folder: A folder that :func:`save_adapter` wrote, or the name of one on the Hugging Face Hub (``org/name``,
+            ``org/name@revision``, ``hf://org/name``), of which the adapter's files alone are fetched.
         base_check: What to do if the base is another one: ``"error"``, ``"warn"``, or ``"off"``: do not look.
         replace: Whether adapters that the model has already, and that act, may lose their values.
 
@@ -251,6 +251,31 @@ def load_adapter(
         _check_dtypes(adapter_state_dict(model), stored.tensors, Path(folder))
         load_adapter_state(model, stored.tensors, str(folder))
     return report
+
+
+def push_adapter(
+    folder: str | os.PathLike[str], repo: str, *, private: bool | None = None, revision: str | None = None
+) -> str:
+    """Upload an adapter folder to the Hugging Face Hub, in one commit, after all of it was verified.
+
+    Its own files go there, and no other that lies in the folder. :func:`load_adapter` loads it by its name there.
+
+    Args:
+        folder: The folder.
+        repo: ``org/name``; made if it is not there.
+        private: Whether a new repository is private; the account's default if ``None``.
+        revision: The branch; made if it is not there. The main one if ``None``.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        FileNotFoundError: There is no such folder, or a file of it is missing.
+        ValueError: A file is damaged or of another format, or ``repo`` is no name that the Hub could have.
+        OSError: The Hub cannot be reached, or gives no access.
+    """
+    stored = read_adapter(local_path(folder, "adapter folder").absolute())
+    return push_folder(stored.folder, repo, ADAPTER_FILES, private=private, revision=revision)
 
 
 def adapter_bytes(folder: str | os.PathLike[str]) -> int:
@@ -330,7 +355,7 @@ def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], trai
 
 def _keep_other_files(folder: Path, staging: Path) -> None:
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name not in _OWN_FILES:
+        if path.name not in ADAPTER_FILES:
             if path.is_dir() and not path.is_symlink():
                 shutil.copytree(path, staging / path.name, symlinks=True)
             else:

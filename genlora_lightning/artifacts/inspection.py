@@ -14,7 +14,7 @@ from torch import Tensor
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.adapters.low_rank import effective_rank
-from genlora_lightning.artifacts.adapter_folder import StoredAdapter, read_adapter, stored_layer
+from genlora_lightning.artifacts.adapter_folder import StoredAdapter, adapter_place, read_adapter, stored_layer
 from genlora_lightning.artifacts.adapter_io import adapter_bytes
 from genlora_lightning.artifacts.checkpoint import describe
 from genlora_lightning.artifacts.loading import read_checkpoint
@@ -23,7 +23,6 @@ from genlora_lightning.backbone.identity import describe_base
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
 from genlora_lightning.layers.adapted import AdaptedLayer
-from genlora_lightning.storage.paths import local_path
 from genlora_lightning.text import text_table
 
 
@@ -184,12 +183,12 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
         FileNotFoundError: There is no such folder or file.
         ValueError: It is damaged, or holds no adapters of ours; as :func:`verify_adapter` says.
     """
-    folder = local_path(path, "checkpoint or adapter folder")
+    folder = adapter_place(path, "checkpoint or adapter folder")
     if folder.is_file():
         return _describe_checkpoint(folder)
     stored = read_adapter(folder)
     return AdapterDescription(
-        folder=str(folder),
+        folder=str(path),
         base=describe_base(stored.base),
         config=stored.config.to_dict(),
         training=stored.training,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning.adapters.kinds import read_config
+from genlora_lightning.artifacts.adapter_folder import adapter_place
 from genlora_lightning.artifacts.adapter_io import adapter_record, load_adapter, write_adapter
 from genlora_lightning.artifacts.checkpoint import (
     adapter_root,
@@ -52,7 +53,7 @@ def load_module(
     Args:
         module: The LightningModule's class, which is called with the hyperparameters that the checkpoint holds; or a
             module (any ``nn.Module``), which is changed in place; adapters that it has lose their values.
-        path: A checkpoint file, or an adapter folder.
+        path: A checkpoint file, or an adapter folder, or the name of one on the Hugging Face Hub.
         base_check: What to do if the base is not the one that was trained on: ``"error"``, ``"warn"``, or ``"off"``: do
             not look.
         arguments: For the class: they replace those of the checkpoint. An adapter folder holds none, so all are needed.
@@ -67,7 +68,7 @@ def load_module(
         ValueError: What is there is damaged or holds no adapters, or they do not fit the module. A module that was
             given has the model that its ``configure_model`` builds then, and is as it was otherwise.
     """
-    path = local_path(path, "checkpoint or adapter folder")
+    path = adapter_place(path, "checkpoint or adapter folder")
     checkpoint = None if path.is_dir() else read_checkpoint(path)
     if isinstance(module, type):
         if checkpoint is not None:

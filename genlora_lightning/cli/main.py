@@ -1,4 +1,4 @@
-"""Run the ``genlora`` command: set up, train, plan, and inspect, verify, convert, export, import and merge adapters.
+"""Run the ``genlora`` command: set up, train and plan runs, try what was trained, and work on adapter folders.
 
 Exit codes: 0 done, 1 the input is bad or the work failed, 2 the command line is wrong.
 """
@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from genlora_lightning.backbone.catalog import TASKS
+from genlora_lightning.cli.chat import add_chat, run_chat
 from genlora_lightning.cli.data import add_data, run_data
+from genlora_lightning.cli.generate import add_generate, run_generate
+from genlora_lightning.cli.hub import add_push, run_push
 from genlora_lightning.cli.init import add_init, run_init
 from genlora_lightning.cli.plan import add_budget, add_plan, add_source, run_budget, run_plan, source_of
 
@@ -29,6 +32,8 @@ _TRAINING = {
 # torch and transformers take seconds to import: only the commands that need them do.
 if TYPE_CHECKING:
     from torch import nn
+
+_ADAPTER = "adapter folder, or the name of one on the Hugging Face Hub (org/name, org/name@revision, hf://org/name)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -47,7 +52,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         train(given)
         return 0
-    options = _parser().parse_args(given)
+    parser = _parser()
+    options, left = parser.parse_known_args(given)
+    # argparse gives a command its list of words up to the first option alone.
+    if left and (not hasattr(options, "prompts") or any(word.startswith("-") for word in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:
+        options.prompts += left
     command: Callable[[argparse.Namespace], None] = options.command
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the libraries' advice is not for users of a tool
@@ -111,16 +122,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_budget(budget)
 
+    generate = _command(
+        commands,
+        "generate",
+        run_generate,
+        "answer prompts with what was trained",
+        "runs/reviews/adapter 'Is this review positive or negative? …' --max-new-tokens 20",
+    )
+    add_generate(generate)
+    _add_base_check(generate)
+
+    chat = _command(
+        commands, "chat", run_chat, "talk to what was trained, and to its base beside it", "runs/reviews/adapter"
+    )
+    add_chat(chat)
+    _add_base_check(chat)
+
     inspect = _command(
         commands, "inspect", _inspect, "say what an adapter folder or a checkpoint holds", "runs/reviews/adapter --json"
     )
-    inspect.add_argument("path", metavar="FOLDER|CKPT", help="adapter folder, or checkpoint of a run with adapters")
+    inspect.add_argument("path", metavar="FOLDER|CKPT", help=f"{_ADAPTER}, or checkpoint of a run with adapters")
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     verify = _command(
         commands, "verify", _verify, "prove that an adapter folder is complete and unchanged", "runs/reviews/adapter"
     )
-    verify.add_argument("path", metavar="FOLDER", help="adapter folder")
+    verify.add_argument("path", metavar="FOLDER", help=_ADAPTER)
     verify.add_argument("--json", action="store_true", help="print JSON")
 
     convert = _command(
@@ -156,6 +183,15 @@ def _parser() -> argparse.ArgumentParser:
     _add_base_out(imported, "adapter folder to write")
     _add_overwrite(imported)
 
+    push = _command(
+        commands,
+        "push",
+        run_push,
+        "upload an adapter folder to the Hugging Face Hub",
+        "runs/reviews/adapter me/reviews",
+    )
+    add_push(push)
+
     merge = _command(
         commands,
         "merge",
@@ -181,7 +217,7 @@ def _command(
 
 
 def _add_adapter_base_out(parser: argparse.ArgumentParser, out: str) -> None:
-    parser.add_argument("adapter", metavar="ADAPTER", help="adapter folder")
+    parser.add_argument("adapter", metavar="ADAPTER", help=_ADAPTER)
     _add_base_out(parser, out)
     _add_base_check(parser)
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from genlora_lightning.adapters.low_rank import truncate_factors
-from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter
 from genlora_lightning.backbone.identity import base_model_name
 from genlora_lightning.backbone.tasks import class_tasks, is_transformers_model, transformers_base
 from genlora_lightning.injection.full_training import trained_modules
@@ -31,8 +31,8 @@ from genlora_lightning.text import text_table
 
 _PREFIX = "base_model.model."
 _MARK = "genlora_export"
-# The values that vLLM accepts for `--max-lora-rank`.
-_SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+# The values that vLLM accepts for `--max-lora-rank`; it serves all ranks up to that.
+_SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # PEFT trains and loads these modules in full whenever it is told the task, named or not.
 _IMPLIED_HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -140,6 +140,73 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
     _check_places(base)
     _check_taken_by_peft(base, layers)
 
+    state, rows, settings = _lora_tensors(layers, rank)
+    trained = _outermost(trained_modules(base))
+    for name, module in trained.items():
+        for key, tensor in module.state_dict().items():
+            stored = tensor.float() if tensor.is_floating_point() else tensor
+            state[f"{_PREFIX}{name}.{key}"] = stored
+    task = _task_type(base, list(layers), list(trained))
+    # PEFT takes a name also as the end of a longer name; linears that it would adapt beside ours are excluded.
+    others = [
+        name
+        for name, module in base.named_modules()
+        if matrix_shape(module) is not None
+        and not name.endswith(".base_layer")
+        and any(name.endswith(f".{own}") for own in layers)
+    ]
+    config = _peft_config(
+        rows,
+        settings,
+        base_model_name_or_path=base_model_name(base),
+        task_type=task,
+        fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in layers.values()),
+        exclude_modules=others or None,
+        modules_to_save=list(trained) or None,
+    )
+    path = write_folder(folder, lambda staging: _write(staging, state, config), _is_export, "LoRA adapter")
+    return LoRAExport(folder=path, rank=config["r"], rows=tuple(rows), modules_to_save=tuple(trained), task_type=task)
+
+
+@torch.no_grad()
+def write_stored_lora(stored: StoredAdapter, folder: Path) -> None:
+    """Write an adapter folder that was read as a LoRA adapter for a server, without its base.
+
+    What only PEFT needs to know of the base (which other linears a name fits, how they are stored) is not in it.
+
+    Args:
+        stored: The adapter.
+        folder: An empty folder.
+
+    Raises:
+        ValueError: It holds modules trained in full, which no server takes, a value that is not finite, or names of a
+            module around the base.
+    """
+    import transformers
+
+    names = ", ".join(stored.trained_modules)
+    if names:
+        raise ValueError(
+            f"The adapter in {stored.folder} has modules trained in full ({names}), which LoRA servers do not take. "
+            "Merge it into its base (`genlora merge`), and serve that."
+        )
+    if not hasattr(transformers, stored.base["class"]):
+        raise ValueError(
+            f"The adapter in {stored.folder} has the names of a {stored.base['class']}, which is no model of "
+            "transformers. `genlora export-lora` finds those of the base, and writes what servers load."
+        )
+    state, rows, settings = _lora_tensors({name: stored.layer(name) for name in stored.layers}, None)
+    tasks = class_tasks(stored.base["class"])
+    config = _peft_config(
+        rows, settings, base_model_name_or_path=stored.base["name"], task_type=tasks[0] if tasks else None
+    )
+    _write(folder, state, config)
+
+
+def _lora_tensors(
+    layers: dict[str, AdaptedLayer], rank: int | None
+) -> tuple[dict[str, Tensor], list[ExportRow], dict[str, Any] | None]:
+    """A and B of each layer by their names in the file, a row for each, and the scaling if it is not in B."""
     state: dict[str, Tensor] = {}
     rows = []
     settings = _lora_settings(layers, rank)
@@ -151,21 +218,13 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         state[f"{_PREFIX}{name}.lora_A.weight"] = A
         state[f"{_PREFIX}{name}.lora_B.weight"] = B
         rows.append(ExportRow(module=name, rank=A.shape[0], energy_kept=energy, bytes=4 * (A.numel() + B.numel())))
-    trained = _outermost(trained_modules(base))
-    for name, module in trained.items():
-        for key, tensor in module.state_dict().items():
-            stored = tensor.float() if tensor.is_floating_point() else tensor
-            state[f"{_PREFIX}{name}.{key}"] = stored
+    return state, rows, settings
+
+
+def _write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    task = _task_type(base, list(layers), list(trained))
-    config = _peft_config(base, layers, list(trained), task, {row.module: row.rank for row in rows}, settings)
-
-    def write(staging: Path) -> None:
-        save_file(state, staging / WEIGHTS_FILE, metadata={"format": "pt", _MARK: "1"})
-        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-    path = write_folder(folder, write, _is_export, "LoRA adapter")
-    return LoRAExport(folder=path, rank=config["r"], rows=tuple(rows), modules_to_save=tuple(trained), task_type=task)
+    save_file(state, folder / WEIGHTS_FILE, metadata={"format": "pt", _MARK: "1"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _lora_settings(layers: dict[str, AdaptedLayer], rank: int | None) -> dict[str, Any] | None:
@@ -183,39 +242,25 @@ def _exported_factors(layer: AdaptedLayer, rank: int, scaling: float | None) -> 
     return truncate_factors(A, B, rank)
 
 
-def _peft_config(
-    base: nn.Module,
-    layers: dict[str, AdaptedLayer],
-    trained: list[str],
-    task: str | None,
-    ranks: dict[str, int],
-    settings: dict[str, Any] | None,
-) -> dict[str, Any]:
-    # PEFT takes a name also as the end of a longer name; linears that it would adapt beside ours are excluded.
-    others = [
-        name
-        for name, module in base.named_modules()
-        if matrix_shape(module) is not None
-        and not name.endswith(".base_layer")
-        and any(name.endswith(f".{own}") for own in layers)
-    ]
+def _peft_config(rows: list[ExportRow], settings: dict[str, Any] | None, **facts: Any) -> dict[str, Any]:
+    ranks = {row.module: row.rank for row in rows}
     rank = max(ranks.values())
     lower = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank}
     return {
         "peft_type": "LORA",
-        "task_type": task,
-        "base_model_name_or_path": base_model_name(base),
+        "task_type": None,
         "r": rank,
         **(settings or {"lora_alpha": rank}),
         # Of parts that were adapted one by one; the scaling, alpha/r, is 1 for all.
         **({"rank_pattern": lower, "alpha_pattern": lower} if lower else {}),
         "lora_dropout": 0.0,
         "bias": "none",
-        "fan_in_fan_out": any(is_conv1d(layer.base_layer) for layer in layers.values()),
-        "target_modules": list(layers),
-        "exclude_modules": others or None,
-        "modules_to_save": trained or None,
+        "fan_in_fan_out": False,
+        "target_modules": list(ranks),
+        "exclude_modules": None,
+        "modules_to_save": None,
         "inference_mode": True,
+        **facts,
     }
 
 

@@ -71,6 +71,26 @@ def test_model_card_states_base_metrics_and_how_to_load(tmp_path):
     verify_adapter(folder)
 
 
+def test_model_card_has_the_licence_that_the_base_states(tmp_path):
+    model = trained()
+    (tmp_path / "base").mkdir()
+    model.name_or_path = str(tmp_path / "base")
+    for card, licence in (
+        ("---\ntags: [a]\nlicense: 'apache-2.0'\n---\n# A base\n", "apache-2.0"),
+        ("# A base\n---\nlicense: mit\n---\n", None),
+        ("---\ntags: []\n---\n", None),
+    ):
+        (tmp_path / "base" / "README.md").write_text(card)
+        text = (save_adapter(model, tmp_path / "adapter") / "README.md").read_text()
+        front = text.split("---")[1]
+        assert (f'license: "{licence}"' in front) is (licence is not None)
+        assert (f"that of the base applies: {licence}." in text) is (licence is not None)
+        assert "base_model" not in front  # a path says nothing there
+    model.name_or_path = "org/base"
+    front = (save_adapter(model, tmp_path / "adapter") / "README.md").read_text().split("---")[1]
+    assert front.startswith('\nbase_model: "org/base"\nbase_model_relation: adapter\nlibrary_name: genlora-lightning\n')
+
+
 def test_files_of_others_in_the_folder_are_kept(tmp_path):
     model = trained()
     folder = save_adapter(model, tmp_path / "adapter")

@@ -325,7 +325,7 @@ def test_wrong_command_line_is_exit_code_2(arguments, capsys):
     assert "usage: genlora" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["inspect", "export-lora", "import-lora", "merge"])
+@pytest.mark.parametrize("command", ["generate", "chat", "inspect", "export-lora", "import-lora", "push", "merge"])
 def test_help_of_every_command_shows_an_example(command, capsys):
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])

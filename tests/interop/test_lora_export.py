@@ -172,7 +172,7 @@ def test_rank_above_that_of_the_product_is_filled_with_zeros():
 # --- report and errors ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("rank", "served"), [(1, 8), (8, 8), (9, 16), (65, 128), (257, 320), (512, 512)])
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (2, 8), (8, 8), (9, 16), (65, 128), (257, 320), (512, 512)])
 def test_report_names_the_flag_of_the_server(tmp_path, rank, served):
     model = nn.Sequential(nn.Linear(8, 8))
     inject_adapters(model, small_config(rank=rank))
