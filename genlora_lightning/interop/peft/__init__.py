@@ -26,9 +26,9 @@ if tuple(_peft_version.split(".")[:2]) != ("0", "21"):
     )
 
 from genlora_lightning.interop.peft.config import GenLoraConfig
-from genlora_lightning.interop.peft.layer import GenLoraLayer
+from genlora_lightning.interop.peft.layer import GenLoraLinear
 from genlora_lightning.interop.peft.model import GenLoraModel, register
 
 register()
 
-__all__ = ["GenLoraConfig", "GenLoraLayer", "GenLoraModel"]
+__all__ = ["GenLoraConfig", "GenLoraLinear", "GenLoraModel"]

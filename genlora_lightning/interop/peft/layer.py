@@ -23,7 +23,7 @@ from genlora_lightning.layers.fused import adapted_linear, compute_dtype, fusabl
 from genlora_lightning.layers.linear import AdaptedLinear, is_conv1d
 
 
-class GenLoraLayer(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT's classes are untyped
+class GenLoraLinear(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT's classes are untyped
     r"""A frozen linear with GenLoRA adapters of PEFT.
 
     .. math:: y = W x + b + \sum_i s_i \, B_i (A_i \, \mathrm{dropout}_i(x))
@@ -38,6 +38,7 @@ class GenLoraLayer(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT's
         kwargs: What PEFT needs to know of the quantization.
     """
 
+    # PEFT's "all-linear" knows adapted linears by "Linear" in the name of their class, and their parts by these.
     adapter_layer_names = ("genlora_A", "genlora_B")
     other_param_names = ("r", "scaling", "genlora_dropout")
 

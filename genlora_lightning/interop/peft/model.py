@@ -13,7 +13,7 @@ from torch import nn
 from typing_extensions import override
 
 from genlora_lightning.interop.peft.config import GenLoraConfig
-from genlora_lightning.interop.peft.layer import GenLoraLayer
+from genlora_lightning.interop.peft.layer import GenLoraLinear
 from genlora_lightning.interop.peft_folders import PEFT_TYPE, PREFIX
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.linear import AdaptedLinear
@@ -31,7 +31,7 @@ class GenLoraModel(BaseTuner):  # type: ignore[misc]  # PEFT's classes are untyp
     """
 
     prefix = PREFIX
-    tuner_layer_cls = GenLoraLayer
+    tuner_layer_cls = GenLoraLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     @override
@@ -49,12 +49,12 @@ class GenLoraModel(BaseTuner):  # type: ignore[misc]  # PEFT's classes are untyp
         current_key: str,
         **kwargs: Any,
     ) -> None:
-        if isinstance(target, GenLoraLayer):
+        if isinstance(target, GenLoraLinear):
             target.update_layer(adapter_name, peft_config)
             return
         quantization = get_quantization_kwargs(self.model)
         _check_linear(target, current_key, quantization)
-        layer = GenLoraLayer(target, adapter_name, peft_config, **quantization)
+        layer = GenLoraLinear(target, adapter_name, peft_config, **quantization)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)  # one that is added later is not trained by itself
         self._replace_module(parent, target_name, layer, target)
@@ -64,7 +64,7 @@ class GenLoraModel(BaseTuner):  # type: ignore[misc]  # PEFT's classes are untyp
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         # PEFT casts parameters; what is fixed takes part in the same formula.
         for layer in self.model.modules():
-            if isinstance(layer, GenLoraLayer) and adapter_name in layer.genlora_A:
+            if isinstance(layer, GenLoraLinear) and adapter_name in layer.genlora_A:
                 for factor in (layer.genlora_A[adapter_name], layer.genlora_B[adapter_name]):
                     for buffer in factor._buffers.values():
                         buffer.data = buffer.data.to(factor.own_dtype)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ from torch import nn
 from genlora_lightning.adapters.genlora.generator import RBFGenerator
 from genlora_lightning.injection.inject import inject_adapters
 from genlora_lightning.injection.state import load_adapter_state
-from genlora_lightning.interop.peft import GenLoraLayer
+from genlora_lightning.interop.peft import GenLoraLinear
 from genlora_lightning.layers.sharing import set_fused
 from tests.interop.peft.conftest import move, small
 from tests.models import tiny_gpt2, tiny_llama
 
 
-def layers(model: nn.Module) -> list[GenLoraLayer]:
-    return [module for module in model.modules() if isinstance(module, GenLoraLayer)]
+def layers(model: nn.Module) -> list[GenLoraLinear]:
+    return [module for module in model.modules() if isinstance(module, GenLoraLinear)]
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -70,7 +71,7 @@ def test_matrices_of_one_shape_are_made_at_once_and_kept(llama, tokens, monkeypa
     )
     model(tokens)
     assert sum(made) == 2 * len(layers(model)) == 28
-    assert len(made) == 6  # 16 and 24 in; 8, 16, 24 … out, one kind of matrix each
+    assert len(made) == 5  # A of 16 and 24 inputs, B of 8, 16 and 24 outputs
     with torch.no_grad():
         model(tokens)
         made.clear()
@@ -135,9 +136,8 @@ def test_merged_weights_give_the_same_and_the_base_comes_back(dtype, tokens):
         torch.testing.assert_close(model(tokens).logits, expected, rtol=rtol, atol=atol)
         model.unmerge_adapter()
     for name, value in start.items():
-        torch.testing.assert_close(
-            model.state_dict()[name], value, rtol=1e-6 if dtype == torch.float32 else 8e-3, atol=1e-6
-        )
+        rounding = 4 * torch.finfo(dtype).eps * value.abs().max().item()
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0.0, atol=rounding)
 
 
 def test_weight_that_would_not_be_finite_is_not_merged():
@@ -169,7 +169,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(tokens):
         move(model)
         if kind is not None:
             model.enable_input_require_grads()
-            model.gradient_checkpointing_enable({"use_reentrant": kind})
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # its name in transformers to come
+                model.gradient_checkpointing_enable({"use_reentrant": kind})
             model.config.use_cache = False
         model(tokens).logits.square().sum().backward()
         found.append(gradients(model))

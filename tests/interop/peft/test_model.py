@@ -153,7 +153,7 @@ def test_what_is_no_linear_is_refused(target):
 
 
 def test_more_groups_than_outputs_are_refused():
-    with pytest.raises(ValueError, match="`num_groups_b` is 8, but a linear of .* has only 3 outputs"):
+    with pytest.raises(ValueError, match=r"`num_groups_b` is 8, but a linear of .* has only 3 outputs"):
         get_peft_model(nn.Sequential(nn.Linear(5, 3)), small(target_modules=["0"], num_groups_b=8))
 
 
