@@ -133,7 +133,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     require_adapters(model)
     base = transformers_base(model) or model
     config = _one_config(adapter_configs(base))
-    check_replaceable(folder, _is_peft_folder, "PEFT folder")
+    check_replaceable(folder, _is_export, "PEFT folder")
     layers = list(adapter_layers(base))
     trained = list(trained_modules(base))
     state = {
@@ -143,10 +143,9 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     # PEFT takes a name also as the end of a longer one; a regular expression must match all of it.
     others = [name for name, _ in base.named_modules() if name not in layers]
     is_ambiguous = any(name.endswith(f".{own}") for name in others for own in layers)
-    tasks = class_tasks(type(base).__name__) if is_transformers_model(base) else ()
     description = {
         "peft_type": PEFT_TYPE,
-        "task_type": next(iter(tasks), None) if len(tasks) == 1 else None,
+        "task_type": _task(base, trained),
         "base_model_name_or_path": base_model_name(base),
         "inference_mode": True,
         "bias": "none",
@@ -161,7 +160,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         (staging / CONFIG_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         (staging / CARD_FILE).write_text(_CARD, encoding="utf-8")
 
-    return write_folder(folder, write, _is_peft_folder, "PEFT folder")
+    return write_folder(folder, write, _is_export, "PEFT folder")
 
 
 def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionReport:
@@ -182,14 +181,14 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
     if adapter_layers(model):
         raise ValueError("The model already has adapters. Call `remove_adapters(model)` first.")
     folder = local_path(folder, "PEFT folder")
-    values = read_peft_config(folder)
-    if values is None or values.get("peft_type") != PEFT_TYPE:
-        raise ValueError(f"{folder} is no PEFT folder of kind {PEFT_TYPE}.")
+    if not is_peft_folder(folder):
+        raise ValueError(f"{folder} is no PEFT folder of kind {PEFT_TYPE}, or its {CONFIG_FILE} is damaged.")
+    values = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
     state = _read_state(folder)
     layers = sorted({name.partition(".update.")[0] for name in state if ".update." in name}, key=natural_key)
     try:
-        own = {**values, "target_modules": layers, "exclude_modules": None, "layers_to_transform": None}
-        config = from_peft_fields({**own, "layers_pattern": None})
+        what = {"target_modules": layers, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        config = from_peft_fields({**values, **what})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is of no adapter of this library: {error}") from error
     with restored_after_error(model):
@@ -203,20 +202,22 @@ def import_peft(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
     return report
 
 
-def read_peft_config(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """The configuration of a PEFT folder of whatever kind; ``None`` if there is none.
+def is_peft_folder(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder says that it is PEFT's, of kind GENLORA."""
+    try:
+        return bool(json.loads((Path(folder) / CONFIG_FILE).read_text(encoding="utf-8"))["peft_type"] == PEFT_TYPE)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def peft_tensors(folder: str | os.PathLike[str]) -> set[str]:
+    """Names in the model of the tensors of a PEFT folder.
 
     Raises:
-        ValueError: It is no JSON.
+        FileNotFoundError: A file is missing.
+        ValueError: It is damaged.
     """
-    path = Path(folder) / CONFIG_FILE
-    if not path.is_file():
-        return None
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    return values if isinstance(values, dict) and isinstance(values.get("peft_type"), str) else None
+    return set(_read_state(local_path(folder, "PEFT folder")))
 
 
 def _one_config(configs: Mapping[str, AdapterConfig]) -> GenLoRAConfig:
@@ -233,6 +234,16 @@ def _one_config(configs: Mapping[str, AdapterConfig]) -> GenLoRAConfig:
                 "`export_lora`, which writes ranks layer by layer."
             )
     return first
+
+
+def _task(base: nn.Module, trained: list[str]) -> str | None:
+    """PEFT's name of the task, if it is known, and if PEFT takes no head for trained that was not."""
+    tasks = list(class_tasks(type(base).__name__)) if is_transformers_model(base) else []
+    if len(tasks) != 1:
+        return None
+    heads = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+    implied = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in heads.get(tasks[0], ())]
+    return tasks[0] if set(implied) <= set(trained) else None
 
 
 def _to_peft(name: str, layers: list[str]) -> str:
@@ -258,7 +269,7 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
     return state
 
 
-def _is_peft_folder(folder: Path) -> bool:
+def _is_export(folder: Path) -> bool:
     try:
         with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
             return _MARK in (file.metadata() or {})
