@@ -95,10 +95,14 @@ class GenLoraLinear(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT'
         """The adapters that a forward adds to what the base gives."""
         if self._disable_adapters or self.merged_adapters:
             return []
-        return [name for name in self.active_adapters if name in self.genlora_A]
+        # Asked of hundreds of layers in each forward, and a module's own lookup is slow.
+        own: Any = self._modules["genlora_A"]
+        return [name for name in self.active_adapters if name in own._modules]
 
     def _factors_of(self, name: str) -> tuple[Factor, Factor]:
-        return self.genlora_A[name], self.genlora_B[name]
+        A: Any = self._modules["genlora_A"]
+        B: Any = self._modules["genlora_B"]
+        return A._modules[name], B._modules[name]
 
     @property
     @override
@@ -108,18 +112,21 @@ class GenLoraLinear(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT'
 
     @override
     def wanted_dtype(self) -> torch.dtype | None:
-        if not self.fused or self.pair is None or in_transform():
+        pair = self.pair
+        if not self.fused or pair is None or in_transform():
             return None
-        weight = self.get_base_layer().weight
+        base: Any = self._modules["base_layer"]
+        weight = base._parameters.get("weight")
+        weight = self.get_base_layer().weight if weight is None else weight
         is_narrow = not weight.is_floating_point() or weight.dtype.itemsize < 2  # a quantized one says nothing of x
-        return self.pair[0].own_dtype if is_narrow else compute_dtype(weight)
+        return pair[0].own_dtype if is_narrow else compute_dtype(weight)
 
-    def _matrices(self, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """A ``(R, I)``, and B transposed ``(R, O)``."""
+    def _matrices(self, name: str, dtype: torch.dtype, is_alone: bool) -> tuple[Tensor, Tensor]:
+        """A ``(R, I)``, and B transposed ``(R, O)``, of one of the adapters that act, or of the one that does."""
         a, b = self._factors_of(name)
         if not self.fused or in_transform():
             return a(plain=True).to(dtype), b(plain=True).to(dtype)
-        return self.store.matrices(a, b, dtype) if self.pair is not None else (a(dtype=dtype), b(dtype=dtype))
+        return self.store.matrices(a, b, dtype) if is_alone else (a(dtype=dtype), b(dtype=dtype))
 
     # -- the forward --------------------------------------------------------------------------------------------------
 
@@ -138,18 +145,18 @@ class GenLoraLinear(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT'
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         acting = self._acting()
-        base: Any = self.base_layer
+        base: Any = self._modules["base_layer"]
         if len(acting) == 1 and self.fused and not args and not kwargs and not in_transform():
             name = acting[0]
             is_plain = type(base) is nn.Linear or (type(base).__name__ == "Conv1D" and self.is_transposed)
             own = fusable(base, x) if is_plain else None
             if own is not None:
                 dtype = compute_dtype(own[0])
-                dropout: Any = self.genlora_dropout[name]
+                dropout: Any = self._modules["genlora_dropout"]._modules[name]  # type: ignore[union-attr]
                 return adapted_linear(
                     x,
                     *own,
-                    *self._matrices(name, dtype),
+                    *self._matrices(name, dtype, True),
                     scaling=self.scaling[name],
                     dropout=dropout.p if dropout.training and isinstance(dropout, nn.Dropout) else 0.0,
                     transposed=self.is_transposed,
@@ -163,7 +170,7 @@ class GenLoraLinear(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT'
         dtype = compute_dtype(x)
         for name in acting:
             # The small A and B take x's dtype, never x theirs: a copy of x would be kept for the backward.
-            A, B = self._matrices(name, dtype)
+            A, B = self._matrices(name, dtype, len(acting) == 1)
             h = self.scaling[name] * F.linear(self.genlora_dropout[name](x), A)
             result = result + F.linear(h, B.T).to(result.dtype)
         return result
