@@ -2,9 +2,9 @@
 
     python benchmarks/speed/peft_tuner.py [--rounds 5] [--layers 30]
 
-All three adapt every linear of one model: SmolLM2-135M's shapes, random weights, float32, 4 x 128 tokens. A round takes one
-step of each (forward, backward, Adam) in turn; what is printed is the median over rounds of the ratio to LoRA's step of the
-same round, in CPU time, which other programs on the machine disturb less than the clock.
+Each adapts every linear of a model of SmolLM2-135M's shapes: random weights, float32, 4 x 128 tokens. A round takes one
+step of each (forward, backward, Adam) in turn. What is printed is the median over rounds of the ratio to LoRA's step of
+the same round, in CPU time, which other programs on the machine disturb less than the clock.
 """
 
 from __future__ import annotations
