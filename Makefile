@@ -31,7 +31,7 @@ CHECK_VERSION = import sys; v = sys.version.split()[0]; sys.version_info >= (3, 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-matrix lint format lock clean
+.PHONY: help quickstart test test-matrix peft-tests lint format lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ test-matrix: $(STAMP) ## run the fast half of the suite on the oldest and on the
 	  $$name/bin/python -m pytest -q -n auto --dist loadfile $(PYTEST_ARGS) $(MATRIX_TESTS) || exit 1; \
 	done
 
+peft-tests: $(STAMP) ## run PEFT's own tests of its methods on GenLoRA, from its source distribution
+	$(BIN)/python tests/peft_suite.py
+
 lint: $(STAMP) ## run what else CI runs: ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -72,7 +75,7 @@ lock: $(STAMP) ## bring requirements.lock in line with pyproject.toml (UV_ARGS=-
 	@mv requirements.lock.new requirements.lock && rm requirements.lock.partial
 
 clean: ## remove caches and build outputs; .venv, data and runs stay
-	rm -rf build dist .venv-lowest-direct .venv-highest .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
+	rm -rf build dist .peft-tests .venv-lowest-direct .venv-highest .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The stamp is made last, so that a failed set-up is tried again, and is older than a changed lock or pyproject.toml.

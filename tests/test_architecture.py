@@ -158,7 +158,15 @@ def test_only_overrides_sets_attributes_on_what_is_not_ours(path):
 
 
 # What each may know beyond the package of kinds: sizes for a budget and their flags, and what is LoRA's by its format.
-KNOWS_A_KIND = {"planning/budget.py", "cli/plan.py", "cli/adapter.py", "interop/lora_import.py", "artifacts/format1.py"}
+KNOWS_A_KIND = {
+    "planning/budget.py",
+    "cli/plan.py",
+    "cli/adapter.py",
+    "interop/lora_import.py",
+    "interop/peft_folders.py",
+    "interop/peft/config.py",
+    "artifacts/format1.py",
+}
 GENLORA_PARTS = re.compile(
     r"\b(latents?|rbf\w*|RBFGenerator|num_(groups|latents|centers)\w*|entry_signs|weight_gain|log_widths|centers|generator_[AB])\b"
 )

@@ -51,6 +51,7 @@ class AdapterModule(nn.Module):
     Note:
         The parameters are float32 and stay so: a cast of the module to bfloat16 or float16 moves it but leaves the
         dtype, because an optimizer's small steps are lost in 8 bits of mantissa. A cast to float64 is obeyed.
+        :meth:`hand_over` ends that.
     """
 
     ROLES: ClassVar[Mapping[str, Role]] = {}
@@ -58,6 +59,7 @@ class AdapterModule(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.roles: Mapping[str, Role] = self.ROLES
+        self.keeps_float32 = True
 
     @property
     def is_meta(self) -> bool:
@@ -72,9 +74,23 @@ class AdapterModule(nn.Module):
         """Draw new initial values. On the meta device there are none to draw."""
         raise NotImplementedError(f"{type(self).__name__} must define `reset_parameters`.")
 
+    @torch.no_grad()
+    def hand_over(self) -> None:
+        """Leave the parameters to another library: casts are obeyed, and what is not trained becomes a buffer.
+
+        Such a library takes every parameter of an adapter for one to train, and decides on dtypes itself.
+        """
+        self.keeps_float32 = False
+        for name in [name for name in self.roles if not self.is_trained(name)]:
+            fixed = self._parameters.pop(name)
+            self.register_buffer(name, None if fixed is None else fixed.detach())
+
     @override
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # Every cast and move of a module (`.to`, `.half`, Lightning's precision plugins) goes through `_apply`.
+        if not self.keeps_float32:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
         def keep_precision(tensor: Tensor) -> Tensor:
             result: Tensor = fn(tensor)
             if result.dtype in (torch.bfloat16, torch.float16):
@@ -165,7 +181,7 @@ class Factor(AdapterModule, ABC):
     def parts(self) -> tuple[Tensor, ...]:
         """The parameters, in the order of their roles."""
         # Hundreds of factors are asked in each forward, and a module's own lookup of a parameter is slow.
-        own = self._parameters
+        own: Mapping[str, Tensor | None] = {**self._parameters, **self._buffers} if self._buffers else self._parameters
         found = tuple(own.get(name) for name in self.roles)
         if any(part is None for part in found):  # FSDP1 has put views in their places
             return tuple(getattr(self, name) for name in self.roles)

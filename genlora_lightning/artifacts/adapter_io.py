@@ -62,6 +62,9 @@ from genlora_lightning.storage.atomic import atomic_folder
 from genlora_lightning.storage.digests import dtype_name, sha256
 from genlora_lightning.storage.paths import local_path
 
+# PEFT looks for its own file of this name, and says no more than the kind that it does not know.
+_NOT_PEFT = "no PEFT folder; `genlora convert ADAPTER BASE OUT` makes one"
+
 
 @dataclass
 class AdapterRecord:
@@ -316,6 +319,7 @@ def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], trai
     description = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
+        "peft_type": _NOT_PEFT,
         "base_model": base["name"],
         **config_entries(content.configs),
     }

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -154,11 +155,11 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "convert",
         _convert,
-        "make an adapter folder from a checkpoint",
+        "make an adapter folder from a checkpoint or a PEFT folder of kind GENLORA, or that from an adapter folder",
         "last.ckpt HuggingFaceTB/SmolLM2-135M-Instruct adapter",
     )
-    convert.add_argument("checkpoint", metavar="CKPT", help="checkpoint of a run with adapters")
-    _add_base_out(convert, "adapter folder to write")
+    convert.add_argument("adapter", metavar="CKPT|FOLDER", help="checkpoint of a run, PEFT folder, or adapter folder")
+    _add_base_out(convert, "folder to write: PEFT's for an adapter folder, else an adapter folder")
     _add_base_check(convert)
     _add_overwrite(convert)
 
@@ -261,11 +262,27 @@ def _convert(options: argparse.Namespace) -> None:
     from genlora_lightning.artifacts.checkpoint import describe
     from genlora_lightning.artifacts.loading import convert_checkpoint, read_checkpoint
 
+    if os.path.isdir(options.adapter):
+        _convert_folder(options)
+        return
     _check_out(options)
-    content = read_checkpoint(options.checkpoint)
+    content = read_checkpoint(options.adapter)
     base = _load_base(options, set(content["state_dict"]), describe(content).get("base"))
-    written = convert_checkpoint(options.checkpoint, base, options.out, base_check=options.base_check)
+    written = convert_checkpoint(options.adapter, base, options.out, base_check=options.base_check)
     print(f"The adapter is in {written}.")
+
+
+def _convert_folder(options: argparse.Namespace) -> None:
+    from genlora_lightning.artifacts.adapter_io import save_adapter
+    from genlora_lightning.interop.peft_folders import export_peft, import_peft, is_peft_folder, peft_tensors
+
+    if not is_peft_folder(options.adapter):
+        print(f"The PEFT folder is {export_peft(_load_adapted(options), options.out)}.")
+        return
+    _check_out(options)
+    model = _load_base(options, peft_tensors(options.adapter))
+    print(import_peft(model, options.adapter).summary())
+    print(f"The adapter is in {save_adapter(model, options.out)}.")
 
 
 def _export_lora(options: argparse.Namespace) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -11,12 +11,12 @@ from typing_extensions import override
 
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, WeightUpdate
 from genlora_lightning.adapters.config import AdapterConfig
-from genlora_lightning.layers.factors import FactorStore
+from genlora_lightning.layers.factors import FactorLayer, FactorStore
 from genlora_lightning.layers.obstacles import obstacle_in_hooks, obstacle_in_weight
 from genlora_lightning.layers.pretrained import save_by_base_names
 
 
-class AdaptedLayer(nn.Module, ABC):
+class AdaptedLayer(FactorLayer):
     r"""A frozen layer and the update :math:`\Delta W` of its weight, of whatever kind.
 
     This is a site: where a matrix stands in a module. A subclass says which modules it adapts, how their parameter
@@ -44,8 +44,6 @@ class AdaptedLayer(nn.Module, ABC):
         self.update: WeightUpdate = config.make(shape, device=self.weight.device, generator=generator)
         self.set_dropout(config)
         self.enabled = True
-        # Whether functions with backwards of their own compute it; else plain autograd, which they are compared with.
-        self.fused = True
         self.store = FactorStore()
         self.train(base_layer.training)  # dropout follows the mode of the model it is put into
         # The weight as it was before `merge`, kept out of the module's parameters so that no state dict holds it.
@@ -63,10 +61,6 @@ class AdaptedLayer(nn.Module, ABC):
     def to_stored(self, delta: Tensor) -> Tensor:
         """Lay out ``ΔW (out_features, in_features)`` as the base layer stores its weight."""
 
-    @abstractmethod
-    def wanted_dtype(self) -> torch.dtype | None:
-        """The dtype in which a forward would use A and B here and now; ``None`` if it would not."""
-
     def computes_with(self, weight: Tensor) -> bool:
         """Whether the base layer, with another weight, would give what merging takes for granted."""
         return True
@@ -74,8 +68,8 @@ class AdaptedLayer(nn.Module, ABC):
     # -- the update ---------------------------------------------------------------------------------------------------
 
     @property
+    @override
     def pair(self) -> tuple[Factor, Factor] | None:
-        """The factors A and B, if the update is a product of two."""
         # Asked of hundreds of layers in each forward, and a module's own lookup is slow.
         update = self._modules["update"]
         if not isinstance(update, FactorPair):

@@ -9,11 +9,12 @@ A matrix that is made for an optimizer step serves several forwards. It is a lea
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from genlora_lightning.adapters.base import Factor
 
@@ -187,6 +188,28 @@ class FactorStore:
             A.requires_grad_(any(part.requires_grad for part in a.parts())),
             B.requires_grad_(any(part.requires_grad for part in b.parts())),
         )
+
+
+class FactorLayer(nn.Module, ABC):
+    """A layer that may have its factors made for the whole model at once.
+
+    Attributes:
+        store: Gives it A and B.
+        fused: Whether functions with backwards of their own compute it; else plain autograd, which they are compared
+            with.
+    """
+
+    store: FactorStore
+    fused: bool = True
+
+    @property
+    @abstractmethod
+    def pair(self) -> tuple[Factor, Factor] | None:
+        """The factors A and B that a forward would use here and now, if it is a product of two."""
+
+    @abstractmethod
+    def wanted_dtype(self) -> torch.dtype | None:
+        """The dtype in which a forward would use A and B here and now; ``None`` if it would not."""
 
 
 def _in_backward() -> bool:

@@ -20,8 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from genlora_lightning.adapters.autograd import is_tracing
 from genlora_lightning.adapters.base import Factor
-from genlora_lightning.layers.adapted import AdaptedLayer
-from genlora_lightning.layers.factors import ForForward, ModelForward
+from genlora_lightning.layers.factors import FactorLayer, ForForward, ModelForward
 
 # Entries of matrices that are generated at once: what the arithmetic needs in between is a few times as much. On a CPU
 # it is to stay in a core's cache, which makes generation 2.5 times as fast; elsewhere few kernels count for more.
@@ -90,7 +89,7 @@ def sharing_modules(model: nn.Module) -> list[nn.Module]:
 def generated(model: nn.Module) -> Iterator[list[Tensor]]:
     """Context manager that generates as a forward of the model does, without one, and gives A and B of all layers."""
     forward = ModelForward()
-    served = _generate_for(_wanted_dtypes(layers_of(model)), forward)
+    served = _generate_for(_wanted_by(layers_of(model)), forward)
     try:
         yield [matrix for one in served for matrix in (one.given.A, one.given.B) if matrix is not None]
     finally:
@@ -101,7 +100,7 @@ class SharedGeneration:
     """Generates for all layers in a module, around each of its forwards."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._forwards: list[tuple[ModelForward, list[AdaptedLayer]]] = []
+        self._forwards: list[tuple[ModelForward, list[FactorLayer]]] = []
         self._kept: _Kept | None = None
         module.register_forward_pre_hook(self.begin)
         module.register_forward_hook(self.end, always_call=True)
@@ -117,7 +116,7 @@ class SharedGeneration:
         layers = layers_of(module)
         if any(layer.store.is_served for layer in layers):
             layers = []
-        wanted = _wanted_dtypes(layers)
+        wanted = _wanted_by(layers)
         if self._kept is None or forward.has_graph or not self._kept.serves(forward, wanted):
             self._kept = None  # freed before anything is generated
             served = _generate_for(wanted, forward)
@@ -137,10 +136,18 @@ class SharedGeneration:
                 layer.store.for_forward = None
 
 
+class _Wanted(NamedTuple):
+    """A layer, and what it would use in a forward: another library's layer may have several adapters."""
+
+    layer: FactorLayer
+    pair: tuple[Factor, Factor] | None
+    dtype: torch.dtype | None
+
+
 class _Served(NamedTuple):
     """A layer for which a model's forward generates."""
 
-    layer: AdaptedLayer
+    layer: FactorLayer
     pair: tuple[Factor, Factor]
     given: ForForward
 
@@ -152,11 +159,11 @@ class _Kept:
     compared, all at once. They are few: that is what a generator is for.
 
     Args:
-        wanted: The layers and their dtypes.
+        wanted: The layers, their factors and dtypes.
         served: What was generated for them.
     """
 
-    def __init__(self, wanted: list[tuple[AdaptedLayer, torch.dtype | None]], served: list[_Served]) -> None:
+    def __init__(self, wanted: list[_Wanted], served: list[_Served]) -> None:
         self._wanted = wanted
         self._served = served
         self._parts = self._current_parts()
@@ -174,7 +181,7 @@ class _Kept:
             by_dtype.setdefault((view.dtype, view.device), []).append(view)
         return [torch.cat(views) for views in by_dtype.values()]
 
-    def serves(self, forward: ModelForward, wanted: list[tuple[AdaptedLayer, torch.dtype | None]]) -> bool:
+    def serves(self, forward: ModelForward, wanted: list[_Wanted]) -> bool:
         """Give the layers what is kept, if it is what they want and what their parameters make."""
         if wanted != self._wanted or _is_captured(self._parts[0]):
             return False
@@ -209,16 +216,16 @@ def _is_captured(part: Tensor) -> bool:
     return part.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _wanted_dtypes(layers: Iterable[AdaptedLayer]) -> list[tuple[AdaptedLayer, torch.dtype | None]]:
-    return [(layer, layer.wanted_dtype()) for layer in layers]
+def _wanted_by(layers: Iterable[FactorLayer]) -> list[_Wanted]:
+    return [_Wanted(layer, layer.pair, layer.wanted_dtype()) for layer in layers]
 
 
-def _generate_for(wanted: Iterable[tuple[AdaptedLayer, torch.dtype | None]], forward: ModelForward) -> list[_Served]:
+def _generate_for(wanted: Iterable[_Wanted], forward: ModelForward) -> list[_Served]:
     """Generate for one forward what layers want, but for those that had better do it themselves."""
     batches: dict[tuple[bool, BatchKey], list[tuple[ForForward, str, Factor]]] = {}
     served: list[_Served] = []
-    for layer, dtype in wanted:
-        store, pair = layer.store, layer.pair
+    for layer, pair, dtype in wanted:
+        store = layer.store
         if pair is None or dtype is None or not all(factor.is_whole for factor in pair):
             continue
         given = ForForward(None, None, forward)
@@ -276,14 +283,14 @@ def at_once(key: BatchKey, wanted: list[T]) -> Iterator[list[T]]:
         yield wanted[start : start + number]
 
 
-def layers_of(model: nn.Module) -> list[AdaptedLayer]:
+def layers_of(model: nn.Module) -> list[FactorLayer]:
     """The adapted layers in a module, each once."""
     # Each forward asks, so that it is always right; what is inside of the layers is much and needs no visit.
-    found: dict[AdaptedLayer, None] = {}
+    found: dict[FactorLayer, None] = {}
     waiting: list[nn.Module | None] = [model]
     while waiting:
         module = waiting.pop()
-        if isinstance(module, AdaptedLayer):
+        if isinstance(module, FactorLayer):
             found[module] = None
         elif module is not None:
             waiting.extend(module._modules.values())
@@ -296,6 +303,6 @@ def _outer_parts(model: nn.Module) -> list[nn.Module]:
     for child in model.children():
         if isinstance(child, (nn.ModuleList, nn.ModuleDict)):
             found += _outer_parts(child)
-        elif not isinstance(child, AdaptedLayer) and layers_of(child):
+        elif not isinstance(child, FactorLayer) and layers_of(child):
             found.append(child)
     return found
