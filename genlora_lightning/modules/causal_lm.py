@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.injection.peft_adapters import PeftConfigLike
 from genlora_lightning.modules.base import Dtype, GenLoRAModule, check_plain
 from genlora_lightning.modules.metrics import Perplexity, WeightedMean
 from genlora_lightning.training.optim import OptimizerConfig
@@ -58,7 +59,7 @@ class CausalLMModule(GenLoRAModule):
         self,
         model: str,
         *,
-        adapter: dict[str, Any] | AdapterConfig | None = None,
+        adapter: dict[str, Any] | AdapterConfig | PeftConfigLike | None = None,
         optimizer: OptimizerConfig | dict[str, Any] | None = None,
         dtype: Dtype = "auto",
         revision: str | None = None,

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
-from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts.checkpoint import (
     CHECKPOINT_KEY,
     adapter_root,
@@ -31,7 +30,14 @@ from genlora_lightning.backbone.identity import BaseCheck
 from genlora_lightning.backbone.low_memory import weight_source
 from genlora_lightning.callbacks.figures import log_figures
 from genlora_lightning.callbacks.reading import ReadingTimes
-from genlora_lightning.injection.inject import adapter_layers, inject_adapters
+from genlora_lightning.injection.peft_adapters import (
+    AnyConfig,
+    PeftAdapter,
+    PeftConfigLike,
+    put_adapters,
+    read_any_config,
+)
+from genlora_lightning.injection.places import has_adapters
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.overrides import put_on, state_of, take_off
 from genlora_lightning.storage.paths import local_path
@@ -46,6 +52,7 @@ from genlora_lightning.training.checks import (
 )
 from genlora_lightning.training.lightning_internals import STRICT_LOADING
 from genlora_lightning.training.outcome import Outcome, planned_folder
+from genlora_lightning.training.peft_support import check_not_shared, check_support
 from genlora_lightning.training.resume import (
     Resume,
     keep_base_out_of_files,
@@ -71,8 +78,8 @@ _OVERRIDDEN = (
 )
 
 
-class GenLoRAFinetuning(Callback):
-    """Fine-tune a LightningModule with generated low-rank adapters.
+class AdapterFinetuning(Callback):
+    """Fine-tune a LightningModule with adapters: of this library, or of any kind that PEFT has.
 
     Give it to the trainer; the module need not know of it. Before the optimizer is configured it freezes the model,
     injects the adapters and, when training starts, sets train mode (normalisation layers with frozen running
@@ -89,8 +96,14 @@ class GenLoRAFinetuning(Callback):
     (:class:`~genlora_lightning.GenLoRAModule` has), else into the whole LightningModule. If it has a method
     ``resolve_adapter_config(config)``, this may complete the configuration once the model is known.
 
+    PEFT's adapters are put in by PEFT itself, into the only transformers model in there if there is one, which alone is
+    frozen then; the folder at the end is PEFT's own, with our manifest beside it, and ``PeftModel.from_pretrained``
+    loads it. Which kinds were tested under which strategy: :mod:`genlora_lightning.training.peft_support`.
+
     Args:
-        config: What to adapt, and how, also as a dictionary; the defaults if ``None``.
+        config: What to adapt, and how: a :class:`~genlora_lightning.GenLoRAConfig`, a configuration of another kind,
+            one of PEFT (``peft.LoraConfig``, ``peft.VeraConfig``, …), or a dictionary, in which ``kind`` says which
+            (``{"kind": "peft", "peft_type": "VERA", "r": 64}``); GenLoRA's defaults if ``None``.
         adapter_dir: Where to save the adapter folder when fitting ends, on a local disk; ``adapter`` beside the run's
             ``checkpoints`` if ``None`` (without a logger in ``default_root_dir``). After an error or Ctrl-C it is
             ``<adapter_dir>-interrupted``, so that a finished adapter is never replaced by an unfinished one.
@@ -130,7 +143,7 @@ class GenLoRAFinetuning(Callback):
 
     def __init__(
         self,
-        config: AdapterConfig | dict[str, Any] | None = None,
+        config: AdapterConfig | PeftAdapter | PeftConfigLike | dict[str, Any] | None = None,
         *,
         adapter_dir: str | None = None,
         overwrite: bool = False,
@@ -143,7 +156,7 @@ class GenLoRAFinetuning(Callback):
         check_ranks_every_n_steps: int = 0,
         generate: Generate = "forward",
     ) -> None:
-        self.config = read_config(config)
+        self.config = read_any_config(config)
         self.adapter_dir = None if adapter_dir is None else str(local_path(adapter_dir, "`adapter_dir`"))
         self.overwrite = overwrite
         if base_check not in get_args(BaseCheck):
@@ -179,12 +192,14 @@ class GenLoRAFinetuning(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks = getattr(trainer, "callbacks", [])
-        if sum(isinstance(callback, GenLoRAFinetuning) for callback in callbacks) > 1:
+        if sum(isinstance(callback, AdapterFinetuning) for callback in callbacks) > 1:
             raise ValueError(
                 "The trainer has more than one GenLoRAFinetuning callback. Give one: either in the trainer's "
                 "`callbacks`, or by the module's `adapter` argument."
             )
         check_strategy(trainer)
+        if isinstance(self.config, PeftAdapter):
+            check_support(self.config, trainer.strategy, self.adapter_sharding, generate=self.generate)
         averaging = averaging_callbacks(trainer.strategy, callbacks)
         self._sync = AdapterSync(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
@@ -206,7 +221,7 @@ class GenLoRAFinetuning(Callback):
                 overwrite=lambda: self.overwrite,
                 wanted=self.save_adapter,
             )
-            begin_run(trainer, goes_on=bool(adapter_layers(pl_module)))
+            begin_run(trainer, goes_on=has_adapters(pl_module))
             self._prepare_when_optimizers_are_made(trainer.strategy, pl_module)
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -303,14 +318,16 @@ class GenLoRAFinetuning(Callback):
         self._averaging = []
 
     def _inject(self, pl_module: LightningModule) -> None:
-        resolve: Callable[[AdapterConfig], AdapterConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
+        resolve: Callable[[AnyConfig], AnyConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
         config = resolve(self.config) if resolve is not None else self.config
-        self._untrained = not adapter_layers(pl_module)
-        self.report = inject_adapters(adapter_root(pl_module), config)
+        self._untrained = not has_adapters(pl_module)
+        self.report = put_adapters(adapter_root(pl_module, config), config)
         waiting = weight_source(pl_module)
         if waiting is not None:
             waiting.start_trained()
         remember_base(pl_module, anew=self._untrained)
+        if isinstance(config, PeftAdapter) and self._sync_of_run.shards_adapters:
+            check_not_shared(pl_module)
         self._sync_of_run.equalize_and_shard(pl_module)
 
     @property
@@ -325,7 +342,7 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.report is None or not adapter_layers(pl_module):
+        if self.report is None or not has_adapters(pl_module):
             raise RuntimeError(
                 "The adapters were not injected before fitting started: `configure_model` of "
                 f"{type(pl_module).__name__} was not called. Do not replace `configure_model` on the instance."
@@ -470,6 +487,10 @@ class GenLoRAFinetuning(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end_watch()
         self._unwrap(trainer, pl_module)
+
+
+class GenLoRAFinetuning(AdapterFinetuning):
+    """:class:`AdapterFinetuning` by its first name; their checkpoints and folders are the same."""
 
 
 def _load_waiting_weights(trainer: Trainer, pl_module: LightningModule) -> None:
