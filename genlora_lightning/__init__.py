@@ -35,10 +35,12 @@ if TYPE_CHECKING:
     from genlora_lightning.modules import CausalLMModule as CausalLMModule
     from genlora_lightning.modules import GenLoRAModule as GenLoRAModule
     from genlora_lightning.modules import SequenceClassificationModule as SequenceClassificationModule
+    from genlora_lightning.training.callback import AdapterFinetuning as AdapterFinetuning
     from genlora_lightning.training.callback import GenLoRAFinetuning as GenLoRAFinetuning
     from genlora_lightning.training.optim import OptimizerConfig as OptimizerConfig
 
 _HOME = {
+    "AdapterFinetuning": "training.callback",
     "CausalLMModule": "modules",
     "GenLoRAConfig": "adapters.genlora.config",
     "GenLoRAFinetuning": "training.callback",

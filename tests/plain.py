@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from genlora_lightning.training.callback import GenLoRAFinetuning
+from genlora_lightning.training.callback import AdapterFinetuning
 from tests.models import tiny_bert
 
 
@@ -88,7 +88,7 @@ class Overwrite(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GenLoRAFinetuning):
+            if isinstance(callback, AdapterFinetuning):
                 callback.overwrite = True
 
 

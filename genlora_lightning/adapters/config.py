@@ -9,7 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, TypeVar, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
 from typing_extensions import Self
@@ -23,6 +23,14 @@ ALL_LINEAR = "all-linear"
 # Marks a field that is a matter of the run: an adapter that was made with another value is the same adapter.
 RUN_ONLY = {"run_only": True}
 _LISTS = ("target_modules", "exclude_modules", "modules_to_train")
+
+
+class Described(Protocol):
+    """A configuration of whatever kind, of another library's, too."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The kind and the fields as plain values."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +193,7 @@ class AdapterConfig(ABC):
             "modules_to_save": "PEFT's `modules_to_save` is `modules_to_train` here.",
         }
 
-    def differences(self, other: AdapterConfig, *, run_only: bool = False) -> dict[str, tuple[Any, Any]]:
+    def differences(self, other: Described, *, run_only: bool = False) -> dict[str, tuple[Any, Any]]:
         """Find the fields in which another configuration differs: the name, this value and the other's.
 
         Args:
@@ -193,8 +201,8 @@ class AdapterConfig(ABC):
             run_only: Whether fields that are a matter of the run (dropout) count, too.
         """
         here, there = self.to_dict(), other.to_dict()
-        if self.kind != other.kind:
-            return {"kind": (self.kind, other.kind)}
+        if self.kind != there["kind"]:
+            return {"kind": (self.kind, there["kind"])}
         left_out = {f.name for f in dataclasses.fields(self) if f.metadata.get("run_only")} if not run_only else set()
         return {
             name: (value, there[name]) for name, value in here.items() if value != there[name] and name not in left_out

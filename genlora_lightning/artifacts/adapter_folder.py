@@ -44,6 +44,7 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "manifest.json"
 ADAPTER_FILES = [CONFIG_FILE, WEIGHTS_FILE, MANIFEST_FILE, CARD_FILE]
 FORMAT = "genlora"
+PEFT_FORMAT = "genlora-peft"  # of a manifest beside PEFT's files
 FORMAT_VERSION = 2
 
 _AGAIN = (
@@ -240,13 +241,11 @@ def read_adapter_config(folder: str | os.PathLike[str]) -> AdapterConfig:
 
 
 def is_adapter_folder(folder: Path) -> bool:
-    """Whether a folder is an adapter folder of ours, damaged or not, or empty."""
+    """Whether a folder is an adapter folder of ours, or of PEFT's with our manifest, damaged or not, or empty."""
     if folder.is_dir() and not any(folder.iterdir()):
         return True
-    try:
-        return bool(json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))["format"] == FORMAT)
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
+    formats = ((CONFIG_FILE, FORMAT), (MANIFEST_FILE, PEFT_FORMAT))
+    return any(_says(folder / name, "format") == value for name, value in formats)
 
 
 def stored_facts(folder: Path) -> dict[str, Any] | None:
@@ -262,6 +261,14 @@ def stored_facts(folder: Path) -> dict[str, Any] | None:
         return {"created": manifest["created"], **manifest["training"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def _says(path: Path, name: str) -> Any:
+    """What a file says under a name; ``None`` if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))[name]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
 
 
 def _config_bytes(folder: Path) -> bytes:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
 import os
-import platform
-import shutil
-import sys
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -19,7 +15,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning._version import __version__
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.artifacts.adapter_folder import (
@@ -32,12 +27,19 @@ from genlora_lightning.artifacts.adapter_folder import (
     StoredAdapter,
     check_layers,
     config_entries,
-    is_adapter_folder,
     manifest_bytes,
     read_adapter,
 )
 from genlora_lightning.artifacts.hub import push_folder
 from genlora_lightning.artifacts.model_card import CARD_FILE, model_card
+from genlora_lightning.artifacts.peft_folder import (
+    PeftRecord,
+    is_peft_folder,
+    load_peft_folder,
+    peft_record,
+    write_peft_folder,
+)
+from genlora_lightning.artifacts.writing import checked_tensors, library_versions, new_folder
 from genlora_lightning.backbone.identity import (
     BaseCheck,
     base_identity,
@@ -45,20 +47,19 @@ from genlora_lightning.backbone.identity import (
     identity_of_part,
     require_same_base,
 )
-from genlora_lightning.fields import shown
 from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.injection.held import held_root
 from genlora_lightning.injection.inject import (
     adapter_configs,
     adapter_layers,
-    adapter_parameters,
     check_configuration,
     inject_adapters,
     inject_layers,
 )
+from genlora_lightning.injection.places import adapter_parameters
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
-from genlora_lightning.storage.atomic import atomic_folder
 from genlora_lightning.storage.digests import dtype_name, sha256
 from genlora_lightning.storage.paths import local_path
 
@@ -87,7 +88,7 @@ class AdapterRecord:
     base_is_transformers: bool
 
 
-def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> AdapterRecord:
+def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> AdapterRecord | PeftRecord:
     """What :func:`save_adapter` saves of a model; the tensors are the model's own, not copies.
 
     Args:
@@ -100,6 +101,10 @@ def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> Adap
     Warns:
         UserWarning: Something else is trainable, which is not saved.
     """
+    found = held_root(model)
+    if found is not None:
+        _warn_of_unsaved(model)
+        return peft_record(*found, base)
     state = adapter_state_dict(model)
     layers = adapter_layers(model)
     _warn_of_unsaved(model)
@@ -143,23 +148,13 @@ def save_adapter(
 
 
 def write_adapter(
-    content: AdapterRecord, folder: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None
+    content: AdapterRecord | PeftRecord, folder: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None
 ) -> Path:
     """Write an adapter folder; see :func:`save_adapter`."""
+    if isinstance(content, PeftRecord):
+        return write_peft_folder(content, folder, training=training)
     folder = local_path(folder, "adapter folder")
-    # Copies: the file's format refuses tensors that share memory, such as tied weights that are trained in full.
-    state = {n: t.detach().cpu().clone(memory_format=torch.contiguous_format) for n, t in content.state.items()}
-    broken = _not_finite(state)
-    if broken:
-        raise ValueError(
-            f"{len(broken)} of {len(state)} tensors hold NaN or infinite values ({broken[0]} among them); such an "
-            f"adapter is of no use and was not saved to {folder}. The training diverged: lower the learning rate."
-        )
-    if folder.exists() and not is_adapter_folder(folder):
-        raise FileExistsError(
-            f"{folder} exists and is not an adapter folder (it holds no {CONFIG_FILE} of ours); it is left as it is. "
-            "Give another folder, or remove this one."
-        )
+    state = checked_tensors(content.state, folder)
     try:
         check_layers(
             {name: MatrixShape(*shape) for name, shape in content.layers.items()},
@@ -172,21 +167,8 @@ def write_adapter(
             f"The adapter could not be loaded from {folder}, and was not saved: {error} A layer or its configuration "
             "was changed after the injection."
         ) from error
-    try:
-        text = json.dumps(dict(training or {}), allow_nan=False, ensure_ascii=False)
-        facts = json.loads(text.encode())
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"`training` must hold JSON values, got {shown(training)}: {error}.") from error
-    try:
-        with atomic_folder(folder) as staging:
-            _write(staging, content, state, facts)
-            _keep_other_files(folder, staging)
-    except OSError as error:
-        size = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
-        raise OSError(
-            f"The adapter ({size:,} bytes) could not be saved to {folder}: {error}. Nothing was left behind; check "
-            "that there is space and that the folder is writable."
-        ) from error
+    with new_folder(folder, state, training) as (staging, facts):
+        _write(staging, content, state, facts)
     return folder
 
 
@@ -203,8 +185,9 @@ def load_adapter(
     Args:
         model: The base model the adapter was trained on, with or without adapters of the same configuration. An adapter
             of a module that holds such a model (a LightningModule, say) is loaded without the prefix of its names.
-        folder: A folder that :func:`save_adapter` wrote, or the name of one on the Hugging Face Hub (``org/name``,
-            ``org/name@revision``, ``hf://org/name``), of which the adapter's files alone are fetched.
+        folder: A folder that :func:`save_adapter` wrote, or one in PEFT's format: then PEFT puts its own adapters in,
+            and the base is proved if a run of this library wrote the folder. Or the name of one on the Hugging Face
+            Hub (``org/name``, ``org/name@revision``, ``hf://org/name``), of which the adapter's files are fetched.
         base_check: What to do if the base is another one: ``"error"``, ``"warn"``, or ``"off"``: do not look.
         replace: Whether adapters that the model has already, and that act, may lose their values.
 
@@ -224,6 +207,8 @@ def load_adapter(
             f"{len(merged)} adapters of this model are merged into its weights, {merged[0]} among them, and would "
             "go on to act beside the loaded ones. Call `unmerge_adapters(model)` first, or load into a fresh base."
         )
+    if is_peft_folder(local_path(folder, "adapter folder")):
+        return load_peft_folder(model, folder, base_check=base_check, replace=replace)
     stored = _fitted(read_adapter(folder), model)
     try:
         check_configuration(model, stored.configs)
@@ -286,15 +271,6 @@ def adapter_bytes(folder: str | os.PathLike[str]) -> int:
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of Python and of the libraries that an adapter's weights depend on, of those that are imported."""
-    versions = {"genlora_lightning": __version__, "python": platform.python_version()}
-    for name in ("torch", "safetensors", "transformers", "lightning"):
-        if name in sys.modules:
-            versions[name] = str(getattr(sys.modules[name], "__version__", "unknown"))
-    return versions
-
-
 def _warn_of_unsaved(model: nn.Module) -> None:
     saved = {id(p) for module in trained_modules(model).values() for p in module.parameters()}
     saved |= {id(p) for p in adapter_parameters(model).values()}
@@ -306,12 +282,6 @@ def _warn_of_unsaved(model: nn.Module) -> None:
             "Freeze them, or name their modules in `modules_to_train`.",
             stacklevel=4,
         )
-
-
-def _not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    floating = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and tensor.numel()}
-    largest = torch._foreach_norm(list(floating.values()), float("inf")) if floating else ()
-    return [name for name, value in zip(floating, largest, strict=True) if not math.isfinite(value)]
 
 
 def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], training: dict[str, Any]) -> None:
@@ -355,15 +325,6 @@ def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], trai
         "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()},
     }
     (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
-
-
-def _keep_other_files(folder: Path, staging: Path) -> None:
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name not in ADAPTER_FILES:
-            if path.is_dir() and not path.is_symlink():
-                shutil.copytree(path, staging / path.name, symlinks=True)
-            else:
-                shutil.copy2(path, staging / path.name, follow_symlinks=False)
 
 
 def _fitted(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:

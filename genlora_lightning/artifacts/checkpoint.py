@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts import format1
 from genlora_lightning.artifacts.other_state import load_other_state, other_state
 from genlora_lightning.backbone.identity import (
@@ -36,7 +35,16 @@ from genlora_lightning.distributed.shards import (
 )
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
-from genlora_lightning.injection.inject import adapter_config, adapter_layers, count_linears, require_adapters
+from genlora_lightning.injection.held import held_root
+from genlora_lightning.injection.inject import adapter_layers, count_linears, require_adapters
+from genlora_lightning.injection.peft_adapters import (
+    AnyConfig,
+    PeftAdapter,
+    peft_root,
+    present_config,
+    read_any_config,
+)
+from genlora_lightning.injection.places import adapter_places, base_name, has_adapters
 from genlora_lightning.injection.state import check_adapter_state
 from genlora_lightning.overrides import note, noted
 from genlora_lightning.storage.documents import check_document, is_matrix_shape
@@ -59,10 +67,19 @@ _DESCRIPTION_SHAPE: dict[Any, Any] = {
 _HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
 
-def adapter_root(module: nn.Module) -> nn.Module:
-    """The part of a module that adapters are injected into: what its ``adapter_root()`` says, else all of it."""
+def adapter_root(module: nn.Module, config: AnyConfig | None = None) -> nn.Module:
+    """The part of a module that adapters are injected into: what its ``adapter_root()`` says, else all of it.
+
+    PEFT's go into the only transformers model in it, to which the names in PEFT's files are relative.
+
+    Args:
+        module: The module.
+        config: Of the adapters that are to be injected; ``None`` for those that are there.
+    """
     find: Callable[[], nn.Module] | None = getattr(module, "adapter_root", None)
-    return find() if find is not None else module
+    root = find() if find is not None else module
+    is_peft = held_root(root) is not None if config is None else isinstance(config, PeftAdapter)
+    return peft_root(root) if is_peft else root
 
 
 def prefix_of(root: nn.Module, module: nn.Module) -> str:
@@ -72,7 +89,8 @@ def prefix_of(root: nn.Module, module: nn.Module) -> str:
 
 def checkpoint_state(module: nn.Module) -> dict[str, Tensor]:
     """What a checkpoint must hold: the adapter's state, and whatever else is trained; pieces of it if it is sharded."""
-    require_adapters(module)
+    if not has_adapters(module):
+        require_adapters(module)
     return trained_tensors(module)
 
 
@@ -124,7 +142,7 @@ def keep_adapters_only(
     prefix = prefix_of(root, module)
     checkpoint[CHECKPOINT_KEY] = {
         "format_version": CHECKPOINT_VERSION,
-        "config": adapter_config(root).to_dict(),
+        "config": present_config(root).to_dict(),
         "base_model": base_model_name(root),
         # What is trained beside the adapters has other values in each checkpoint, and is in its state dict.
         "base": without_samples(base_of(module), _base_names(root, prefix, kept)),
@@ -162,11 +180,9 @@ def keep_adapters_only(
 
 def _base_names(root: nn.Module, prefix: str, names: Iterable[str]) -> Iterable[str]:
     """The names that tensors of a state dict have in the base without adapters."""
-    layers = adapter_layers(root)
+    places = {plain_name(name): place for name, place in adapter_places(root).items()}
     for name in names:
-        own = plain_name(name).removeprefix(prefix)
-        place, _, last = own.rpartition(".base_layer.")
-        yield f"{place}.{last}" if place in layers else own
+        yield base_name(plain_name(name).removeprefix(prefix), places)
 
 
 def pack(tree: Any) -> Any:
@@ -359,7 +375,7 @@ def describe(checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> d
         )
     check_document(source, described, _DESCRIPTION_SHAPE, CHECKPOINT_KEY)
     try:
-        read_config(described["config"])
+        read_any_config(described["config"])
     except (TypeError, ValueError) as error:
         raise DamagedFileError(f"{source} holds no valid configuration of adapters: {error}") from error
     check_document(source, checkpoint, {"state_dict": {str: Tensor}, "global_step?": int, "epoch?": int})
@@ -410,12 +426,12 @@ def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
     Raises:
         ValueError: They do not fit; the message says where.
     """
-    if not adapter_layers(module):
+    if not has_adapters(module):
         raise RuntimeError("The adapters were not injected before the checkpoint was loaded.")
-    stored = read_config(describe(checkpoint)["config"])
+    stored = read_any_config(describe(checkpoint)["config"])
     differences = [
         f"{name}: {there!r} in the checkpoint, {here!r} here"
-        for name, (here, there) in adapter_config(module).differences(stored).items()
+        for name, (here, there) in present_config(module).differences(stored).items()
     ]
     if differences:
         raise ValueError(

@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts.adapter_folder import adapter_place
 from genlora_lightning.artifacts.adapter_io import adapter_record, load_adapter, write_adapter
 from genlora_lightning.artifacts.checkpoint import (
@@ -28,7 +27,9 @@ from genlora_lightning.artifacts.checkpoint import (
 from genlora_lightning.artifacts.other_state import note_start
 from genlora_lightning.backbone.identity import BaseCheck, base_identity
 from genlora_lightning.errors import DamagedFileError
-from genlora_lightning.injection.inject import adapter_layers, count_linears, inject_adapters, inject_layers
+from genlora_lightning.injection.inject import count_linears, inject_layers
+from genlora_lightning.injection.peft_adapters import PeftAdapter, put_adapters, read_any_config
+from genlora_lightning.injection.places import has_adapters
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import check_adapter_state, load_adapter_state
 from genlora_lightning.storage import checkpoint_file
@@ -110,7 +111,8 @@ def load_checkpoint(
         WrongBaseError: The base is not the one that was trained on.
         ValueError: It holds no adapters, or they do not fit; the module is as it was then.
     """
-    _check_base(checkpoint, adapter_root(module), source, base_check)
+    config = read_any_config(describe(checkpoint, source)["config"])
+    _check_base(checkpoint, adapter_root(module, config), source, base_check)
     _load_state(module, checkpoint, source)
 
 
@@ -128,10 +130,10 @@ def _check_base(
 @torch.no_grad()
 def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
     with restored_after_error(module):
-        if adapter_layers(module):
+        if has_adapters(module):
             check_checkpoint(module, checkpoint)
         else:
-            root = adapter_root(module)
+            root = adapter_root(module, read_any_config(describe(checkpoint, source)["config"]))
             _inject_described(root, describe(checkpoint, source), prefix_of(root, module), source)
         expected = checkpoint_state(module)
         stored: dict[str, Tensor] = checkpoint["state_dict"]
@@ -147,17 +149,17 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
 
 def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str, source: str) -> None:
     """Put adapters where a checkpoint says that they were, or, in a model of other linears, where its rule says."""
-    config = read_config(described["config"])
+    config = read_any_config(described["config"])
     names = [name.removeprefix(prefix) for name in described.get("layers", {}) if name.startswith(prefix)]
     is_listed = (
         names and described.get("num_linears") == count_linears(model) and len(names) == len(described["layers"])
     )
     try:
-        if is_listed:
+        if is_listed and not isinstance(config, PeftAdapter):
             trained = [name.removeprefix(prefix) for name in described["trained_modules"]]
             inject_layers(model, dict.fromkeys(names, config), trained)
         else:
-            inject_adapters(model, config)
+            put_adapters(model, config)
     except (ValueError, RuntimeError) as error:  # the latter: no memory for the sizes that it claims
         raise ValueError(f"The adapters in {source} do not fit this {type(model).__name__}: {error}") from error
 
@@ -233,6 +235,11 @@ def convert_checkpoint(
     """
     content = read_checkpoint(checkpoint)
     described = describe(content, str(checkpoint))
+    if isinstance(read_any_config(described["config"]), PeftAdapter):
+        raise ValueError(
+            f"{checkpoint} holds {described['config']['peft_type']} adapters of PEFT: make the folder with "
+            "`load_module(module, checkpoint)` and `save_adapter(module, folder)`."
+        )
     stored: dict[str, Tensor] = content["state_dict"]
     with restored_after_error(base_model):
         _inject_described(base_model, described, _prefix_in(described, base_model), str(checkpoint))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning.distributed.shards import plain_name
-from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.injection.places import adapter_places
 from genlora_lightning.overrides import note, noted
 
 _START = "state at the start"
@@ -86,7 +86,7 @@ def _beside(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
     """Entries of a state dict that are no parameters and no buffers, and do not belong to an adapted layer's base."""
     tensors = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     own = {plain_name(name) for name, _ in tensors}
-    adapted = tuple(f"{plain_name(name)}." for name in adapter_layers(module))
+    adapted = tuple(f"{plain_name(name)}." for name in adapter_places(module))
     return {
         name: value
         for name, value in state_dict.items()

@@ -111,6 +111,13 @@ def build_on_meta(config: Any, task: str, dtype: torch.dtype | None = None, **op
         return getattr(transformers, TASKS[task]).from_config(config, dtype=dtype or config.dtype, **options)
 
 
+def without_weights(loader: Any, config: Any) -> nn.Module:
+    """A transformers model on the meta device, of a class of it or of an ``AutoModel…``: names and shapes."""
+    make = getattr(loader, "from_config", None) or loader._from_config
+    with torch.device("meta"):
+        return make(config)  # type: ignore[no-any-return]
+
+
 def repeated_blocks(model: nn.Module) -> nn.ModuleList | None:
     """The list of a model's layers: of its lists of modules of one class, the one with the most parameters.
 

@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from genlora_lightning.backbone.low_memory import WeightSource, weight_source
 from genlora_lightning.errors import WrongBaseError
 from genlora_lightning.injection.full_training import trained_modules
-from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.injection.places import adapter_places, base_name
+from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.storage.digests import dtype_name, sha256
 
 BaseCheck = Literal["error", "warn", "off"]
@@ -61,15 +62,13 @@ def base_parameters(model: nn.Module, without: Iterable[str] = ()) -> Iterator[t
         model: The model, with adapters or without.
         without: Names of modules that are going to be trained in full; what the model has not is passed over.
     """
-    adapters = adapter_layers(model)
-    names: dict[str, str] = {}
-    originals: dict[int, Tensor] = {}
-    own = {id(p) for layer in adapters.values() for p in layer.adapter_parameters().values()}
-    for layer_name, layer in adapters.items():
-        names |= {f"{layer_name}.base_layer.{n}": f"{layer_name}.{n}" for n, _ in layer.base_layer.named_parameters()}
-        originals[id(layer.weight)] = layer.base_weight
+    places = adapter_places(model)
+    own = {id(p) for place in places.values() for p in place.adapter_parameters().values()}
+    layers = [place.module for place in places.values() if isinstance(place.module, AdaptedLayer)]
+    originals: dict[int, Tensor] = {id(layer.weight): layer.base_weight for layer in layers}
     wanted = set(without)
     trained = [*trained_modules(model).values(), *(part for name, part in model.named_modules() if name in wanted)]
+    trained += [place.module for place in places.values() if place.is_copy]
     trained_in_full = {id(inner) for module in trained for inner in module.modules()}
     seen = set()
     for place, module in model.named_modules():
@@ -79,7 +78,7 @@ def base_parameters(model: nn.Module, without: Iterable[str] = ()) -> Iterator[t
             tensor = originals.get(id(parameter), parameter)
             if id(parameter) not in own and id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield names.get(name, name), tensor.detach()
+                yield base_name(name, places), tensor.detach()
 
 
 def base_identity(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:

@@ -11,8 +11,10 @@ from typing import Any, Literal, Optional, get_type_hints
 
 from docstring_parser import parse
 
-from genlora_lightning.adapters.config import KINDS, AdapterConfig
+from genlora_lightning.adapters.config import KINDS
 from genlora_lightning.adapters.kinds import DEFAULT_KIND, read_config
+from genlora_lightning.injection.peft_adapters import KIND as PEFT_KIND
+from genlora_lightning.injection.peft_adapters import AnyConfig, read_any_config
 
 
 def _make_options() -> type:
@@ -27,10 +29,12 @@ def _make_options() -> type:
             texts.setdefault(field.name, described.get(field.name, ""))
             owners.setdefault(field.name, []).append(cls.title)
     lines = [f"    kind: The kind of adapter; {DEFAULT_KIND.kind} if not given."]
+    texts[PEFT_KIND] = "(kind peft) PEFT's `peft_type` and the fields of its configuration, instead of all the others."
     for name, text in texts.items():
-        only = "" if len(owners[name]) == len(KINDS) else f"({', '.join(owners[name])}) "
+        only = "" if name not in owners or len(owners[name]) == len(KINDS) else f"({', '.join(owners[name])}) "
         lines.append(f"    {name}: {only}{' '.join(text.split())}")
-    kinds: Any = Literal[tuple(KINDS)]
+    kinds: Any = Literal[(*KINDS, PEFT_KIND)]
+    types[PEFT_KIND] = dict[str, Any]
     made = dataclasses.make_dataclass(
         "AdapterOptions",
         [(name, Optional[kind], None) for name, kind in {"kind": kinds, **types}.items()],  # noqa: UP045
@@ -45,11 +49,19 @@ def _make_options() -> type:
 AdapterOptions: Any = _make_options()
 
 
-def config_of(options: Any) -> AdapterConfig:
+def config_of(options: Any) -> AnyConfig:
     """Make the configuration that options ask for: an instance of ``AdapterOptions``, or a namespace like one.
 
     Raises:
         ValueError: A field that is given is not one of the kind's, or out of its range.
     """
-    values = vars(options)
-    return read_config({name: value for name, value in values.items() if value is not None})
+    values = {name: value for name, value in vars(options).items() if value is not None}
+    if PEFT_KIND in values or values.get("kind") == PEFT_KIND:
+        others = sorted(set(values) - {"kind", PEFT_KIND})
+        if others or values.get("kind") != PEFT_KIND or PEFT_KIND not in values:
+            raise ValueError(
+                "PEFT's adapters are `kind: peft` and `peft: {peft_type: LORA, r: 16, …}`"
+                + (f"; {', '.join(others)} are fields of this library's kinds." if others else ", both of them.")
+            )
+        return read_any_config({"kind": PEFT_KIND, **values[PEFT_KIND]})
+    return read_config(values)

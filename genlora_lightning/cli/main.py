@@ -34,7 +34,10 @@ _TRAINING = {
 if TYPE_CHECKING:
     from torch import nn
 
-_ADAPTER = "adapter folder, or the name of one on the Hugging Face Hub (org/name, org/name@revision, hf://org/name)"
+_ADAPTER = (
+    "adapter folder (also one of PEFT), or the name of one on the Hugging Face Hub: org/name, org/name@revision, "
+    "hf://org/name"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -149,6 +152,9 @@ def _parser() -> argparse.ArgumentParser:
         commands, "verify", _verify, "prove that an adapter folder is complete and unchanged", "runs/reviews/adapter"
     )
     verify.add_argument("path", metavar="FOLDER", help=_ADAPTER)
+    verify.add_argument("--base", help="also prove that it fits this base: a folder, or a name on the Hugging Face Hub")
+    _add_base_options(verify)
+    _add_base_check(verify)
     verify.add_argument("--json", action="store_true", help="print JSON")
 
     convert = _command(
@@ -239,6 +245,10 @@ def _add_overwrite(parser: argparse.ArgumentParser) -> None:
 def _add_base_out(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument("base", metavar="BASE", help="the base model's folder, or its name on the Hugging Face Hub")
     parser.add_argument("out", metavar="OUT", help=out)
+    _add_base_options(parser)
+
+
+def _add_base_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--task", choices=list(TASKS), help="what the model is for (default: as the base says)")
     parser.add_argument("--num-labels", type=int, help="labels of a sequence classification model")
     add_source(parser, "the base")
@@ -246,16 +256,59 @@ def _add_base_out(parser: argparse.ArgumentParser, out: str) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     from genlora_lightning.artifacts.inspection import describe_adapter
+    from genlora_lightning.interop.peft_report import describe_peft
 
-    description = describe_adapter(options.path)
+    description = (describe_peft if _is_peft(options.path) else describe_adapter)(options.path)
     print(json.dumps(description.to_dict(), indent=2) if options.json else description)
 
 
 def _verify(options: argparse.Namespace) -> None:
     from genlora_lightning.artifacts.inspection import verify_adapter
 
+    if _is_peft(options.path):
+        _verify_peft(options)
+        return
     report = verify_adapter(options.path)
+    if options.base:
+        options.adapter = options.path
+        _load_adapted(options)
     print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    if options.base and not options.json:
+        print(f"It fits {options.base}, which is the base it was trained on.")
+
+
+def _verify_peft(options: argparse.Namespace) -> None:
+    """Find out about a folder in PEFT's format what PEFT does not say when it loads it.
+
+    Raises:
+        ValueError: Something is wrong with it; it is described before.
+    """
+    from genlora_lightning.artifacts.peft_folder import read_peft_folder
+    from genlora_lightning.backbone.identity import base_identity, require_same_base
+    from genlora_lightning.interop.peft_report import describe_peft
+
+    base = None
+    stored = read_peft_folder(options.path)
+    if options.base:
+        identity = stored.manifest["base"] if stored.manifest else None
+        base = _load_base(options, set(stored.tensors), identity, with_weights=identity is not None)
+        if stored.manifest:
+            present = base_identity(base, without=stored.manifest["trained_modules"])
+            require_same_base(stored.manifest["base"], present, f"The adapter in {options.path}", options.base_check)
+    report = describe_peft(options.path, base)
+    print(json.dumps(report.to_dict(), indent=2) if options.json else report.proof())
+    if report.problems:
+        raise ValueError(" ".join(report.problems))
+    if options.base and not options.json:
+        proved = "is the base it was trained on" if stored.manifest else "has all its names and shapes"
+        print(f"It fits {options.base}, which {proved}.")
+
+
+def _is_peft(path: str) -> bool:
+    from genlora_lightning.artifacts.peft_folder import is_peft_folder
+    from genlora_lightning.storage.paths import local_path
+
+    return is_peft_folder(local_path(path, "adapter folder"))
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -325,20 +378,47 @@ def _check_out(options: argparse.Namespace) -> None:
 def _load_adapted(options: argparse.Namespace) -> nn.Module:
     from genlora_lightning.artifacts.adapter_folder import read_adapter
     from genlora_lightning.artifacts.adapter_io import load_adapter
+    from genlora_lightning.interop.lora_files import read_lora
+    from genlora_lightning.interop.lora_import import import_lora
 
+    if _is_peft(options.adapter):
+        model = _load_base(options, set(read_lora(options.adapter).saved), _check_peft_base(options))
+        _check_peft_base(options, model)
+        import_lora(model, options.adapter)
+        return model.eval()
     stored = read_adapter(options.adapter)
     model = _load_base(options, set(stored.tensors), stored.base)
     load_adapter(model, options.adapter, base_check=options.base_check)
     return model.eval()
 
 
+def _check_peft_base(options: argparse.Namespace, model: nn.Module | None = None) -> dict[str, Any] | None:
+    """What the manifest beside PEFT's files says of the base, if there is one; a model is compared with it.
+
+    Raises:
+        WrongBaseError: The model is another base.
+    """
+    from genlora_lightning.artifacts.peft_folder import read_peft_folder
+    from genlora_lightning.backbone.identity import base_identity, require_same_base
+
+    manifest = read_peft_folder(options.adapter).manifest
+    if manifest is not None and model is not None:
+        present = base_identity(model, without=manifest["trained_modules"])
+        require_same_base(manifest["base"], present, f"The adapter in {options.adapter}", options.base_check)
+    return None if manifest is None else dict(manifest["base"])
+
+
 def _load_base(
-    options: argparse.Namespace, adapter_tensors: set[str], trained_on: dict[str, Any] | None = None
+    options: argparse.Namespace,
+    adapter_tensors: set[str],
+    trained_on: dict[str, Any] | None = None,
+    *,
+    with_weights: bool = True,
 ) -> nn.Module:
     """Load the base in its own dtype; weights that neither it nor the adapter has are an error."""
     import transformers
 
-    from genlora_lightning.backbone.architectures import class_of
+    from genlora_lightning.backbone.architectures import class_of, without_weights
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -349,6 +429,8 @@ def _load_base(
     else:
         loader = class_of(config, options.base, (trained_on or {}).get("class"))
     changes = {} if options.num_labels is None else {"num_labels": options.num_labels}
+    if not with_weights:  # names and shapes do
+        return without_weights(loader, config)
     model, info = loader.from_pretrained(options.base, dtype="auto", output_loading_info=True, **source, **changes)
     tied = set(getattr(model, "all_tied_weights_keys", None) or getattr(model, "_tied_weights_keys", None) or ())
     # Of an adapter of a module that holds the model: by the model's own names, too.

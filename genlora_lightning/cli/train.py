@@ -32,7 +32,7 @@ from genlora_lightning.data import InstructionDataModule, TextClassificationData
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
 from genlora_lightning.storage.checkpoint_file import verify_checkpoint
 from genlora_lightning.storage.paths import is_remote, local_path
-from genlora_lightning.training.callback import GenLoRAFinetuning
+from genlora_lightning.training.callback import AdapterFinetuning
 from genlora_lightning.training.last_checkpoint import last_good_checkpoint
 from genlora_lightning.training.run_folder import logs_folder
 
@@ -54,7 +54,7 @@ _CALLBACK_HELP = {
     "generate": "With accumulate_grad_batches: generate the adapters' matrices in each forward, or once per step.",
 }
 _CALLBACK_DEFAULTS = {
-    name: inspect.signature(GenLoRAFinetuning.__init__).parameters[name].default for name in _CALLBACK_HELP
+    name: inspect.signature(AdapterFinetuning.__init__).parameters[name].default for name in _CALLBACK_HELP
 }
 _SPECIAL_CHECKPOINTS = (AUTO, "last", "hpc", "registry")
 _USAGE_ERROR = 2
@@ -102,7 +102,7 @@ class GenLoRACLI(LightningCLI):
             default=None,
             help="Kind of adapter, and what to adapt, in any model; for this package's modules GenLoRA if not given.",
         )
-        types = get_type_hints(GenLoRAFinetuning.__init__)
+        types = get_type_hints(AdapterFinetuning.__init__)
         for name, text in _CALLBACK_HELP.items():
             kind: dict[str, Any] = {"type": types[name]}
             if types[name] is bool:  # `--overwrite`, `--overwrite false` and `--no_overwrite`
@@ -160,9 +160,9 @@ class GenLoRACLI(LightningCLI):
         settings = self.config_init["fit"]
         if str(settings.ckpt_path) == AUTO:
             settings.ckpt_path = self._newest_checkpoint()
-        own = [c for c in self.trainer.callbacks if isinstance(c, GenLoRAFinetuning)]  # type: ignore[attr-defined]
+        own = [c for c in self.trainer.callbacks if isinstance(c, AdapterFinetuning)]  # type: ignore[attr-defined]
         if not own and isinstance(self.model, GenLoRAModule):
-            own = [GenLoRAFinetuning()]  # as the module will bring one along
+            own = [AdapterFinetuning()]  # as the module will bring one along
         # On other ranks the first may have made the folder already.
         if own and settings.ckpt_path is None and getattr(rank_zero_only, "rank", 0) == 0:
             own[0].check_new_run(self.trainer)
@@ -183,7 +183,7 @@ class GenLoRACLI(LightningCLI):
             settings.default_root_dir = str(local_path(root, "`default_root_dir`"))  # of `file://…`, too
         callbacks: list[Callback] = settings.callbacks or []
         callbacks = list(callbacks) if isinstance(callbacks, list) else [callbacks]
-        callbacks += self._adapter_callback(config, [c for c in callbacks if isinstance(c, GenLoRAFinetuning)])
+        callbacks += self._adapter_callback(config, [c for c in callbacks if isinstance(c, AdapterFinetuning)])
         if self.subcommand == "predict" and (config.predictions_path or not _any(BasePredictionWriter, callbacks)):
             callbacks.append(PredictionWriter(config.predictions_path))
         if not settings.barebones:
@@ -194,7 +194,7 @@ class GenLoRACLI(LightningCLI):
             kwargs.setdefault("logger", _default_logger(settings.logger, settings.default_root_dir))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
 
-    def _adapter_callback(self, config: Any, own: list[GenLoRAFinetuning]) -> list[Callback]:
+    def _adapter_callback(self, config: Any, own: list[AdapterFinetuning]) -> list[Callback]:
         """The callback that the `adapter…` settings ask for; without them the trainer's or the module's own does."""
         settings = {name: config[name] for name in _CALLBACK_DEFAULTS}
         chosen = {name for name, value in settings.items() if value != _CALLBACK_DEFAULTS[name]}
@@ -208,7 +208,7 @@ class GenLoRACLI(LightningCLI):
         adapter = self.model.adapter if isinstance(self.model, GenLoRAModule) else None
         if config.adapter is not None:
             adapter = config_of(config.adapter)
-        return [GenLoRAFinetuning(adapter, **settings)]
+        return [AdapterFinetuning(adapter, **settings)]
 
 
 class DataCLI(GenLoRACLI):

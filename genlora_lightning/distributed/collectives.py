@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from genlora_lightning.distributed.shards import is_dtensor, is_fsdp2_unit, is_sharded, local_part
 from genlora_lightning.errors import RanksDifferError
 from genlora_lightning.injection.full_training import trained_modules
-from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
+from genlora_lightning.injection.places import adapter_parameters, has_adapters
 
 # -- equal on all ranks -----------------------------------------------------------------------------------------------
 
@@ -160,7 +160,7 @@ def transformer_blocks(module: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     taken: set[int] = set()
     for part in module.modules():
-        if isinstance(part, nn.ModuleList) and id(part) not in taken and adapter_layers(part):
+        if isinstance(part, nn.ModuleList) and id(part) not in taken and has_adapters(part):
             taken |= {id(inner) for inner in part.modules()}
             found += [member for member in part if any(True for _ in member.parameters())]
     return found

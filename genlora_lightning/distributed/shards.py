@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 from torch.optim import Optimizer
 
 from genlora_lightning.injection.full_training import trained_modules
-from genlora_lightning.injection.inject import adapter_parameters
+from genlora_lightning.injection.places import adapter_buffers, adapter_parameters, adapter_places
 from genlora_lightning.overrides import note, noted
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -42,11 +42,12 @@ def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     """What is trained, and what belongs to it, by plain names: this rank's pieces where it is sharded.
 
-    These are the adapters' parameters, the parameters and persistent buffers of modules trained in full, and whatever
-    else is trainable. The tensors are the model's own.
+    These are the parameters and persistent buffers of the adapters and of modules trained in full, and whatever else is
+    trainable. The tensors are the model's own.
     """
     _reshard(module)
-    found: dict[str, Tensor] = {plain_name(name): p for name, p in adapter_parameters(module).items()}
+    adapters = {**adapter_parameters(module), **adapter_buffers(module)}
+    found: dict[str, Tensor] = {plain_name(name): tensor for name, tensor in adapters.items()}
     for tensors in tensors_trained_in_full(module).values():
         found |= tensors
     for name, parameter in module.named_parameters():
@@ -56,10 +57,15 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def tensors_trained_in_full(module: nn.Module) -> dict[str, dict[str, Tensor]]:
-    """The parameters and persistent buffers of each module trained in full, by its plain name and by theirs."""
+    """The parameters and persistent buffers of each module trained in full, by its plain name and by theirs.
+
+    The name is that in the base: of the place, where another library trains a copy in it.
+    """
     found: dict[str, dict[str, Tensor]] = {}
+    copies = [name for name, place in adapter_places(module).items() if place.is_copy]
     for module_name, trained in trained_modules(module).items():
-        of_module = found.setdefault(plain_name(module_name), {})
+        own = next((place for place in copies if module_name.startswith(f"{place}.")), module_name)
+        of_module = found.setdefault(plain_name(own), {})
         for inner_name, inner in trained.named_modules(prefix=module_name):
             tensors = {**inner._parameters, **inner._buffers}
             for name, tensor in tensors.items():

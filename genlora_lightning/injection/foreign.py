@@ -21,7 +21,8 @@ def check_no_foreign_adapters(model: nn.Module) -> None:
             raise ValueError(
                 f"The model has adapters of {library} ({name or 'itself'} is a {kind}), whose parts would be taken for "
                 "linears of the base. Load the base without them, or merge them into it first: "
-                "`model = peft_model.merge_and_unload()`, or `.unload()` to drop them."
+                "`model = peft_model.merge_and_unload()`, or `.unload()` to drop them. To train adapters of PEFT, give "
+                "the model without them and PEFT's configuration to `AdapterFinetuning(config)`, which puts them in."
             )
 
 

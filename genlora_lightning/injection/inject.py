@@ -18,6 +18,8 @@ from genlora_lightning.adapters.low_rank import RankKind, effective_rank
 from genlora_lightning.injection.foreign import check_no_foreign_adapters
 from genlora_lightning.injection.full_training import stop_training_in_full, train_in_full, trained_modules
 from genlora_lightning.injection.heads import last_if_new
+from genlora_lightning.injection.held import held_root, remove_held
+from genlora_lightning.injection.places import adapter_parameters as adapter_parameters
 from genlora_lightning.injection.report import BESIDE_PARTS, InjectionReport, InjectionRow
 from genlora_lightning.injection.targets import match_modules, select_targets
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
@@ -42,15 +44,6 @@ def adapter_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 def count_linears(model: nn.Module) -> int:
     """How many modules of a model could be adapted, or are: what tells it from a larger one of the same kind."""
     return sum(matrix_shape(module) is not None for module in model.modules())
-
-
-def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The adapters' parameters by their full names, without those of modules trained in full."""
-    return {
-        f"{layer_name}.{name}" if layer_name else name: parameter
-        for layer_name, layer in adapter_layers(model).items()
-        for name, parameter in layer.adapter_parameters().items()
-    }
 
 
 def adapter_config(model: nn.Module) -> AdapterConfig:
@@ -251,6 +244,8 @@ def _go_on(model: nn.Module, configs: Mapping[str, AdapterConfig]) -> InjectionR
 def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
     """Take the adapters off a model, in place: its linears are the ones it had. All parameters stay frozen.
 
+    PEFT's, which AdapterFinetuning or :func:`~genlora_lightning.load_adapter` has put in, are taken off, too.
+
     Modules trained in full keep what they learned, rounded to the dtype they had. If :func:`merge_adapters` has cast
     the model to another dtype, that is taken back with the merge, or kept with it.
 
@@ -262,6 +257,11 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
     Raises:
         ValueError: The model has no adapters, or ``keep_merged`` is asked for and a layer is not merged.
     """
+    if held_root(model) is not None:
+        if keep_merged:
+            raise ValueError("`keep_merged` is for adapters of this library; PEFT's are merged by PEFT.")
+        remove_held(model)
+        return
     layers = require_adapters(model)
     unmerged = [name for name, layer in layers.items() if not layer.merged]
     if keep_merged and unmerged:

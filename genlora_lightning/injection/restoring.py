@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from genlora_lightning.injection.held import held_root
 from genlora_lightning.injection.inject import adapter_layers, remove_adapters
 
 
@@ -25,10 +26,11 @@ def restored_after_error(model: nn.Module) -> Iterator[None]:
     # The places of parameters, and their data: a cast of a module leaves the parameters and exchanges what is in them.
     places = [(module, name, p) for module in model.modules() for name, p in module._parameters.items()]
     flags = [(parameter, parameter.requires_grad, parameter.data) for parameter in model.parameters()]
+    was_held = held_root(model) is not None
     try:
         yield
     except BaseException:
-        if adapter_layers(model) and not config_of:
+        if (adapter_layers(model) and not config_of) or (held_root(model) is not None and not was_held):
             remove_adapters(model)
         for layer, config in config_of:
             if layer.config is not config:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning.injection.full_training import trained_modules
-from genlora_lightning.injection.inject import adapter_parameters, require_adapters
+from genlora_lightning.injection.inject import require_adapters
+from genlora_lightning.injection.places import adapter_parameters
 
 _SHOWN = 4
 

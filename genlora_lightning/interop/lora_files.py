@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,8 +136,7 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
             shapes = {letter: tuple(tensor.shape) for letter, tensor in pair.items()}
             raise ValueError(f"{folder} holds no matching A and B for {name}: {shapes}.")
         A, B = pair["A"], pair["B"]
-        alpha = _alpha(config, name)
-        scaling = alpha / (math.sqrt(A.shape[0]) if config.get("use_rslora") else A.shape[0])
+        alpha, scaling = _alpha(config, name), lora_scaling(config, name, A.shape[0])
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"The LoRA of {name} in {folder} holds NaN or infinite values.")
         layers[name] = LoRALayer(A, B, alpha, scaling)
@@ -169,9 +169,8 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} describes {f'a PEFT adapter of type {kind!s:.40}' if kind else 'no PEFT adapter'}, not a LoRA."
         )
-    for name, what in _UNSUPPORTED.items():
-        if config.get(name):
-            raise ValueError(f"{path} has `{name}`: {what} are more than a plain LoRA's ΔW = s·B·A.")
+    for name in unsupported_settings(config):
+        raise ValueError(f"{path} has `{name}`: {_UNSUPPORTED[name]} are more than a plain LoRA's ΔW = s·B·A.")
     if config.get("bias", "none") != "none":
         raise ValueError(
             f"{path} has `bias` {config['bias']!r}: trained biases cannot be kept. Train with bias 'none'."
@@ -187,7 +186,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _alpha(config: dict[str, Any], name: str) -> float:
+def unsupported_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings by which a LoRA is more, or something else, than ``ΔW = s·B·A``."""
+    return {name: config[name] for name in _UNSUPPORTED if config.get(name)}
+
+
+def lora_scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
+    """The factor s of a linear's LoRA, by PEFT's configuration.
+
+    Args:
+        config: What PEFT's file says.
+        name: The linear's name, for ``alpha_pattern``.
+        rank: Of its A and B.
+    """
+    return _alpha(config, name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _alpha(config: Mapping[str, Any], name: str) -> float:
     alpha = float(config.get("lora_alpha", 8))
     for pattern, value in (config.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", name):
@@ -203,7 +218,7 @@ def _saved_modules(config: dict[str, Any], saved: dict[str, Tensor], folder: Pat
     for name in saved:
         parts = name.split(".")
         prefixes = [".".join(parts[:i]) for i in range(1, len(parts))]
-        own = [p for p in prefixes if any(p == w or p.endswith(f".{w}") for w in wanted)]
+        own = [p for p in prefixes if p.endswith(tuple(wanted))]  # as PEFT matches them: parts of a name, too
         if not own:
             raise ValueError(f"{folder} holds {name}, which is of no module in its `modules_to_save` {wanted}.")
         modules[own[0]] = None

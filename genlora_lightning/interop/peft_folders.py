@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
-from genlora_lightning.artifacts.adapter_folder import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
+from genlora_lightning.artifacts.model_card import CARD_FILE
 from genlora_lightning.backbone.identity import base_model_name
 from genlora_lightning.backbone.tasks import class_tasks, is_transformers_model, transformers_base
 from genlora_lightning.fields import shown

@@ -215,7 +215,7 @@ class AdaptedLayer(FactorLayer):
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         save_by_base_names(AdaptedLayer)  # a pickle may be loaded where nothing was adapted yet
 
     @override

@@ -15,13 +15,13 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import Self, override
 
 from genlora_lightning.adapters.config import AdapterConfig
-from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts.loading import load_module
 from genlora_lightning.backbone.architectures import enable_gradient_checkpointing
 from genlora_lightning.backbone.pretrained import load_pretrained, load_tokenizer
 from genlora_lightning.callbacks.reading import is_for_bar
+from genlora_lightning.injection.peft_adapters import AnyConfig, PeftAdapter, PeftConfigLike, read_any_config
 from genlora_lightning.modules.limits import InputCheck
-from genlora_lightning.training.callback import GenLoRAFinetuning
+from genlora_lightning.training.callback import AdapterFinetuning
 from genlora_lightning.training.lightning_internals import trainer_or_none
 from genlora_lightning.training.optim import OptimizerConfig, build_optimizer, build_scheduler
 from genlora_lightning.training.precision import cpu_multiplies_bfloat16
@@ -50,8 +50,8 @@ class GenLoRAModule(LightningModule):
 
     Args:
         model: Local folder or name on the Hugging Face Hub.
-        adapter: What to adapt, and how; as a dictionary with ``kind`` for another kind than GenLoRA; GenLoRA's
-            defaults if ``None``. Leave it out if the trainer has a GenLoRAFinetuning
+        adapter: What to adapt, and how; as a dictionary with ``kind`` for another kind than GenLoRA; also a
+            configuration of PEFT. GenLoRA's defaults if ``None``. Leave it out if the trainer has an AdapterFinetuning
             callback.
         optimizer: AdamW and its schedule; the defaults if ``None``.
         dtype: Dtype of the frozen base's weights; ``"auto"``: the one they are stored in, or float32 on a CPU without
@@ -81,7 +81,7 @@ class GenLoRAModule(LightningModule):
         self,
         model: str,
         *,
-        adapter: dict[str, Any] | AdapterConfig | None = None,
+        adapter: dict[str, Any] | AdapterConfig | PeftConfigLike | None = None,
         optimizer: OptimizerConfig | dict[str, Any] | None = None,
         dtype: Dtype = "auto",
         revision: str | None = None,
@@ -98,7 +98,7 @@ class GenLoRAModule(LightningModule):
             raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
         check_plain("model_kwargs", model_kwargs)
         self.source = model
-        self.adapter = read_config(adapter) if isinstance(adapter, dict) else adapter
+        self.adapter: AnyConfig | None = None if adapter is None else read_any_config(adapter)
         if isinstance(optimizer, dict):
             optimizer = OptimizerConfig.from_dict(optimizer)
         self.optimizer_config = optimizer if optimizer is not None else OptimizerConfig()
@@ -113,7 +113,7 @@ class GenLoRAModule(LightningModule):
         }
         self.model: Any = None
         self._tokenizer: Any = None
-        self._own_callback: GenLoRAFinetuning | None = None
+        self._own_callback: AdapterFinetuning | None = None
         self._window_loss: Tensor | None = None
         self._window_count: Tensor | None = None
         self._lr_is_set = False
@@ -130,6 +130,8 @@ class GenLoRAModule(LightningModule):
                 if isinstance(value, (AdapterConfig, OptimizerConfig))
             }
         )
+        if isinstance(self.adapter, PeftAdapter):
+            self.save_hyperparameters({"adapter": self.adapter.to_dict()})
 
     # -- the model --------------------------------------------------------------------------------------------------
 
@@ -182,7 +184,7 @@ class GenLoRAModule(LightningModule):
         model: nn.Module = self.model
         return model
 
-    def resolve_adapter_config(self, config: AdapterConfig) -> AdapterConfig:
+    def resolve_adapter_config(self, config: AnyConfig) -> AnyConfig:
         """Complete an adapter configuration with what is known once the model is loaded."""
         return config
 
@@ -200,7 +202,7 @@ class GenLoRAModule(LightningModule):
     @override
     def configure_callbacks(self) -> list[Callback]:
         callbacks: list[Callback] = getattr(self.trainer, "callbacks", [])
-        given = [callback for callback in callbacks if isinstance(callback, GenLoRAFinetuning)]
+        given = [callback for callback in callbacks if isinstance(callback, AdapterFinetuning)]
         for callback in given:
             if callback is self._own_callback or self.adapter is None:
                 continue
@@ -213,7 +215,7 @@ class GenLoRAModule(LightningModule):
                 )
         if given:
             return []
-        self._own_callback = GenLoRAFinetuning(self.adapter)
+        self._own_callback = AdapterFinetuning(self.adapter)
         return [self._own_callback]
 
     @classmethod

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.injection.peft_adapters import PeftConfigLike
 from genlora_lightning.modules.base import Dtype, GenLoRAModule, check_plain
 from genlora_lightning.modules.metrics import Perplexity, WeightedMean
 from genlora_lightning.training.optim import OptimizerConfig
@@ -60,7 +61,7 @@ class CausalLMModule(GenLoRAModule):
         self,
         model: str,
         *,
-        adapter: dict[str, Any] | AdapterConfig | None = None,
+        adapter: dict[str, Any] | AdapterConfig | PeftConfigLike | None = None,
         optimizer: OptimizerConfig | dict[str, Any] | None = None,
         dtype: Dtype = "auto",
         revision: str | None = None,
@@ -181,7 +182,8 @@ class CausalLMModule(GenLoRAModule):
             with torch.random.fork_rng(devices=[like.device] if like.is_cuda else []):  # the same dropout in both
                 torch.manual_seed(0)
                 found.append(model(input_ids=tried, position_ids=positions, use_cache=False).logits[:, half:].float())
-        if not torch.allclose(*found, rtol=1e-3, atol=1e-3 * found[0].abs().max().item()):
+        before, after = found
+        if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
             raise ValueError(
                 f"A {type(model).__name__} with the attention {model.config._attn_implementation!r} does not keep the "
                 "texts of a packed row apart: what stands before a text changes it. Set the data module's "

@@ -15,6 +15,7 @@ from typing_extensions import override
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.data.classification import ProblemType
 from genlora_lightning.fields import check_choice, check_number
+from genlora_lightning.injection.peft_adapters import AnyConfig, PeftAdapter, PeftConfigLike
 from genlora_lightning.modules.base import Dtype, GenLoRAModule
 from genlora_lightning.modules.metrics import R2, WeightedMean
 from genlora_lightning.training.optim import OptimizerConfig
@@ -74,7 +75,7 @@ class SequenceClassificationModule(GenLoRAModule):
         label_names: list[str] | None = None,
         problem_type: ProblemType = "single_label_classification",
         class_weights: list[float] | None = None,
-        adapter: dict[str, Any] | AdapterConfig | None = None,
+        adapter: dict[str, Any] | AdapterConfig | PeftConfigLike | None = None,
         optimizer: OptimizerConfig | dict[str, Any] | None = None,
         dtype: Dtype = "auto",
         revision: str | None = None,
@@ -164,10 +165,13 @@ class SequenceClassificationModule(GenLoRAModule):
         config.pad_token_id = model.config.pad_token_id = end
 
     @override
-    def resolve_adapter_config(self, config: AdapterConfig) -> AdapterConfig:
-        """Add the head, and modules that the checkpoint lacks, to ``modules_to_train``."""
+    def resolve_adapter_config(self, config: AnyConfig) -> AnyConfig:
+        """Add the head, and modules that the checkpoint lacks, to ``modules_to_train`` (PEFT: ``modules_to_save``)."""
         self.adapter_root()  # an error if the model is not loaded
-        given = config.modules_to_train
+        if isinstance(config, PeftAdapter):
+            given = config.values.get("modules_to_save") or []
+        else:
+            given = config.modules_to_train
         more = [
             name for name in self._trained_modules if not any(f".{name}".endswith(f".{pattern}") for pattern in given)
         ]
@@ -176,6 +180,8 @@ class SequenceClassificationModule(GenLoRAModule):
                 f"The head of this {type(self.model).__name__} cannot be told from its body. Name it in the adapter's "
                 "`modules_to_train`."
             )
+        if isinstance(config, PeftAdapter):
+            return config.replace(modules_to_save=[*given, *more])
         return dataclasses.replace(config, modules_to_train=[*given, *more])
 
     def class_logits(self, batch: dict[str, Any]) -> Tensor:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -18,8 +15,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
-from genlora_lightning.adapters.kinds import read_config
-from genlora_lightning.artifacts.adapter_io import write_adapter
 from genlora_lightning.artifacts.checkpoint import (
     CHECKPOINT_KEY,
     adapter_root,
@@ -33,11 +28,16 @@ from genlora_lightning.artifacts.checkpoint import (
 from genlora_lightning.artifacts.other_state import note_start
 from genlora_lightning.backbone.identity import BaseCheck
 from genlora_lightning.backbone.low_memory import weight_source
-from genlora_lightning.callbacks.figures import FIGURES, log_figures
+from genlora_lightning.callbacks.figures import log_figures
 from genlora_lightning.callbacks.reading import ReadingTimes
-from genlora_lightning.distributed.shards import whole_like
-from genlora_lightning.errors import DivergedError, NonFiniteGradientError
-from genlora_lightning.injection.inject import adapter_layers, inject_adapters
+from genlora_lightning.injection.peft_adapters import (
+    AnyConfig,
+    PeftAdapter,
+    PeftConfigLike,
+    put_adapters,
+    read_any_config,
+)
+from genlora_lightning.injection.places import has_adapters
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.overrides import put_on, state_of, take_off
 from genlora_lightning.storage.paths import local_path
@@ -46,14 +46,13 @@ from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.training.checks import (
     GradientWatch,
     check_optimizers_hold,
-    check_writable,
     prune_frozen,
     set_train_mode,
     warn_of_low_rates,
 )
-from genlora_lightning.training.divergence import DivergenceWatch
-from genlora_lightning.training.finite import FiniteWatch
 from genlora_lightning.training.lightning_internals import STRICT_LOADING
+from genlora_lightning.training.outcome import Outcome, planned_folder
+from genlora_lightning.training.peft_support import check_not_shared, check_support
 from genlora_lightning.training.resume import (
     Resume,
     keep_base_out_of_files,
@@ -61,16 +60,10 @@ from genlora_lightning.training.resume import (
     use_resumable_loaders,
     write_content,
 )
-from genlora_lightning.training.run_folder import (
-    begin_run,
-    check_not_taken,
-    free_folder,
-    resume_run,
-    run_folder,
-    run_name,
-)
+from genlora_lightning.training.run_folder import begin_run, check_not_taken, resume_run, run_folder
 from genlora_lightning.training.snapshots import Snapshots
 from genlora_lightning.training.step_generation import Generate, StepGeneration
+from genlora_lightning.training.stops import RunWatch
 from genlora_lightning.training.strategies import averaging_callbacks, check_strategy
 from genlora_lightning.training.sync import AdapterSharding, AdapterSync, describe_timeout
 from genlora_lightning.training.without_callback import load_without_callback
@@ -88,8 +81,8 @@ _OVERRIDDEN = (
 )
 
 
-class GenLoRAFinetuning(Callback):
-    """Fine-tune a LightningModule with generated low-rank adapters.
+class AdapterFinetuning(Callback):
+    """Fine-tune a LightningModule with adapters: of this library, or of any kind that PEFT has.
 
     Give it to the trainer; the module need not know of it. Before the optimizer is configured it freezes the model,
     injects the adapters and, when training starts, sets train mode (normalisation layers with frozen running
@@ -106,8 +99,14 @@ class GenLoRAFinetuning(Callback):
     (:class:`~genlora_lightning.GenLoRAModule` has), else into the whole LightningModule. If it has a method
     ``resolve_adapter_config(config)``, this may complete the configuration once the model is known.
 
+    PEFT's adapters are put in by PEFT itself, into the only transformers model in there if there is one, which alone is
+    frozen then; the folder at the end is PEFT's own, with our manifest beside it, and ``PeftModel.from_pretrained``
+    loads it. Which kinds were tested under which strategy: :mod:`genlora_lightning.training.peft_support`.
+
     Args:
-        config: What to adapt, and how, also as a dictionary; the defaults if ``None``.
+        config: What to adapt, and how: a :class:`~genlora_lightning.GenLoRAConfig`, a configuration of another kind,
+            one of PEFT (``peft.LoraConfig``, ``peft.VeraConfig``, …), or a dictionary, in which ``kind`` says which
+            (``{"kind": "peft", "peft_type": "VERA", "r": 64}``); GenLoRA's defaults if ``None``.
         adapter_dir: Where to save the adapter folder when fitting ends, on a local disk; ``adapter`` beside the run's
             ``checkpoints`` if ``None`` (without a logger in ``default_root_dir``). After an error or Ctrl-C it is
             ``<adapter_dir>-interrupted``, so that a finished adapter is never replaced by an unfinished one.
@@ -147,7 +146,7 @@ class GenLoRAFinetuning(Callback):
 
     def __init__(
         self,
-        config: AdapterConfig | dict[str, Any] | None = None,
+        config: AdapterConfig | PeftAdapter | PeftConfigLike | dict[str, Any] | None = None,
         *,
         adapter_dir: str | None = None,
         overwrite: bool = False,
@@ -160,7 +159,7 @@ class GenLoRAFinetuning(Callback):
         check_ranks_every_n_steps: int = 0,
         generate: Generate = "forward",
     ) -> None:
-        self.config = read_config(config)
+        self.config = read_any_config(config)
         self.adapter_dir = None if adapter_dir is None else str(local_path(adapter_dir, "`adapter_dir`"))
         self.overwrite = overwrite
         if base_check not in get_args(BaseCheck):
@@ -180,15 +179,10 @@ class GenLoRAFinetuning(Callback):
             raise ValueError(f"`generate` must be one of {get_args(Generate)}, got {generate!r}.")
         self.generate: Generate = generate
         self.report: InjectionReport | None = None
-        self._planned: Path | None = None  # where the adapter is to be saved ...
-        self._folder: Path | None = None  # ... and may be
-        self._settled = False
-        self._saved_after_error = False
+        self._outcome: Outcome | None = None
+        self._watch: RunWatch | None = None
         self._gradient_watch = GradientWatch()
-        self._finite: FiniteWatch | None = None
-        self._divergence: DivergenceWatch | None = None
         self._times: ReadingTimes | None = None
-        self._last_loss: Tensor | None = None
         self._resume: Resume | None = None
         self._snapshots: Snapshots | None = None
         self._averaging: list[AveragedTraining] = []
@@ -201,19 +195,20 @@ class GenLoRAFinetuning(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         callbacks = getattr(trainer, "callbacks", [])
-        if sum(isinstance(callback, GenLoRAFinetuning) for callback in callbacks) > 1:
+        if sum(isinstance(callback, AdapterFinetuning) for callback in callbacks) > 1:
             raise ValueError(
                 "The trainer has more than one GenLoRAFinetuning callback. Give one: either in the trainer's "
                 "`callbacks`, or by the module's `adapter` argument."
             )
         check_strategy(trainer)
+        if isinstance(self.config, PeftAdapter):
+            check_support(self.config, trainer.strategy, self.adapter_sharding, generate=self.generate)
         averaging = averaging_callbacks(trainer.strategy, callbacks)
         self._sync = AdapterSync(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
         self._unwrap(trainer, pl_module)  # left over if an earlier run with another trainer failed
         self.report = None
-        self._folder = None  # of an earlier run
-        self._settled = False
+        self._outcome = None  # of an earlier run
         self._resume = None
         self._untrained = False
         self._wrap(trainer, pl_module)
@@ -222,9 +217,14 @@ class GenLoRAFinetuning(Callback):
         keep_base_out_of_files(trainer)
         if stage == "fit":
             use_resumable_loaders(trainer)
-            # Loggers may know their version on the first rank only.
-            self._planned = self._choose_folder(trainer, trainer.strategy.broadcast(run_folder(trainer)))
-            begin_run(trainer, goes_on=bool(adapter_layers(pl_module)))
+            self._outcome = Outcome(
+                trainer,
+                self._sync,
+                adapter_dir=self.adapter_dir,
+                overwrite=lambda: self.overwrite,
+                wanted=self.save_adapter,
+            )
+            begin_run(trainer, goes_on=has_adapters(pl_module))
             self._prepare_when_optimizers_are_made(trainer.strategy, pl_module)
 
     def _wrap(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -245,7 +245,7 @@ class GenLoRAFinetuning(Callback):
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
             # Here and not in the callback's own hook, which Lightning skips with `save_weights_only=True`.
-            self._stop_if_spoiled(trainer, pl_module)
+            self._stop_if_spoiled(pl_module)
             original_save(checkpoint)
             write_content(trainer, pl_module, checkpoint)
 
@@ -321,15 +321,22 @@ class GenLoRAFinetuning(Callback):
         self._averaging = []
 
     def _inject(self, pl_module: LightningModule) -> None:
-        resolve: Callable[[AdapterConfig], AdapterConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
+        resolve: Callable[[AnyConfig], AnyConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
         config = resolve(self.config) if resolve is not None else self.config
-        self._untrained = not adapter_layers(pl_module)
-        self.report = inject_adapters(adapter_root(pl_module), config)
+        self._untrained = not has_adapters(pl_module)
+        self.report = put_adapters(adapter_root(pl_module, config), config)
         waiting = weight_source(pl_module)
         if waiting is not None:
             waiting.start_trained()
         remember_base(pl_module, anew=self._untrained)
+        if isinstance(config, PeftAdapter) and self._sync_of_run.shards_adapters:
+            check_not_shared(pl_module)
         self._sync_of_run.equalize_and_shard(pl_module)
+
+    @property
+    def _outcome_of_run(self) -> Outcome:
+        assert self._outcome is not None, "the callback's `setup` has not been called for a fit"
+        return self._outcome
 
     @property
     def _sync_of_run(self) -> AdapterSync:
@@ -338,18 +345,17 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.report is None or not adapter_layers(pl_module):
+        if self.report is None or not has_adapters(pl_module):
             raise RuntimeError(
                 "The adapters were not injected before fitting started: `configure_model` of "
                 f"{type(pl_module).__name__} was not called. Do not replace `configure_model` on the instance."
             )
         rank_zero_info(self.report.summary())
         self._gradient_watch = GradientWatch()
-        self._finite = FiniteWatch(trainer.strategy.root_device, self._sync_of_run.set_on_any_rank)
-        self._saved_after_error = False
-        self._last_loss = None
+        self._outcome_of_run.begin()
+        self._watch = RunWatch(trainer, self._sync_of_run, self._outcome_of_run, every=self.check_finite_every_n_steps)
         if not trainer.strategy.restore_checkpoint_after_setup:  # else nobody knows yet which run it is
-            self._settle_folder(trainer, pl_module)
+            self._outcome_of_run.settle(pl_module)
         check_optimizers_hold(trainer.optimizers, pl_module)
         warn_of_low_rates(trainer.optimizers, pl_module)
         self._sync_of_run.check_trainable(pl_module)
@@ -363,7 +369,7 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_if_spoiled(trainer, pl_module)
+        self._stop_if_spoiled(pl_module)
         if self._untrained and trainer.state.fn != "fit":
             rank_zero_warn(
                 f"The adapters of this {type(pl_module).__name__} are new and untrained, and no `ckpt_path` is given: "
@@ -383,52 +389,21 @@ class GenLoRAFinetuning(Callback):
         Raises:
             FileExistsError: It would, and ``overwrite`` is not set.
         """
-        folder = self._choose_folder(trainer, run_folder(trainer))
+        folder = planned_folder(trainer, run_folder(trainer), self.adapter_dir) if self.save_adapter else None
         if folder is not None:
             check_not_taken(folder, "", overwrite=self.overwrite)
 
-    def _choose_folder(self, trainer: Trainer, run: str) -> Path | None:
-        if not self.save_adapter or getattr(trainer, "fast_dev_run", False):
-            return None
-        if self.adapter_dir is not None:
-            return Path(self.adapter_dir)
-        folder = os.path.join(run, "adapter")
-        try:
-            return local_path(folder, "adapter folder")
-        except ValueError as error:
-            raise ValueError(
-                f"{error} Set `adapter_dir` to a local folder, or `save_adapter` to False: this run's checkpoints may "
-                "be remote, and hold the adapters, too."
-            ) from None
-
-    def _settle_folder(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find out before the training that the adapter cannot be saved, or would replace another run's; collective."""
-        if self._settled:
-            return
-        self._settled = True
-        problem: OSError | None = None
-        if self._planned is not None and trainer.is_global_zero:
-            try:
-                check_writable(self._planned, needed=2 * _state_bytes(pl_module))
-                check_not_taken(self._planned, run_name(trainer), overwrite=self.overwrite)
-            except OSError as error:
-                problem = error
-        problem = trainer.strategy.broadcast(problem)
-        if problem is not None:
-            raise problem
-        self._folder = self._planned
-
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._settle_folder(trainer, pl_module)
+        self._outcome_of_run.settle(pl_module)
 
     # -- while training ---------------------------------------------------------------------------------------------
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._settle_folder(trainer, pl_module)
-        if self.stop_if_diverged:
-            self._divergence = DivergenceWatch(trainer, pl_module)
+        self._outcome_of_run.settle(pl_module)
+        if self.stop_if_diverged and self._watch is not None:
+            self._watch.watch_loss(pl_module)
         self._times = ReadingTimes(trainer)  # not earlier: a resumed run has its steps by now
 
     @override
@@ -438,7 +413,8 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        self._last_loss = loss.detach()
+        assert self._watch is not None
+        self._watch.before_backward(loss)
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -456,72 +432,22 @@ class GenLoRAFinetuning(Callback):
         warning = self._gradient_watch.check(pl_module, optimizer, self._sync_of_run.any_rank)
         if warning is not None:
             rank_zero_warn(warning)
-        # With a gradient scaler (float16) overflows are expected, and the scaler skips the step by itself.
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        every = self.check_finite_every_n_steps
-        if every and not scaled and trainer.global_step % every == 0:
-            assert self._finite is not None
-            place = {
-                "step": trainer.global_step + 1,
-                "epoch": trainer.current_epoch,
-                "batch": trainer.fit_loop.batch_idx,
-            }
-            if self._finite.check(optimizer, self._last_loss, **place):
-                self._stop_if_not_finite(trainer, pl_module)
+        assert self._watch is not None
+        self._watch.before_step(pl_module, optimizer)
 
-    def _stop_if_not_finite(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read what the checks of the gradients have found; waits for the device. All ranks come here together."""
-        found = self._finite.read(pl_module) if self._finite is not None else None
-        # Gradients and not only the loss: after the reduction they are the same on all ranks, so that all ranks stop.
-        if found is None:
-            return
-        first = f" ({found.names[0]} first)" if found.names else ""  # others see it if this rank has pieces
-        # Not its value: a module may scale what it returns.
-        loss = {None: "unknown", True: "finite", False: "not finite"}[found.loss_was_finite]
-        later = "" if found.step > trainer.global_step else f", nor any after it until step {trainer.global_step}"
-        saved = self._save_after_error(trainer, pl_module, step=found.step - 1, on_all_ranks=True)
-        trainer.strategy.barrier()  # the first rank that raises has the others killed, rank 0 in the middle of saving
-        raise NonFiniteGradientError(
-            f"The gradient is NaN or infinite at optimizer step {found.step}, epoch {found.epoch}, batch "
-            f"{found.batch}, in {len(found.names)} tensors{first}; the last loss was {loss}. The step was not "
-            f"made{later}: the weights are those before it. {saved} Lower the learning rate, set `gradient_clip_val`, "
-            "or look at that batch."
-        )
-
-    def _stop_if_spoiled(self, trainer: Trainer, pl_module: LightningModule, *, at_the_end: bool = False) -> None:
-        """Read what was found of gradients and loss; waits for the device. All ranks come here together."""
-        self._stop_if_not_finite(trainer, pl_module)
-        found = self._divergence.read(at_the_end=at_the_end) if self._divergence is not None else None
-        if found is None:
-            return
-        assert self._divergence is not None
-        best = self._divergence.restore_best()
-        self._saved_after_error = True
-        saved = (
-            f"The weights are set back to step {best}, after which the loss was lowest. "
-            + self._save_after_error(trainer, pl_module, step=best, on_all_ranks=True)
-            if best
-            else "No adapter is saved, because it never was better than at the start."
-        )
-        trainer.strategy.barrier()  # as for gradients that are not finite
-        groups = (group for optimizer in trainer.optimizers for group in optimizer.param_groups)
-        rate = max(float(group.get("initial_lr", group["lr"])) for group in groups)  # the peak of a schedule
-        raise DivergedError(
-            f"The training diverges: the median loss of the {found.steps} steps until step {found.step} is "
-            f"{found.level:.4g}, and {found.start:.4g} at the start. {saved} Lower the learning rate, which is "
-            f"{rate:.3g}: try {rate / 10:.1g}. If this loss should rise, set `stop_if_diverged=False` of "
-            "GenLoRAFinetuning."
-        )
+    def _stop_if_spoiled(self, pl_module: LightningModule, *, at_the_end: bool = False) -> None:
+        if self._watch is not None:
+            self._watch.stop_if_spoiled(pl_module, at_the_end=at_the_end)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         assert self._times is not None
-        if self._divergence is not None:
-            self._divergence.after_batch(outputs)
+        assert self._watch is not None
+        self._watch.after_batch(outputs)
         if self._times.due():
-            self._stop_if_spoiled(trainer, pl_module)
+            self._stop_if_spoiled(pl_module)
         every = self.check_ranks_every_n_steps
         if every and trainer.global_step % every == 0:
             self._sync_of_run.compare(pl_module, f"After step {trainer.global_step}")
@@ -533,35 +459,21 @@ class GenLoRAFinetuning(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_if_spoiled(trainer, pl_module, at_the_end=True)
+        self._stop_if_spoiled(pl_module, at_the_end=True)
         self._sync_of_run.compare(pl_module, f"At the end, after step {trainer.global_step},")
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._folder is None or not (trainer.is_global_zero or self._sync_of_run.shards_adapters):
-            return
-        content = self._sync_of_run.record(pl_module)
-        if not trainer.is_global_zero:
-            return
-        place = free_folder(self._folder, run_name(trainer), overwrite=self.overwrite)
-        if place != self._folder:
-            rank_zero_warn(f"Another run has saved its adapter in {self._folder} meanwhile; it is left as it is.")
-        try:
-            folder = write_adapter(content, place, training=_facts(trainer, trainer.global_step))
-        except OSError as error:
-            # Hours of training must not end in a full disk: any other place is better than none.
-            rank_zero_warn(str(error))
-            folder = write_adapter(content, _spare_folder(), training=_facts(trainer, trainer.global_step))
-        rank_zero_info(f"The adapter is saved in {folder}.")
+        self._outcome_of_run.save(pl_module)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         hint = describe_timeout(trainer, exception)
         if hint is not None:
             print(hint, file=sys.stderr, flush=True)  # from whichever rank it is
-        if self._folder is not None and trainer.state.fn == "fit" and not self._saved_after_error:
-            step = self._last_good_step(trainer, pl_module)
-            saved = self._save_after_error(trainer, pl_module, step=step)
+        if self._outcome is not None and self._outcome.waits_for_error:
+            step = trainer.global_step if self._watch is None else self._watch.last_good_step(pl_module)
+            saved = self._outcome.save_after_error(pl_module, step=step)
             rank_zero_info(f"Stopped at step {step}. {saved}")
         if self._steps is not None:  # a checkpoint may yet be written
             with suppress(RuntimeError):  # must not hide the error that is being handled
@@ -569,54 +481,19 @@ class GenLoRAFinetuning(Callback):
         self._end_watch()
         self._unwrap(trainer, pl_module)
 
-    def _last_good_step(self, trainer: Trainer, pl_module: LightningModule) -> int:
-        """How many steps the weights are of, where the last ones may have been left out and nobody knows it yet."""
-        found = None
-        with suppress(RuntimeError):  # a device that fails must not hide the error that is being handled
-            found = self._finite.read(pl_module) if self._finite is not None else None
-        if found is None:
-            return trainer.global_step
-        rank_zero_warn(f"The gradient was NaN or infinite at step {found.step}; it and those after it were not made.")
-        return found.step - 1
-
     def _end_watch(self) -> None:
-        if self._finite is not None:
-            self._finite.end()
-            self._finite = None
-        self._divergence = None
-
-    def _save_after_error(
-        self, trainer: Trainer, pl_module: LightningModule, *, step: int, on_all_ranks: bool = False
-    ) -> str:
-        """Save what there is, without hiding the error that is being handled; returns a sentence on what was done."""
-        self._saved_after_error = True
-        if self._folder is None:
-            return "No adapter was saved (`save_adapter` is off)."
-        if step == 0:
-            return "No step had been made, so there is no adapter to save."
-        if self._sync_of_run.shards_adapters and not on_all_ranks:
-            return "The adapter lies in pieces on several ranks and was not saved; go on from the last checkpoint."
-        if not (trainer.is_global_zero or self._sync_of_run.shards_adapters):
-            return "The adapter is saved by rank 0."
-        content = self._sync_of_run.record(pl_module)
-        if not trainer.is_global_zero:
-            return "The adapter is saved by rank 0."
-        folder = self._folder.with_name(f"{self._folder.name}-interrupted")
-        folder = free_folder(folder, run_name(trainer), overwrite=self.overwrite)
-        problems = []
-        for place in (folder, _spare_folder()):
-            try:
-                write_adapter(content, place, training=_facts(trainer, step))
-            except (OSError, ValueError) as error:
-                problems.append(str(error))
-            else:
-                return f"The adapter after {step} steps is saved in {place}."
-        return f"The adapter could not be saved: {' '.join(problems)}"
+        if self._watch is not None:
+            self._watch.end()
+            self._watch = None
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end_watch()
         self._unwrap(trainer, pl_module)
+
+
+class GenLoRAFinetuning(AdapterFinetuning):
+    """:class:`AdapterFinetuning` by its first name; their checkpoints and folders are the same."""
 
 
 def _load_waiting_weights(trainer: Trainer, pl_module: LightningModule) -> None:
@@ -627,22 +504,3 @@ def _load_waiting_weights(trainer: Trainer, pl_module: LightningModule) -> None:
         strategy.kwargs["param_init_fn"] = waiting.for_fsdp1(strategy.root_device)
     elif waiting is not None:
         waiting.load(strategy.root_device)
-
-
-def _state_bytes(pl_module: LightningModule) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in whole_like(pl_module).values())
-
-
-def _spare_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="genlora-adapter-"))
-
-
-def _facts(trainer: Trainer, step: int) -> dict[str, Any]:
-    logged = {name: value for name, value in trainer.callback_metrics.items() if name not in FIGURES}
-    metrics = {name: float(value) for name, value in logged.items() if value.numel() == 1}
-    return {
-        "run": run_name(trainer),
-        "global_step": step,
-        "epoch": trainer.current_epoch,
-        "metrics": {name: value for name, value in metrics.items() if value == value and abs(value) != float("inf")},
-    }

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
 from genlora_lightning.distributed.shards import local_part
 from genlora_lightning.injection.full_training import trained_modules
-from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
+from genlora_lightning.injection.peft_adapters import present_config
+from genlora_lightning.injection.places import adapter_parameters, adapter_places, has_adapters
 
 _AnyRank = Callable[[list[bool]], list[bool]]
 
@@ -75,8 +76,10 @@ def check_optimizers_hold(optimizers: list[Optimizer], model: nn.Module) -> None
 
 def warn_of_low_rates(optimizers: list[Optimizer], model: nn.Module) -> None:
     """Warn where Adam trains adapters at a rate for whole models, at which they learn next to nothing in silence."""
-    layers = adapter_layers(model)
-    usual = next((layer.config.usual_rates for layer in layers.values() if layer.config.usual_rates), None)
+    if not has_adapters(model):
+        return
+    config = present_config(model)
+    usual = config.usual_rates
     if usual is None:
         return
     adapters = {id(p) for p in adapter_parameters(model).values()}
@@ -88,11 +91,11 @@ def warn_of_low_rates(optimizers: list[Optimizer], model: nn.Module) -> None:
         if any(id(p) in adapters for p in group["params"])
     ]
     if rates and max(rates) < usual[0] / 5:
-        title = next(iter(layers.values())).config.title
         rank_zero_warn(
-            f"The optimizer trains the adapters at a rate of {max(rates):g}. That suits a whole model; {title} mostly "
-            f"learns at {usual[0]:g} to {usual[1]:g} with Adam, and next to nothing at this rate. Raise the rate that "
-            f"your `configure_optimizers` gives, or return `build_optimizer(self, OptimizerConfig(lr={usual[0]:g}))`, "
+            f"The optimizer trains the adapters at a rate of {max(rates):g}. That suits a whole model; {config.title} "
+            f"mostly learns at {usual[0]:g} to {usual[1]:g} with Adam, and next to nothing at this rate. Raise the "
+            "rate that your `configure_optimizers` gives, or return "
+            f"`build_optimizer(self, OptimizerConfig(lr={usual[0]:g}))`, "
             "which has rates of their own for heads."
         )
 
@@ -128,8 +131,8 @@ class GradientWatch:
             return None
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         layers = {
-            name: [p.grad for p in layer.adapter_parameters().values() if id(p) in held]
-            for name, layer in adapter_layers(model).items()
+            name: [p.grad for p in place.adapter_parameters().values() if id(p) in held]
+            for name, place in adapter_places(model).items()
         }
         layers = {name: gradients for name, gradients in layers.items() if gradients}
         if not layers:

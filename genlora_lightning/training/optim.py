@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from genlora_lightning.adapters.base import trained_by_role
+from genlora_lightning.adapters.base import Role, trained_by_role
 from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number, shown
+from genlora_lightning.injection.places import adapter_places
+from genlora_lightning.layers.adapted import AdaptedLayer
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -107,9 +109,9 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     """Sort the trainable parameters into named groups with a learning rate and a weight decay each.
 
     First the groups of the adapter's parameters (of GenLoRA ``latents``, ``rbf_weights`` and ``rbf_shapes``, of LoRA
-    ``lora_a`` and ``lora_b``), at the rate ``lr · lr_factors[name]``; then ``head``, the matrices of everything else
-    that is trained, and ``head_no_decay``, its vectors (biases, norms), at the rate ``lr · head_lr_factor``. Groups
-    that would be empty are left out.
+    ``lora_a`` and ``lora_b``, of PEFT's kinds ``adapter`` and, for vectors, ``adapter_no_decay``), at the rate ``lr ·
+    lr_factors[name]``; then ``head``, the matrices of everything else that is trained, and ``head_no_decay``, its
+    vectors (biases, norms), at the rate ``lr · head_lr_factor``. Groups that would be empty are left out.
 
     Args:
         model: A model with adapters, or anything that has trainable parameters.
@@ -128,7 +130,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
             "be injected before the optimizer is made: call `inject_adapters(model, config)`, or give the Trainer the "
             "GenLoRAFinetuning callback."
         )
-    by_role = trained_by_role(model)
+    by_role = {**trained_by_role(model), **_roles_of_others(model)}
     unknown = sorted(set(config.lr_factors) - set(by_role))
     if unknown:
         raise ValueError(
@@ -152,6 +154,18 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     ):
         groups.append({"name": name, "params": members, "lr": config.lr * config.head_lr_factor, "weight_decay": decay})
     return [group for group in groups if group["params"]]
+
+
+def _roles_of_others(model: nn.Module) -> dict[str, tuple[Role, list[nn.Parameter]]]:
+    """Groups for adapters of another library, which does not say what decays: matrices, as elsewhere."""
+    found: dict[int, nn.Parameter] = {}
+    for place in adapter_places(model).values():
+        if not isinstance(place.module, AdaptedLayer) and not place.is_copy:
+            found |= {id(p): p for p in place.adapter_parameters().values() if p.requires_grad}
+    matrices = [p for p in found.values() if p.ndim > 1]
+    vectors = [p for p in found.values() if p.ndim <= 1]
+    groups = {"adapter": (True, matrices), "adapter_no_decay": (False, vectors)}
+    return {name: (Role(name, decayed), members) for name, (decayed, members) in groups.items() if members}
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | None = None) -> torch.optim.AdamW:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from genlora_lightning.artifacts.checkpoint import CHECKPOINT_KEY, keep_adapters_only, numbered_state, pack
 from genlora_lightning.distributed.collectives import mean_gradients
 from genlora_lightning.distributed.shards import is_sharded, part_of, plain_parameters, whole_gradients
-from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.injection.places import has_adapters
 from genlora_lightning.layers.accumulation import pass_gradients
 from genlora_lightning.overrides import note, noted, put_on, take_off
 from genlora_lightning.training.lightning_internals import count_step, end_restart, validation_is_due
@@ -163,7 +163,7 @@ def keep_base_out_of_files(trainer: Trainer) -> None:
     def save_checkpoint(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         owner: Trainer | None = noted(strategy, _OWNER)()
         module = None if owner is None else owner.lightning_module
-        if CHECKPOINT_KEY not in checkpoint and owner is not None and module is not None and adapter_layers(module):
+        if CHECKPOINT_KEY not in checkpoint and owner is not None and module is not None and has_adapters(module):
             write_content(owner, module, checkpoint)
         original(checkpoint, *args, **kwargs)
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from genlora_lightning.artifacts.adapter_io import AdapterRecord, adapter_record
 from genlora_lightning.artifacts.checkpoint import adapter_root, base_of, prefix_of
+from genlora_lightning.artifacts.peft_folder import PeftRecord
 from genlora_lightning.distributed.collectives import (
     any_rank,
     broadcast_from_first,
@@ -28,7 +29,7 @@ from genlora_lightning.distributed.shards import (
     trained_tensors,
     whole_tensors,
 )
-from genlora_lightning.injection.inject import adapter_parameters
+from genlora_lightning.injection.places import adapter_parameters
 from genlora_lightning.overrides import note, noted
 from genlora_lightning.storage.digests import sha256
 from genlora_lightning.training.strategies import FSDP_NAME, GenLoRAFSDPStrategy, shards_base, use_whole_files
@@ -118,7 +119,7 @@ class AdapterSync:
                 "gradients. Name their modules in `modules_to_train`."
             )
 
-    def _describe(self, module: LightningModule) -> AdapterRecord:
+    def _describe(self, module: LightningModule) -> AdapterRecord | PeftRecord:
         """What an adapter folder says of the module, taken while it is whole; the tensors' values are left out."""
         content = adapter_record(adapter_root(module), base_of(module))
         digests: list[Any] = [None] * self.trainer.world_size
@@ -165,12 +166,12 @@ class AdapterSync:
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
-    def record(self, module: LightningModule) -> AdapterRecord:
+    def record(self, module: LightningModule) -> AdapterRecord | PeftRecord:
         """What the adapter folder is to hold; collective if the adapters are sharded."""
         root = adapter_root(module)
         if not self.base_is_sharded:
             return adapter_record(root)
-        recorded: AdapterRecord = noted(module, _CONTENT)
+        recorded: AdapterRecord | PeftRecord = noted(module, _CONTENT)
         prefix, whole = prefix_of(root, module), whole_tensors(module)
         return dataclasses.replace(recorded, state={name: whole[prefix + name] for name in recorded.state})
 

@@ -18,7 +18,7 @@ def load_without_callback() -> None:
     Without the callback Lightning would ask for the base's weights, which our checkpoints do not hold. The method is
     that of the class: ``Trainer().validate(module, ckpt_path=…)`` and ``load_from_checkpoint`` ask nobody else.
     """
-    LightningModule.on_load_checkpoint = _on_load_checkpoint  # type: ignore[method-assign]
+    LightningModule.on_load_checkpoint = _on_load_checkpoint  # type: ignore[method-assign, assignment]
 
 
 def _on_load_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from genlora_lightning.errors import NonFiniteGradientError
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.injection.state import adapter_state_dict
 from genlora_lightning.layers.fused import adapted_linear
-from genlora_lightning.training import callback
+from genlora_lightning.training import outcome
 from tests.conftest import small_config
 from tests.plain import PlainEncoder, PlainMLP, encoder_loader, mlp_loader, trainer
 
@@ -469,15 +469,15 @@ def test_error_in_the_users_code_keeps_the_adapter_and_the_module_can_be_used_ag
 
 
 def test_full_disk_at_the_end_saves_the_adapter_elsewhere(tmp_path, monkeypatch):
-    real = callback.write_adapter
+    real = outcome.write_adapter
 
     def full(model, folder, **kwargs):
         if folder == tmp_path / "adapter":
             raise OSError(errno.ENOSPC, "No space left on device")
         return real(model, folder, **kwargs)
 
-    monkeypatch.setattr(callback, "write_adapter", full)
-    monkeypatch.setattr(callback, "_spare_folder", lambda: tmp_path / "spare")
+    monkeypatch.setattr(outcome, "write_adapter", full)
+    monkeypatch.setattr(outcome, "_spare_folder", lambda: tmp_path / "spare")
     module = PlainMLP()
     with pytest.warns(UserWarning, match="No space left"):
         trainer(tmp_path, finetuning()).fit(module, mlp_loader())
