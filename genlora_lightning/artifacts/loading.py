@@ -110,7 +110,7 @@ def _check_base(
 def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
     with restored_after_error(module):
         if adapter_layers(module):
-            check_checkpoint(module, checkpoint)
+            check_checkpoint(module, checkpoint, source)
         else:
             root = adapter_root(module)
             _inject_described(root, describe(checkpoint, source), prefix_of(root, module), source)
@@ -121,7 +121,7 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         extra = {name: own[name] for name in stored if name in own and name not in expected}
         check_adapter_state(expected | extra, stored, source)
         note_start(module)
-    load_beside(module, checkpoint)
+        load_beside(module, checkpoint, source)
     for name, tensor in (expected | extra).items():
         tensor.copy_(stored[name])
 
@@ -129,7 +129,7 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
 def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str, source: str) -> None:
     """Put adapters where a checkpoint says that they were, or, in a model of other linears, where its rule says."""
     config = read_config(described["config"])
-    names = [name.removeprefix(prefix) for name in described.get("layers", {}) if name.startswith(prefix)]
+    names = [name.removeprefix(prefix) for name in described["layers"] if name.startswith(prefix)]
     is_listed = (
         names and described.get("num_linears") == count_linears(model) and len(names) == len(described["layers"])
     )
@@ -145,7 +145,7 @@ def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str, 
 
 def _prefix_in(described: dict[str, Any], model: nn.Module) -> str:
     """What the names of a checkpoint's linears begin with before those that they have in a model."""
-    parts = next(iter(described.get("layers", {})), "").split(".")
+    parts = next(iter(described["layers"]), "").split(".")
     places = {name for name, _ in model.named_modules()}
     return next((".".join([*parts[:i], ""]) for i in range(len(parts)) if ".".join(parts[i:]) in places), "")
 
@@ -221,7 +221,7 @@ def convert_checkpoint(
         expected = adapter.state
         first = next(iter(expected))
         prefixes = [name[: -len(first)] for name in stored if name.endswith(first)]
-        default = described.get("prefix", "")
+        default = described["prefix"]
         prefix = next((p for p in prefixes if all(p + name in stored for name in expected)), default)
         _check_base(content, base_model, str(checkpoint), base_check, prefix)
         state = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import secrets
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -40,6 +42,7 @@ from genlora_lightning.errors import DivergedError, NonFiniteGradientError
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.overrides import put_on, state_of, take_off
+from genlora_lightning.storage.atomic import remove_leftovers
 from genlora_lightning.storage.paths import local_path
 from genlora_lightning.training.averaging import AveragedTraining
 from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
@@ -57,7 +60,11 @@ from genlora_lightning.training.lightning_internals import STRICT_LOADING
 from genlora_lightning.training.resume import (
     Resume,
     keep_base_out_of_files,
+    name_checkpoint_in_errors,
+    name_of_checkpoint,
+    naming_checkpoint,
     release_loaders,
+    release_restoring,
     use_resumable_loaders,
     write_content,
 )
@@ -208,6 +215,7 @@ class GenLoRAFinetuning(Callback):
         self._sync = AdapterSync(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
         self._unwrap(trainer, pl_module)  # left over if an earlier run with another trainer failed
+        name_checkpoint_in_errors(trainer)
         self.report = None
         self._folder = None  # of an earlier run
         self._settled = False
@@ -249,17 +257,17 @@ class GenLoRAFinetuning(Callback):
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             upgrade(checkpoint)
             original_load(checkpoint)
-            check_checkpoint(pl_module, checkpoint)
-            source = f"The checkpoint {trainer.ckpt_path or ''}".rstrip()
+            source = name_of_checkpoint(trainer)
+            check_checkpoint(pl_module, checkpoint, source)
             check_base(checkpoint, base_of(pl_module), source, self.base_check)
-            load_beside(pl_module, checkpoint)
+            load_beside(pl_module, checkpoint, source)
             if self._snapshots is not None and self._snapshots.restoring:
                 self._snapshots.load(pl_module, checkpoint)
                 return
             self._untrained = False
             if trainer.state.fn == "fit":
                 resume_run(trainer, checkpoint[CHECKPOINT_KEY].get("run"))
-                self._resume = Resume(checkpoint)
+                self._resume = Resume(checkpoint, source)
                 if trainer.strategy.restore_checkpoint_after_setup:  # with the optimizers there
                     self._resume.prepare(trainer, pl_module)
 
@@ -268,7 +276,8 @@ class GenLoRAFinetuning(Callback):
             original_start()
             # A finder's trial has callbacks of its own: the run itself has not started yet.
             if self._resume is not None and self in trainer.callbacks:  # type: ignore[attr-defined]
-                self._resume.start(trainer, pl_module)
+                with naming_checkpoint(trainer):
+                    self._resume.start(trainer, pl_module)
                 self._resume = None
 
         def configure_gradient_clipping(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -310,6 +319,7 @@ class GenLoRAFinetuning(Callback):
         take_off(pl_module, *_OVERRIDDEN)
         take_off(trainer.strategy, "setup_optimizers")
         release_loaders(trainer)
+        release_restoring(trainer)
         if self._snapshots is not None:
             self._snapshots.end()
             self._snapshots = None
@@ -351,7 +361,8 @@ class GenLoRAFinetuning(Callback):
         warn_of_low_rates(trainer.optimizers, pl_module)
         self._sync_of_run.check_trainable(pl_module)
         if self._resume is not None:
-            self._resume.prepare(trainer, pl_module)
+            with naming_checkpoint(trainer):
+                self._resume.prepare(trainer, pl_module)
         for averaging in self._averaging:
             averaging.start(trainer, pl_module)
         self._steps = None
@@ -410,10 +421,17 @@ class GenLoRAFinetuning(Callback):
                 check_not_taken(self._planned, run_name(trainer), overwrite=self.overwrite)
             except OSError as error:
                 problem = error
+            else:  # a run that was killed while it saved what it had does not save there again
+                remove_leftovers(self._interrupted_folder(trainer, self._planned))
         problem = trainer.strategy.broadcast(problem)
         if problem is not None:
             raise problem
         self._folder = self._planned
+
+    def _interrupted_folder(self, trainer: Trainer, folder: Path) -> Path:
+        """Where the adapter of a run that was stopped is saved, which has another folder for the one of its end."""
+        place = folder.with_name(f"{folder.name}-interrupted")
+        return free_folder(place, run_name(trainer), overwrite=self.overwrite)
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -598,10 +616,9 @@ class GenLoRAFinetuning(Callback):
         content = self._sync_of_run.record(pl_module)
         if not trainer.is_global_zero:
             return "The adapter is saved by rank 0."
-        folder = self._folder.with_name(f"{self._folder.name}-interrupted")
-        folder = free_folder(folder, run_name(trainer), overwrite=self.overwrite)
         problems = []
-        for place in (folder, _spare_folder()):
+        for choose in (partial(self._interrupted_folder, trainer, self._folder), _spare_folder):
+            place = choose()
             try:
                 write_adapter(content, place, training=_facts(trainer, step))
             except (OSError, ValueError) as error:
@@ -631,7 +648,8 @@ def _state_bytes(pl_module: LightningModule) -> int:
 
 
 def _spare_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="genlora-adapter-"))
+    """A folder that is not there yet, so that nothing is left if it is not written."""
+    return Path(tempfile.gettempdir(), f"genlora-adapter-{secrets.token_hex(4)}")
 
 
 def _facts(trainer: Trainer, step: int) -> dict[str, Any]:
