@@ -96,11 +96,14 @@ class WeightFiles:
             yield file
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all tensors."""
+        """The shapes of all tensors. Where they are is what the files say, should an index say something else."""
         found: dict[str, tuple[int, ...]] = {}
+        places: dict[str, Path] = {}
         for path in dict.fromkeys(self.files.values()):
             with self.open(path) as file:
                 found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                places |= dict.fromkeys(file.keys(), path)
+        self.files = places
         return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import traceback
+import dis
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -213,8 +213,7 @@ def naming_checkpoint(trainer: Trainer) -> Iterator[None]:
     except MisconfigurationException:  # Lightning's words for the user
         raise
     except Exception as error:
-        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-        if isinstance(error, (ValueError, OSError, RuntimeError)) and _is_ours(frame.f_globals):
+        if _is_meant(error):
             raise
         raise ValueError(
             f"{name_of_checkpoint(trainer)} cannot be gone on from ({type(error).__name__}: {error!s:.500}). It was "
@@ -223,8 +222,14 @@ def naming_checkpoint(trainer: Trainer) -> Iterator[None]:
         ) from error
 
 
-def _is_ours(module: dict[str, Any]) -> bool:
-    return str(module.get("__name__")).partition(".")[0] == _PACKAGE
+def _is_meant(error: Exception) -> bool:
+    """Whether a ``raise`` statement of this package raised an error, and no expression in it and nobody else."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or str(place.tb_frame.f_globals.get("__name__")).partition(".")[0] != _PACKAGE:
+        return False
+    return place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def name_checkpoint_in_errors(trainer: Trainer) -> None:
