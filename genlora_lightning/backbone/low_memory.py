@@ -47,10 +47,12 @@ class WeightFiles:
 
     Args:
         files: The file that holds each tensor, by the tensor's name.
+        source: The checkpoint's folder or name, for messages.
     """
 
-    def __init__(self, files: dict[str, Path]) -> None:
+    def __init__(self, files: dict[str, Path], source: str) -> None:
         self.files = files
+        self.source = source
 
     @classmethod
     def find(cls, source: str, **options: Any) -> WeightFiles:
@@ -75,7 +77,7 @@ class WeightFiles:
             absent = [name for name, path in paths.items() if path is None]
             if absent:
                 raise FileNotFoundError(f"{source!r} lacks {shown(absent[0])}, which {index} names.")
-            return cls({tensor: cast("Path", paths[name]) for tensor, name in by_tensor.items()})
+            return cls({tensor: cast("Path", paths[name]) for tensor, name in by_tensor.items()}, source)
         single = locate(_SINGLE)
         if single is None:
             raise FileNotFoundError(
@@ -83,7 +85,7 @@ class WeightFiles:
                 "model in that format (`save_pretrained`), or leave `low_memory` out."
             )
         with _opened(single) as file:
-            return cls(dict.fromkeys(file.keys(), single))
+            return cls(dict.fromkeys(file.keys(), single), source)
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Any]:
@@ -172,11 +174,6 @@ class WeightSource:
                     self.absent.append(name)
         note(model, _SOURCE, self)
 
-    @property
-    def _name(self) -> str:
-        folders = {path.parent for path in self.files.files.values()}
-        return f"the checkpoint in {folders.pop()}" if len(folders) == 1 else "the checkpoint"
-
     # -- what is trained --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -220,7 +217,7 @@ class WeightSource:
                         size += self._load_one(file, waiting.pop(), device)
         self._load_buffers()
         forget(self.model, _SOURCE)
-        check_none_on_meta(self.model, source=self._name)
+        check_none_on_meta(self.model, source=self.files.source)
 
     def _load_one(self, file: Any, users: list[tuple[nn.Module, str]], device: torch.device | str) -> int:
         """Read one parameter and put it in all its places; returns the bytes of this rank's part."""
@@ -246,7 +243,7 @@ class WeightSource:
             for name, parameter in module._parameters.items()
             if parameter is not None and parameter.is_meta and (id(module), name) not in self._keys
         }
-        check_none_on_meta(self.model, unknown, source=self._name)
+        check_none_on_meta(self.model, unknown, source=self.files.source)
         self._load_buffers()
         forget(self.model, _SOURCE)
         return partial(self._fill_module, device=device)

@@ -4,6 +4,7 @@ import copy
 import errno
 import io
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -227,7 +228,16 @@ def test_stochastic_weight_averaging_is_refused_before_any_work(tmp_path):
     assert not adapter_layers(module)
 
 
-@pytest.mark.parametrize("options", [{"save_on_exception": True}, {"every_n_train_steps": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            {"save_on_exception": True},
+            marks=pytest.mark.skipif(version("lightning") < "2.6", reason="Lightning 2.6 has brought it"),
+        ),
+        {"every_n_train_steps": 1},
+    ],
+)
 def test_checkpoint_of_a_run_that_fails_holds_no_base(tmp_path, options):
     saver = ModelCheckpoint(dirpath=tmp_path, **options)
     with pytest.raises(KeyError, match="a bug"):
