@@ -363,7 +363,7 @@ def describe(checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> d
     except (TypeError, ValueError) as error:
         raise DamagedFileError(f"{source} holds no valid configuration of adapters: {error}") from error
     check_document(source, checkpoint, {"state_dict": {str: Tensor}, "global_step?": int, "epoch?": int})
-    return {"prefix": "", "layers": {}, "trained_modules": {}, **described}
+    return {"prefix": "", "trained_modules": {}, **described}
 
 
 def _inside(source: str) -> str:

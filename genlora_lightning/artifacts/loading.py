@@ -129,7 +129,7 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
 def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str, source: str) -> None:
     """Put adapters where a checkpoint says that they were, or, in a model of other linears, where its rule says."""
     config = read_config(described["config"])
-    names = [name.removeprefix(prefix) for name in described["layers"] if name.startswith(prefix)]
+    names = [name.removeprefix(prefix) for name in described.get("layers", {}) if name.startswith(prefix)]
     is_listed = (
         names and described.get("num_linears") == count_linears(model) and len(names) == len(described["layers"])
     )
@@ -145,7 +145,7 @@ def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str, 
 
 def _prefix_in(described: dict[str, Any], model: nn.Module) -> str:
     """What the names of a checkpoint's linears begin with before those that they have in a model."""
-    parts = next(iter(described["layers"]), "").split(".")
+    parts = next(iter(described.get("layers", {})), "").split(".")
     places = {name for name, _ in model.named_modules()}
     return next((".".join([*parts[:i], ""]) for i in range(len(parts)) if ".".join(parts[i:]) in places), "")
 
