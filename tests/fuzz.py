@@ -12,6 +12,7 @@ A failure prints its target and seed; ``--target NAME --first SEED --count 1`` r
 from __future__ import annotations
 
 import argparse
+import atexit
 import copy
 import csv
 import io
@@ -22,6 +23,7 @@ import random
 import resource
 import shutil
 import signal
+import stat
 import struct
 import tempfile
 import time
@@ -30,7 +32,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ from tests.conftest import small_config
 SECONDS, MEBIBYTES = 20, 400  # far above what any input needs
 CANARY = "GENLORA_FUZZ_CANARY"
 DEEP = "@deep@"  # becomes 900 nested lists where it is written as JSON
+NAMELESS = ("configs", "resumed_run")  # no file, or the one that was just given
 HOSTILE: list[Any] = [
     *(None, True, False, 0, 1, 2, -1, 10**30, 2**63, 0.5, -0.0, 1e308, float("nan"), float("inf")),
     *(
@@ -293,8 +296,7 @@ class _Evil:
         return os.system, (f"touch {os.environ[CANARY]}",)
 
 
-@cache
-def _checkpoint() -> bytes:
+def _fit(folder: Path | str, **settings: Any) -> Any:
     from lightning.pytorch import LightningModule, Trainer
 
     from genlora_lightning.training.callback import GenLoRAFinetuning
@@ -303,29 +305,39 @@ def _checkpoint() -> bytes:
         def __init__(self) -> None:
             super().__init__()
             self.net = _net()
+            self.register_buffer("seen", torch.zeros(2))
 
         def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+            self.seen += 1  # type: ignore[operator]
             return self.net(batch).square().mean()
 
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], lr=1e-2)
+            return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1)]
 
         def train_dataloader(self) -> Any:
-            return torch.utils.data.DataLoader(torch.ones(4, 6), batch_size=2)
+            return torch.utils.data.DataLoader(torch.ones(6, 6), batch_size=2)
 
+    trainer = Trainer(
+        accelerator="cpu",
+        max_epochs=3,
+        accumulate_grad_batches=2,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        callbacks=[GenLoRAFinetuning(small_config(rank=2), save_adapter=False)],
+        **{"max_steps": 5, **settings.pop("trainer", {})},
+    )
+    trainer.fit(Module(), **settings)
+    return trainer
+
+
+@cache
+def _checkpoint() -> bytes:
     with tempfile.TemporaryDirectory() as folder:
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=2,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            default_root_dir=folder,
-            callbacks=[GenLoRAFinetuning(small_config(rank=2), save_adapter=False)],
-        )
-        trainer.fit(Module())
-        trainer.save_checkpoint(folder + "/c.ckpt")
+        _fit(folder, trainer={"max_steps": 3}).save_checkpoint(folder + "/c.ckpt")
         return Path(folder, "c.ckpt").read_bytes()
 
 
@@ -335,11 +347,10 @@ class _Holder(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.net = _net()
+        self.register_buffer("seen", torch.zeros(2))
 
 
-def checkpoint(folder: Path, rng: random.Random) -> Iterator[Call]:
-    """Checkpoints of Lightning."""
-    path = folder / "c.ckpt"
+def _write_checkpoint(path: Path, rng: random.Random) -> None:
     way = rng.random()
     if way < 0.2:
         path.write_bytes(damaged(_checkpoint(), rng))
@@ -359,6 +370,12 @@ def checkpoint(folder: Path, rng: random.Random) -> Iterator[Call]:
             write_checkpoint(content, path)
         else:
             torch.save(content, path)
+
+
+def checkpoint(folder: Path, rng: random.Random) -> Iterator[Call]:
+    """Checkpoints of Lightning."""
+    path = folder / "c.ckpt"
+    _write_checkpoint(path, rng)
     yield lambda: str(describe_adapter(path))
     yield lambda: load_module(_Holder(), path)
     to = folder / "converted"
@@ -372,6 +389,136 @@ def checkpoint(folder: Path, rng: random.Random) -> Iterator[Call]:
         verify_adapter(to)
 
     yield convert
+
+
+def resumed_run(folder: Path, rng: random.Random) -> Iterator[Call]:
+    """Checkpoints that a run is to go on from."""
+    path = folder / "c.ckpt"
+    _write_checkpoint(path, rng)
+
+    def fit() -> None:
+        try:
+            _fit(folder, ckpt_path=path)
+        except Exception as error:
+            # What an optimizer or a scheduler keeps is its own affair, and shows when it makes a step.
+            if not any("/torch/optim/" in frame.filename for frame in traceback.extract_tb(error.__traceback__)):
+                raise
+
+    yield fit
+
+
+@cache
+def _model_folder(kind: str) -> dict[str, bytes]:
+    from tests.models import tiny_llama
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_llama(num_hidden_layers=1, tie_word_embeddings=False).save_pretrained(folder, max_shard_size="4KB")
+        return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def sharded_base(folder: Path, rng: random.Random) -> Iterator[Call]:
+    """The weights of a base in several files, and the index that says where each tensor is."""
+    from genlora_lightning.backbone.low_memory import build_without_weights, weight_source
+
+    place = folder / "model"
+    place.mkdir()
+    files = dict(_model_folder("sharded"))
+    shards = sorted(name for name in files if name.endswith(".safetensors"))
+    index = "model.safetensors.index.json"
+    way = rng.random()
+    if way < 0.15:
+        files[index] = damaged(files[index], rng)
+    elif way < 0.5:
+        files[index] = as_json(mutated(json.loads(files[index]), rng)).encode()
+    elif way < 0.75:  # another place, such as one outside of the folder
+        values = json.loads(files[index])
+        (folder.parent / "secret.safetensors").write_bytes(files[shards[0]])
+        odd = ("../../secret.safetensors", str(folder.parent / "secret.safetensors"), "..", ".", "x" * 300, *shards)
+        values["weight_map"][rng.choice(list(values["weight_map"]))] = rng.choice((*odd, "config.json", _hostile(rng)))
+        files[index] = as_json(values).encode()
+    else:
+        name = rng.choice(shards)
+        files[name] = rng.choice((damaged, odd_header))(files[name], rng)
+    for name, data in files.items():
+        (place / name).write_bytes(data)
+    if rng.random() < 0.1:
+        victim = place / rng.choice((index, *shards))
+        victim.unlink()
+        victim.symlink_to(rng.choice(("/nowhere", "/dev/null", ".", victim.name)))
+
+    def load() -> None:
+        model = build_without_weights("AutoModelForCausalLM", str(place))
+        source = weight_source(model)
+        assert source is not None
+        for path in source.files.files.values():
+            assert path.absolute().is_relative_to(place), f"{path} is outside of the folder"
+        source.load("cpu")
+
+    yield load
+
+
+@cache
+def _merged() -> tuple[nn.Module, Path]:
+    from genlora_lightning.artifacts.merged_model import save_merged
+    from tests.models import tiny_llama
+
+    model = tiny_llama(num_hidden_layers=1)
+    inject_adapters(model, LoRAConfig(rank=2))
+    folder = Path(tempfile.mkdtemp(prefix="fuzz-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    save_merged(model, folder / "m")
+    return model, folder / "m"
+
+
+def merged_folder(folder: Path, rng: random.Random) -> Iterator[Call]:
+    """Folders of merged models that are to be replaced."""
+    from genlora_lightning.artifacts.merged_model import save_merged
+
+    model, whole = _merged()
+    place = folder / "m"
+    shutil.copytree(whole, place)  # with the files' times, which the record holds
+    record, untouched = place / "genlora_merge.json", False
+    way = rng.random()
+    if way < 0.25:
+        record.write_bytes(damaged(record.read_bytes(), rng))
+    elif way < 0.75:
+        record.write_text(as_json(mutated(json.loads(record.read_text()), rng)), encoding="utf-8")
+    elif way < 0.8:
+        untouched = True
+    else:
+        name = rng.choice(("model.safetensors", "config.json", "genlora_merge.json", "mine.txt"))
+        (place / name).unlink(missing_ok=True)
+        if rng.random() < 0.5:
+            (place / name).symlink_to(rng.choice(("/nowhere", "/dev/null", ".", name, str(whole / "config.json"))))
+        else:
+            (place / name).mkdir()
+    was = _listing(place)
+
+    def replace() -> None:
+        claimed = _files_claimed(record)
+        try:
+            save_merged(model, place)
+        except BaseException:
+            assert not untouched, "a folder as it was written is not replaced"
+            assert _listing(place) == was, "a refused folder was changed"
+            raise
+        assert untouched or claimed == {n: v for n, v in was.items() if n != record.name}, "what is no merge is gone"
+
+    for call in (verify_adapter, describe_adapter, lambda p: load_adapter(_net(), p)):
+        yield partial(call, place)
+    yield replace
+
+
+def _listing(folder: Path) -> dict[str, Any]:
+    found = {str(path.relative_to(folder)): path.lstat() for path in sorted(folder.rglob("*"))}
+    kept = {name: status for name, status in found.items() if not stat.S_ISDIR(status.st_mode)}
+    return {name: [status.st_size, status.st_mtime_ns] for name, status in kept.items()}
+
+
+def _files_claimed(record: Path) -> Any:
+    with suppress(Exception):
+        return json.loads(record.read_text(encoding="utf-8"))["files"]
+    return None
 
 
 CHATS: list[dict[str, Any]] = [
@@ -478,10 +625,19 @@ def configs(folder: Path, rng: random.Random) -> Iterator[Call]:
     yield check
 
 
-TARGETS = {
-    target.__name__: target for target in (adapter_folder, peft_folder, checkpoint, conversations, texts, configs)
+_SHARES = {
+    adapter_folder: 3,
+    peft_folder: 2,
+    checkpoint: 3,
+    resumed_run: 2,
+    sharded_base: 2,
+    merged_folder: 1,
+    conversations: 5,
+    texts: 4,
+    configs: 4,
 }
-SHARES = {"adapter_folder": 3, "peft_folder": 2, "checkpoint": 3, "conversations": 5, "texts": 4, "configs": 4}
+TARGETS: dict[str, Callable[[Path, random.Random], Iterator[Call]]] = {target.__name__: target for target in _SHARES}
+SHARES = {target.__name__: share for target, share in _SHARES.items()}
 
 
 # -- the bars ---------------------------------------------------------------------------------------------------------
@@ -530,7 +686,7 @@ def fault_of(target: str, seed: int) -> str | None:
                     return f"{what}: {''.join(traceback.format_exception(error)[-9:])}"
                 if len(str(meant)) > 5000:
                     return f"{what}: a message of {len(str(meant))} characters: {str(meant)[:300]}"
-                if target != "configs" and not any(part in str(meant) for part in (str(folder), folder.name)):
+                if target not in NAMELESS and not any(part in str(meant) for part in (str(folder), folder.name)):
                     return f"{what}: the message names no file: {meant}"
             if any(outside.iterdir()):
                 return f"{what}: something was executed, or written outside of the folder"

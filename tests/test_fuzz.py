@@ -17,8 +17,9 @@ from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.adapters.lora import LoRAConfig
 from genlora_lightning.artifacts.adapter_folder import manifest_bytes
 from genlora_lightning.artifacts.adapter_io import load_adapter, save_adapter
+from genlora_lightning.artifacts.checkpoint import keep_adapters_only
 from genlora_lightning.artifacts.inspection import verify_adapter
-from genlora_lightning.artifacts.loading import convert_checkpoint, read_checkpoint
+from genlora_lightning.artifacts.loading import convert_checkpoint, load_module, read_checkpoint
 from genlora_lightning.data._files import read_records
 from genlora_lightning.errors import DamagedFileError, DataFileError
 from genlora_lightning.injection.inject import inject_adapters
@@ -199,6 +200,19 @@ def test_checkpoint_of_another_form_is_refused_with_its_name(tmp_path: Path, des
     with pytest.raises(ValueError, match=message):
         convert_checkpoint(path, torch.nn.Linear(2, 2), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+def test_checkpoint_that_says_nothing_of_trained_modules_has_none(tmp_path: Path) -> None:
+    net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4))
+    inject_adapters(net, small_config(rank=2))
+    content: dict[str, Any] = {"state_dict": net.state_dict()}
+    keep_adapters_only(net, content, [])
+    del content["genlora"]["trained_modules"], content["genlora"]["prefix"]
+    torch.save(content, tmp_path / "c.ckpt")
+    plain = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Linear(8, 4))
+    plain.load_state_dict({name: net.state_dict()[f"{name[:1]}.base_layer{name[1:]}"] for name in plain.state_dict()})
+    load_module(plain, tmp_path / "c.ckpt")
+    assert all(torch.equal(tensor, net.state_dict()[name]) for name, tensor in plain.state_dict().items())
 
 
 def test_damaged_checkpoint_of_format_1_is_refused_with_its_name(tmp_path: Path) -> None:

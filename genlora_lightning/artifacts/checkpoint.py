@@ -63,6 +63,7 @@ _DESCRIPTION_SHAPE: dict[Any, Any] = {
     "num_linears?": int,
     "trained_modules?": {str: [str]},
     "run?": (str, type(None)),
+    f"{OTHER_STATE_KEY}?": {str: lambda value: True},
 }
 _HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
 
@@ -369,9 +370,8 @@ def describe(checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> d
     version = described.get("format_version") if isinstance(described, dict) else None
     if type(version) is not int or version != CHECKPOINT_VERSION:
         raise ValueError(
-            f"The adapters in {source[:1].lower() + source[1:] if source.startswith('The ') else source} have format "
-            f"version {shown(version)}; this release reads version {CHECKPOINT_VERSION}. It was probably written by a "
-            "newer release: update genlora-lightning."
+            f"The adapters in {_inside(source)} have format version {shown(version)}; this release reads version "
+            f"{CHECKPOINT_VERSION}. It was probably written by a newer release: update genlora-lightning."
         )
     check_document(source, described, _DESCRIPTION_SHAPE, CHECKPOINT_KEY)
     try:
@@ -379,7 +379,12 @@ def describe(checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> d
     except (TypeError, ValueError) as error:
         raise DamagedFileError(f"{source} holds no valid configuration of adapters: {error}") from error
     check_document(source, checkpoint, {"state_dict": {str: Tensor}, "global_step?": int, "epoch?": int})
-    return described
+    return {"prefix": "", "trained_modules": {}, **described}
+
+
+def _inside(source: str) -> str:
+    """A file's description as it stands inside of a sentence."""
+    return source[:1].lower() + source[1:] if source.startswith("The ") else source
 
 
 def check_base(
@@ -415,31 +420,45 @@ def check_base(
     require_same_base(stored, present, source, base_check)
 
 
-def load_beside(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
-    """Load what a checkpoint holds beside what was trained; a full one, or one of an older release, holds nothing."""
-    load_other_state(module, describe(checkpoint).get(OTHER_STATE_KEY, {}))
+def load_beside(module: nn.Module, checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> None:
+    """Load what a checkpoint holds beside what was trained; a full one, or one of an older release, holds nothing.
+
+    Args:
+        module: The module with the adapters.
+        checkpoint: The checkpoint.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: It does not fit the module's buffers, or a part of the module does not take it.
+    """
+    load_other_state(module, describe(checkpoint, source).get(OTHER_STATE_KEY, {}), source)
 
 
-def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any]) -> None:
+def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> None:
     """Compare a checkpoint with a module that has adapters: configuration, names and shapes.
+
+    Args:
+        module: The module with the adapters.
+        checkpoint: The checkpoint.
+        source: The file, for messages.
 
     Raises:
         ValueError: They do not fit; the message says where.
     """
     if not has_adapters(module):
         raise RuntimeError("The adapters were not injected before the checkpoint was loaded.")
-    stored = read_any_config(describe(checkpoint)["config"])
+    stored = read_any_config(describe(checkpoint, source)["config"])
     differences = [
         f"{name}: {there!r} in the checkpoint, {here!r} here"
         for name, (here, there) in present_config(module).differences(stored).items()
     ]
     if differences:
         raise ValueError(
-            f"The checkpoint's adapters were made with another configuration ({'; '.join(differences)}). Use the "
-            "configuration of the run that wrote it."
+            f"The adapters in {_inside(source)} were made with another configuration ({'; '.join(differences)}). Use "
+            "the configuration of the run that wrote it."
         )
     # Base weights may be there (a full checkpoint); they are the base's matter, not the adapters'.
     expected = whole_like(module)
     base = state_names(module) - set(expected)
     state = {name: tensor for name, tensor in checkpoint["state_dict"].items() if name not in base}
-    check_adapter_state(expected, state, "the checkpoint")
+    check_adapter_state(expected, state, _inside(source))

@@ -131,7 +131,7 @@ def _check_base(
 def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
     with restored_after_error(module):
         if has_adapters(module):
-            check_checkpoint(module, checkpoint)
+            check_checkpoint(module, checkpoint, source)
         else:
             root = adapter_root(module, read_any_config(describe(checkpoint, source)["config"]))
             _inject_described(root, describe(checkpoint, source), prefix_of(root, module), source)
@@ -142,7 +142,7 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         extra = {name: own[name] for name in stored if name in own and name not in expected}
         check_adapter_state(expected | extra, stored, source)
         note_start(module)
-    load_beside(module, checkpoint)
+        load_beside(module, checkpoint, source)
     for name, tensor in (expected | extra).items():
         tensor.copy_(stored[name])
 
@@ -247,7 +247,7 @@ def convert_checkpoint(
         expected = adapter.state
         first = next(iter(expected))
         prefixes = [name[: -len(first)] for name in stored if name.endswith(first)]
-        default = described.get("prefix", "")
+        default = described["prefix"]
         prefix = next((p for p in prefixes if all(p + name in stored for name in expected)), default)
         _check_base(content, base_model, str(checkpoint), base_check, prefix)
         state = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}

@@ -97,13 +97,15 @@ def _is_unchanged_merge(folder: Path) -> bool:
     try:
         record = json.loads((folder / _RECORD_FILE).read_text(encoding="utf-8"))
         return bool(record["files"] == _files(folder))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
 
 
 def _files(folder: Path) -> dict[str, list[int]]:
-    """Size and time of writing (ns) of the files in a folder, but for the record of them."""
-    found = {str(file.relative_to(folder)): file.stat() for file in sorted(folder.rglob("*")) if file.is_file()}
+    """Size and time of writing (ns) of all that is in a folder, but for other folders and the record of it."""
+    entries = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*"))}
+    # A link is an entry of its own, wherever it points to.
+    found = {name: path.lstat() for name, path in entries.items() if path.is_symlink() or not path.is_dir()}
     return {name: [status.st_size, status.st_mtime_ns] for name, status in found.items() if name != _RECORD_FILE}
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning.distributed.shards import plain_name
+from genlora_lightning.fields import shown
 from genlora_lightning.injection.places import adapter_places
 from genlora_lightning.overrides import note, noted
 
@@ -57,16 +58,38 @@ def other_state(module: nn.Module, state_dict: Mapping[str, Any], *, look_at_fro
     }
 
 
-def load_other_state(module: nn.Module, values: Mapping[str, Any]) -> None:
-    """Load what :func:`other_state` has kept."""
+def load_other_state(module: nn.Module, values: Mapping[str, Any], source: str) -> None:
+    """Load what :func:`other_state` has kept.
+
+    Args:
+        module: The module.
+        values: What was kept.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: A buffer has another shape here, or a part of the module does not take its state.
+    """
     buffers = _buffers(module)
-    with torch.no_grad():
-        for name, value in values.items():
-            if name in buffers:
-                buffers[name].copy_(value)
+    kept = {name: value for name, value in values.items() if name in buffers}
+    for name, value in kept.items():
+        if not isinstance(value, Tensor) or value.shape != buffers[name].shape:
+            what = f"the shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"the value {shown(value)}"
+            raise ValueError(
+                f"{source} has {what} for the buffer {name}, which has the shape {tuple(buffers[name].shape)} here. "
+                "Use the module that was trained; if it is the same, the file is damaged."
+            )
     rest = {name: value for name, value in values.items() if name not in buffers}
     if rest:
-        module.load_state_dict(rest, strict=False)
+        try:
+            module.load_state_dict(rest, strict=False)
+        except Exception as error:  # of the module's own code, which reads what it wrote
+            raise ValueError(
+                f"{source} holds state that this {type(module).__name__} does not take ({shown(sorted(rest))}): "
+                f"{error!r}. Use the module that was trained; if it is the same, the file is damaged."
+            ) from error
+    with torch.no_grad():
+        for name, value in kept.items():
+            buffers[name].copy_(value)
 
 
 def _buffers(module: nn.Module) -> dict[str, Tensor]:

@@ -23,15 +23,18 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from genlora_lightning.adapters.base import adapter_modules
+from genlora_lightning.errors import DamagedFileError
+from genlora_lightning.fields import shown
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.overrides import forget, note, noted
+from genlora_lightning.storage.documents import check_document
 
 _MAPPED_BYTES = 32 * 2**20
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -44,16 +47,19 @@ class WeightFiles:
 
     Args:
         files: The file that holds each tensor, by the tensor's name.
+        source: The checkpoint's folder or name, for messages.
     """
 
-    def __init__(self, files: dict[str, Path]) -> None:
+    def __init__(self, files: dict[str, Path], source: str) -> None:
         self.files = files
+        self.source = source
 
     @classmethod
     def find(cls, source: str, **options: Any) -> WeightFiles:
         """The files of a model folder or a name on the Hugging Face Hub, which are fetched if need be.
 
         Raises:
+            DamagedFileError: The index or a file is not as it was written.
             FileNotFoundError: There are none in the safetensors format.
         """
         from transformers.utils import cached_file
@@ -66,34 +72,68 @@ class WeightFiles:
 
         index = locate(_INDEX)
         if index is not None:
-            by_tensor: dict[str, str] = json.loads(index.read_text())["weight_map"]
+            by_tensor = _read_index(index)
             paths = {name: locate(name) for name in sorted(set(by_tensor.values()))}
             absent = [name for name, path in paths.items() if path is None]
             if absent:
-                raise FileNotFoundError(f"{source!r} lacks {absent[0]}, which its {_INDEX} names.")
-            return cls({tensor: cast("Path", paths[name]) for tensor, name in by_tensor.items()})
+                raise FileNotFoundError(f"{source!r} lacks {shown(absent[0])}, which {index} names.")
+            return cls({tensor: cast("Path", paths[name]) for tensor, name in by_tensor.items()}, source)
         single = locate(_SINGLE)
         if single is None:
             raise FileNotFoundError(
                 f"{source!r} has neither {_INDEX} nor {_SINGLE}, and `low_memory` reads safetensors only. Save the "
                 "model in that format (`save_pretrained`), or leave `low_memory` out."
             )
-        with safe_open(single, framework="pt") as file:
-            return cls(dict.fromkeys(file.keys(), single))
+        with _opened(single) as file:
+            return cls(dict.fromkeys(file.keys(), single), source)
 
     @contextmanager
     def open(self, path: Path) -> Iterator[Any]:
-        """A file, mapped into memory while it is open."""
-        with safe_open(path, framework="pt") as file:
+        """A file, mapped into memory while it is open.
+
+        Raises:
+            DamagedFileError: It is no safetensors file, or lacks a tensor that the index has in it.
+        """
+        with _opened(path) as file:
             yield file
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of all tensors."""
+        """The shapes of all tensors. Where they are is what the files say, should an index say something else."""
         found: dict[str, tuple[int, ...]] = {}
+        places: dict[str, Path] = {}
         for path in dict.fromkeys(self.files.values()):
             with self.open(path) as file:
                 found |= {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+                places |= dict.fromkeys(file.keys(), path)
+        self.files = places
         return found
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise DamagedFileError(
+            f"{path} is no readable safetensors file, or not the one that the others go with: {error!s:.500}. Fetch or "
+            "copy the model again."
+        ) from error
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of each tensor, by the tensor's name; all of them lie where the index does."""
+
+    def is_file_name(name: Any) -> bool:
+        return isinstance(name, str) and name not in ("", ".", "..") and len(name) < 256 and not set(name) & {*"/\\\0"}
+
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{path} is damaged: {error!s:.500}. Fetch or copy the model again.") from error
+    check_document(str(path), index, {"weight_map": {str: is_file_name}})
+    found: dict[str, str] = index["weight_map"]
+    return found
 
 
 class WeightSource:
@@ -177,7 +217,7 @@ class WeightSource:
                         size += self._load_one(file, waiting.pop(), device)
         self._load_buffers()
         forget(self.model, _SOURCE)
-        check_none_on_meta(self.model)  # what the files lack
+        check_none_on_meta(self.model, source=self.files.source)
 
     def _load_one(self, file: Any, users: list[tuple[nn.Module, str]], device: torch.device | str) -> int:
         """Read one parameter and put it in all its places; returns the bytes of this rank's part."""
@@ -203,7 +243,7 @@ class WeightSource:
             for name, parameter in module._parameters.items()
             if parameter is not None and parameter.is_meta and (id(module), name) not in self._keys
         }
-        check_none_on_meta(self.model, unknown)
+        check_none_on_meta(self.model, unknown, source=self.files.source)
         self._load_buffers()
         forget(self.model, _SOURCE)
         return partial(self._fill_module, device=device)
@@ -291,6 +331,7 @@ def build_without_weights(auto_class: str, source: str, *, dtype: Any = "auto", 
     files = WeightFiles.find(source, **options)
     if dtype == "auto":
         dtype = config.dtype or torch.float32
+    config.dtype = dtype  # as `from_pretrained` does, and `from_config` only since transformers 5
     built: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust}
     if attention is not None:
         built["attn_implementation"] = attention
@@ -311,12 +352,13 @@ def build_without_weights(auto_class: str, source: str, *, dtype: Any = "auto", 
     return model.eval()
 
 
-def check_none_on_meta(module: nn.Module, among: set[int] | None = None) -> None:
+def check_none_on_meta(module: nn.Module, among: set[int] | None = None, source: str = "the checkpoint") -> None:
     """Check that every parameter and buffer has values.
 
     Args:
         module: The module.
         among: Parameters by id: look at no others, which will get theirs later.
+        source: Where the values should have come from, for the message.
 
     Raises:
         ValueError: One is on the meta device; the message names it.
@@ -326,8 +368,8 @@ def check_none_on_meta(module: nn.Module, among: set[int] | None = None) -> None
     if left:
         raise ValueError(
             f"{len(left)} tensors of this {type(module).__name__} have no values yet (they are on the meta device), "
-            f"{', '.join(left[:3])} among them: the checkpoint lacks them, or names them in another way than the model "
-            "does. Load the model without `low_memory`."
+            f"{', '.join(left[:3])} among them: {source} lacks them, or names them in another way than the model does. "
+            "Load the model without `low_memory`."
         )
 
 

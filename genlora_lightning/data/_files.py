@@ -228,8 +228,8 @@ def _read_csv(path: str) -> Iterator[Record]:
         if header is None:
             header = [name.strip() for name in row]
             if len(set(header)) < len(header) or "" in header:
-                raise DataFileError(where, f"column names must be distinct and not empty, got {header}")
+                raise DataFileError(where, f"column names must be distinct and not empty, got {shown(header)}")
         elif len(row) != len(header):
-            raise DataFileError(where, f"{len(row)} values in a file of {len(header)} columns {header}")
+            raise DataFileError(where, f"{len(row)} values in a file of {len(header)} columns {shown(header)}")
         else:
             yield Record(where, dict(zip(header, row, strict=True)))

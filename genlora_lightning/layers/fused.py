@@ -88,7 +88,7 @@ def fusable(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
         weight, bias = base.weight, base.bias
     if not (is_ordinary(weight) and is_ordinary(x) and (bias is None or is_ordinary(bias))):
         return None
-    if _hooks(base) or "forward" in vars(base) or weight.ndim != 2 or not weight.is_floating_point():
+    if _hooks(base) or "forward" in base.__dict__ or weight.ndim != 2 or not weight.is_floating_point():
         return None
     if weight.requires_grad or (bias is not None and bias.requires_grad) or not x.is_floating_point():
         return None

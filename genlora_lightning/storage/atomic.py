@@ -120,6 +120,14 @@ def find_folder(folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
+def remove_leftovers(destination: str | os.PathLike[str]) -> None:
+    """Remove what killed writers to a destination left beside it, as the next writer would."""
+    destination = Path(os.path.realpath(destination))
+    if destination.parent.is_dir():
+        with _one_writer_at_a_time(destination.parent):
+            _recover(destination)
+
+
 def _put_folder(staging: Path, destination: Path) -> None:
     if not destination.exists():
         _rename_or_undo(staging, destination)

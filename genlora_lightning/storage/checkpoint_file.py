@@ -44,19 +44,19 @@ def write_checkpoint(checkpoint: dict[str, Any], path: str | os.PathLike[str]) -
     """
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
-    content = buffer.getbuffer()
-    digest = sha256(content).encode()
-    try:
-        with atomic_file(path) as file:
-            file.write(content[:-2])
-            file.write(_COMMENT_LENGTH.to_bytes(2, "little") + _MARK + digest)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"The checkpoint ({len(content):,} bytes) could not be saved to {path}: {error.strerror or error}. Nothing "
-            "was left behind, and an older file of that name is as it was. Check that there is space and that the "
-            "folder is writable",
-        ) from error
+    with buffer.getbuffer() as content:  # released here, not with the traceback of an error
+        digest = sha256(content).encode()
+        try:
+            with atomic_file(path) as file:
+                file.write(content[:-2])
+                file.write(_COMMENT_LENGTH.to_bytes(2, "little") + _MARK + digest)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"The checkpoint ({len(content):,} bytes) could not be saved to {path}: {error.strerror or error}. "
+                "Nothing was left behind, and an older file of that name is as it was. Check that there is space and "
+                "that the folder is writable",
+            ) from error
 
 
 def read_checkpoint(path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = None) -> Any:

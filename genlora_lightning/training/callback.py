@@ -56,7 +56,11 @@ from genlora_lightning.training.peft_support import check_not_shared, check_supp
 from genlora_lightning.training.resume import (
     Resume,
     keep_base_out_of_files,
+    name_checkpoint_in_errors,
+    name_of_checkpoint,
+    naming_checkpoint,
     release_loaders,
+    release_restoring,
     use_resumable_loaders,
     write_content,
 )
@@ -207,6 +211,7 @@ class AdapterFinetuning(Callback):
         self._sync = AdapterSync(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
         self._unwrap(trainer, pl_module)  # left over if an earlier run with another trainer failed
+        name_checkpoint_in_errors(trainer)
         self.report = None
         self._outcome = None  # of an earlier run
         self._resume = None
@@ -252,17 +257,17 @@ class AdapterFinetuning(Callback):
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             upgrade(checkpoint)
             original_load(checkpoint)
-            check_checkpoint(pl_module, checkpoint)
-            source = f"The checkpoint {trainer.ckpt_path or ''}".rstrip()
+            source = name_of_checkpoint(trainer)
+            check_checkpoint(pl_module, checkpoint, source)
             check_base(checkpoint, base_of(pl_module), source, self.base_check)
-            load_beside(pl_module, checkpoint)
+            load_beside(pl_module, checkpoint, source)
             if self._snapshots is not None and self._snapshots.restoring:
                 self._snapshots.load(pl_module, checkpoint)
                 return
             self._untrained = False
             if trainer.state.fn == "fit":
                 resume_run(trainer, checkpoint[CHECKPOINT_KEY].get("run"))
-                self._resume = Resume(checkpoint)
+                self._resume = Resume(checkpoint, source)
                 if trainer.strategy.restore_checkpoint_after_setup:  # with the optimizers there
                     self._resume.prepare(trainer, pl_module)
 
@@ -271,7 +276,8 @@ class AdapterFinetuning(Callback):
             original_start()
             # A finder's trial has callbacks of its own: the run itself has not started yet.
             if self._resume is not None and self in trainer.callbacks:  # type: ignore[attr-defined]
-                self._resume.start(trainer, pl_module)
+                with naming_checkpoint(trainer):
+                    self._resume.start(trainer, pl_module)
                 self._resume = None
 
         def configure_gradient_clipping(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
@@ -313,6 +319,7 @@ class AdapterFinetuning(Callback):
         take_off(pl_module, *_OVERRIDDEN)
         take_off(trainer.strategy, "setup_optimizers")
         release_loaders(trainer)
+        release_restoring(trainer)
         if self._snapshots is not None:
             self._snapshots.end()
             self._snapshots = None
@@ -360,7 +367,8 @@ class AdapterFinetuning(Callback):
         warn_of_low_rates(trainer.optimizers, pl_module)
         self._sync_of_run.check_trainable(pl_module)
         if self._resume is not None:
-            self._resume.prepare(trainer, pl_module)
+            with naming_checkpoint(trainer):
+                self._resume.prepare(trainer, pl_module)
         for averaging in self._averaging:
             averaging.start(trainer, pl_module)
         self._steps = None

@@ -45,7 +45,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Verify and load a checkpoint; see :func:`~genlora_lightning.storage.checkpoint_file.read_checkpoint`."""
         local = _local_path(path)
         if local is None or local.is_dir():
-            return super().load_checkpoint(path, map_location, weights_only)
+            # Lightning before 2.6 has no such argument.
+            chosen = {} if weights_only is None else {"weights_only": weights_only}
+            return super().load_checkpoint(path, map_location, **chosen)
         loaded: dict[str, Any] = read_checkpoint(local, map_location, weights_only)
         return loaded
 

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 __all__ = [
+    "RESTORING",
     "STRICT_LOADING",
     "averaged_model",
     "checkpoint_connector",
@@ -56,6 +57,10 @@ def drop_averaged_model(callback: Any) -> None:
 def checkpoint_connector(trainer: Trainer) -> Any:
     """What saves and loads a trainer's checkpoints; nobody but callbacks within a run calls its ``restore``."""
     return trainer._checkpoint_connector
+
+
+# What the trainer has a checkpoint connector do, one after another, to restore a run.
+RESTORING = ("resume_start", "restore_model", "restore_datamodule", "restore_callbacks", "restore_training_state")
 
 
 @contextmanager

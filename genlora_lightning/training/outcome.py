@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from genlora_lightning.artifacts.adapter_io import write_adapter
 from genlora_lightning.callbacks.figures import FIGURES
 from genlora_lightning.distributed.shards import whole_like
+from genlora_lightning.storage.atomic import remove_leftovers
 from genlora_lightning.storage.paths import local_path
 from genlora_lightning.training.checks import check_writable
 from genlora_lightning.training.run_folder import check_not_taken, free_folder, run_folder, run_name
@@ -90,6 +93,8 @@ class Outcome:
                 check_not_taken(self._planned, run_name(self._trainer), overwrite=self._overwrite())
             except OSError as error:
                 problem = error
+            else:  # a run that was killed while it saved what it had does not save there again
+                remove_leftovers(self._interrupted_folder(self._planned))
         problem = self._trainer.strategy.broadcast(problem)
         if problem is not None:
             raise problem
@@ -153,10 +158,9 @@ class Outcome:
         content = self._sync.record(module)
         if not trainer.is_global_zero:
             return "The adapter is saved by rank 0."
-        folder = self._folder.with_name(f"{self._folder.name}-interrupted")
-        folder = free_folder(folder, run_name(trainer), overwrite=self._overwrite())
         problems = []
-        for place in (folder, _spare_folder()):
+        for choose in (partial(self._interrupted_folder, self._folder), _spare_folder):
+            place = choose()
             try:
                 write_adapter(content, place, training=_facts(trainer, step))
             except (OSError, ValueError) as error:
@@ -165,13 +169,19 @@ class Outcome:
                 return f"The adapter after {step} steps is saved in {place}."
         return f"The adapter could not be saved: {' '.join(problems)}"
 
+    def _interrupted_folder(self, folder: Path) -> Path:
+        """Where the adapter of a run that was stopped is saved, which has another folder for the one of its end."""
+        place = folder.with_name(f"{folder.name}-interrupted")
+        return free_folder(place, run_name(self._trainer), overwrite=self._overwrite())
+
 
 def _state_bytes(pl_module: LightningModule) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in whole_like(pl_module).values())
 
 
 def _spare_folder() -> Path:
-    return Path(tempfile.mkdtemp(prefix="genlora-adapter-"))
+    """A folder that is not there yet, so that nothing is left if it is not written."""
+    return Path(tempfile.gettempdir(), f"genlora-adapter-{secrets.token_hex(4)}")
 
 
 def _facts(trainer: Trainer, step: int) -> dict[str, Any]:

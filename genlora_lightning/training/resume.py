@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
@@ -14,10 +18,18 @@ from torch.utils._pytree import tree_leaves
 from genlora_lightning.artifacts.checkpoint import CHECKPOINT_KEY, keep_adapters_only, numbered_state, pack
 from genlora_lightning.distributed.collectives import mean_gradients
 from genlora_lightning.distributed.shards import is_sharded, part_of, plain_parameters, whole_gradients
+from genlora_lightning.errors import DamagedFileError
+from genlora_lightning.fields import shown
 from genlora_lightning.injection.places import has_adapters
 from genlora_lightning.layers.accumulation import pass_gradients
 from genlora_lightning.overrides import note, noted, put_on, take_off
-from genlora_lightning.training.lightning_internals import count_step, end_restart, validation_is_due
+from genlora_lightning.training.lightning_internals import (
+    RESTORING,
+    checkpoint_connector,
+    count_step,
+    end_restart,
+    validation_is_due,
+)
 from genlora_lightning.training.random_state import random_state, set_random_state
 from genlora_lightning.training.resumable import is_resumable, make_resumable, make_unnoticed
 from genlora_lightning.training.run_folder import run_name
@@ -26,6 +38,8 @@ from genlora_lightning.training.strategies import shards_base
 RESUME_KEY = "resume"
 _OWNER = "trainer whose files hold adapters only"
 _Progress = dict[str, Any]
+_COUNTS = ("ready", "started", "processed", "completed", "batches")
+_PACKAGE = __name__.partition(".")[0]
 
 
 def use_resumable_loaders(trainer: Trainer) -> None:
@@ -182,15 +196,86 @@ def _scheduled_accumulation(trainer: Trainer, epoch: int) -> int:
 # -- resuming ---------------------------------------------------------------------------------------------------------
 
 
+def name_of_checkpoint(trainer: Trainer) -> str:
+    """The checkpoint that a trainer goes on from, for messages."""
+    return f"The checkpoint {trainer.ckpt_path or ''}".rstrip()
+
+
+@contextmanager
+def naming_checkpoint(trainer: Trainer) -> Iterator[None]:
+    """Context manager in which an error says from which checkpoint a run cannot go on, and the likely cause.
+
+    What this package raises for the user says so itself. What Lightning, torch or a callback raise of what they are
+    given to restore says neither.
+    """
+    try:
+        yield
+    except MisconfigurationException:  # Lightning's words for the user
+        raise
+    except Exception as error:
+        if _is_meant(error):
+            raise
+        raise ValueError(
+            f"{name_of_checkpoint(trainer)} cannot be gone on from ({type(error).__name__}: {error!s:.500}). It was "
+            "probably written with other optimizers, schedulers, callbacks or data loaders, or by another release of "
+            "Lightning; else it is damaged."
+        ) from error
+
+
+def _is_meant(error: Exception) -> bool:
+    """Whether a ``raise`` statement of this package raised an error, and no expression in it and nobody else."""
+    place = error.__traceback__
+    while place is not None and place.tb_next is not None:
+        place = place.tb_next
+    if place is None or str(place.tb_frame.f_globals.get("__name__")).partition(".")[0] != _PACKAGE:
+        return False
+    return place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+
+
+def name_checkpoint_in_errors(trainer: Trainer) -> None:
+    """Put :func:`naming_checkpoint` around all that a trainer does to restore a checkpoint."""
+    connector = checkpoint_connector(trainer)
+    put_on(connector, **{name: _naming(trainer, getattr(connector, name)) for name in RESTORING})
+
+
+def release_restoring(trainer: Trainer) -> None:
+    """Undo :func:`name_checkpoint_in_errors`."""
+    take_off(checkpoint_connector(trainer), *RESTORING)
+
+
+def _naming(trainer: Trainer, restore: Callable[..., None]) -> Callable[..., None]:
+    def restore_naming(*args: Any, **kwargs: Any) -> None:
+        with naming_checkpoint(trainer):
+            restore(*args, **kwargs)
+
+    return restore_naming
+
+
+def _check_counts(source: str, value: Any, place: str) -> None:
+    """Refuse counters that are none: with a negative one a run would not end."""
+    for name, inner in value.items() if isinstance(value, dict) else enumerate(value) if type(value) is list else ():
+        here = f"{place}.{name}"
+        if name not in _COUNTS:
+            _check_counts(source, inner, here)
+        elif type(inner) is not int or not 0 <= inner < 2**62:
+            raise DamagedFileError(f"{source} is damaged: {here} must be a count, got {shown(inner)}.")
+
+
 class Resume:
     """What is left to do of a resume between the loading of a checkpoint and the first batch.
 
     Args:
         checkpoint: What Lightning has loaded, and goes on to read the optimizers' and loops' state from: it is changed
             in place.
+        source: The file, for messages.
+
+    Raises:
+        DamagedFileError: A counter in it is none.
     """
 
-    def __init__(self, checkpoint: dict[str, Any]) -> None:
+    def __init__(self, checkpoint: dict[str, Any], source: str) -> None:
+        _check_counts(source, checkpoint.get("loops"), "loops")
+        _check_counts(source, checkpoint[CHECKPOINT_KEY].get(RESUME_KEY), RESUME_KEY)
         self.checkpoint = checkpoint
         self.state: dict[str, Any] = checkpoint[CHECKPOINT_KEY].get(RESUME_KEY, {})
         progress = checkpoint["loops"]["fit_loop"] if self.state and "loops" in checkpoint else {}

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from genlora_lightning.overrides import put_on, take_off
 from genlora_lightning.training.lightning_internals import checkpoint_connector, pending_resume
-from genlora_lightning.training.resume import Resume
+from genlora_lightning.training.resume import Resume, name_of_checkpoint
 
 
 class Snapshots:
@@ -33,7 +33,7 @@ class Snapshots:
     def load(self, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Take a checkpoint that is being restored, before Lightning restores the optimizers from it, in place."""
         if self._trainer.state.fn == "fit":
-            self._resume = Resume(checkpoint)
+            self._resume = Resume(checkpoint, name_of_checkpoint(self._trainer))
             self._resume.translate(self._trainer, module)
 
     def end(self) -> None:

@@ -82,6 +82,7 @@ def test_checkpoint_of_format_1_is_loaded_and_described():
     ]
 
 
+@pytest.mark.filterwarnings("ignore:The loaded checkpoint was produced with Lightning v2.6.6, which is newer")
 def test_run_goes_on_from_a_checkpoint_of_format_1(tmp_path):
     seed_everything(3, verbose=False)
     data = DataLoader(TensorDataset(torch.randn(12, 6), torch.randn(12, 3)), batch_size=4)

@@ -10,6 +10,7 @@ from torch import nn
 
 from genlora_lightning.backbone.identity import base_identity, compare_bases
 from genlora_lightning.backbone.low_memory import build_without_weights, check_none_on_meta, weight_source
+from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.injection.inject import inject_adapters
 from tests.conftest import small_config
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
@@ -25,6 +26,12 @@ def saved(model: nn.Module, folder: Path) -> str:
     model.save_pretrained(folder, max_shard_size="4KB")
     assert len(list(folder.glob("*.safetensors"))) > 2
     return str(folder)
+
+
+def saved_as_one(folder: str, other: Path) -> str:
+    ordinary(CAUSAL, folder).save_pretrained(other)
+    assert len(list(other.glob("*.safetensors"))) == 1
+    return str(other)
 
 
 def ordinary(auto_class: str, folder: str, **options: object) -> nn.Module:
@@ -131,7 +138,8 @@ def test_weight_that_the_checkpoint_lacks_is_named(tmp_path):
     inject_adapters(model, small_config())
     weight_source(model).start_trained()
     with pytest.raises(
-        ValueError, match=r"1 tensors .*meta device\), model.layers.1.mlp.up_proj.base_layer.weight amo"
+        ValueError,
+        match=rf"1 tensors .*device\), model.layers.1.mlp.up_proj.base_layer.weight .* {folder} lacks",
     ):
         weight_source(model).load("cpu")
 
@@ -148,6 +156,53 @@ def test_what_cannot_be_read_in_pieces_is_refused(tmp_path):
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="is quantized"):
+        build_without_weights(CAUSAL, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: [], r"index\.json is damaged, .*: it must be a dictionary with text keys, got \[\]"),
+        (lambda index: {}, r"index\.json is damaged, .*: it has no weight_map"),
+        (lambda index: {"weight_map": {"a": 1}}, r"index\.json is damaged, .*: weight_map\.a cannot be 1"),
+        (lambda index: {"weight_map": {"a": "../b.safetensors"}}, r"weight_map\.a cannot be '\.\./b\.safetensors'"),
+        (lambda index: {"weight_map": {"a": "/b.safetensors"}}, r"weight_map\.a cannot be '/b\.safetensors'"),
+    ],
+)
+def test_index_of_another_form_is_refused_with_its_place(tmp_path, change, message):
+    folder = saved(tiny_llama(num_hidden_layers=1), tmp_path)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps(change(json.loads(index.read_text()))))
+    with pytest.raises((ValueError, OSError), match=message):
+        build_without_weights(CAUSAL, folder)
+
+
+def test_index_that_leaves_tensors_out_or_has_them_elsewhere_is_read_all_the_same(tmp_path):
+    folder = saved(tiny_llama(), tmp_path)
+    one = saved_as_one(folder, tmp_path / "one")
+    path = tmp_path / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    places = index["weight_map"]
+    first, second, third, *_ = places
+    places[first], places[second] = places[second], places[first]
+    del places[third]
+    path.write_text(json.dumps(index))
+    assert_same(loaded(CAUSAL, folder), loaded(CAUSAL, one))
+
+
+@pytest.mark.parametrize("text", ["{", "[" * 5000, "\x80"])
+def test_damaged_index_is_named(tmp_path, text):
+    folder = saved(tiny_llama(num_hidden_layers=1), tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(DamagedFileError, match=r"model\.safetensors\.index\.json is damaged: .* copy the model again"):
+        build_without_weights(CAUSAL, folder)
+
+
+def test_damaged_file_of_a_base_is_named(tmp_path):
+    folder = saved(tiny_llama(num_hidden_layers=1), tmp_path)
+    shard = next(tmp_path.glob("model-00002*"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(DamagedFileError, match=r"model-00002-of-\d+\.safetensors is no readable safetensors file"):
         build_without_weights(CAUSAL, folder)
 
 

@@ -76,6 +76,8 @@ def test_unusable_files_are_refused_before_they_are_read(
         ("a.csv", "a,b\n1\n", r"a\.csv:2: 1 values in a file of 2 columns"),
         ("a.csv", "a,a\n1,2\n", r"a\.csv:1: column names must be distinct and not empty, got \['a', 'a'\]"),
         ("a.csv", "a,\n1,2\n", r"a\.csv:1: column names must be distinct and not empty"),
+        ("a.csv", f"{'a' * 9999},\n1,2\n", r"a\.csv:1: column names must be distinct .{9,200}$"),
+        ("a.csv", f"{'a' * 9999},b\n1\n", r"a\.csv:2: 1 values in a file of 2 columns .{9,200}$"),
         ("a.csv", 'a,b\n1,"2\n', r"a\.csv:2: not valid CSV: unexpected end of data"),
         ("a.csv", 'a,b\n1,"2"3\n', r"a\.csv:2: not valid CSV"),
     ],

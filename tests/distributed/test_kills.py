@@ -23,7 +23,8 @@ from tests.cli.test_train import models  # noqa: F401  (a fixture)
 from tests.distributed.test_auto_resume import run_of
 from tests.ranks import fork_rank, free_port
 
-KILLS, EACH = 60, 6  # in all, and of one run at most
+# In all (a smaller KILLS, with a SEED each, does them in parts), and of one run at most.
+KILLS, EACH = int(os.environ.get("KILLS", "60")), 6
 STRATEGIES: dict[str, dict[str, Any]] = {
     "ddp": {"class_path": "DDPStrategy", "init_args": {"process_group_backend": "gloo"}},
     "fsdp2": {
@@ -85,7 +86,7 @@ def prepare(folder: Path, models: Path, strategy: str) -> Path:  # noqa: F811
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_no_run_is_lost_however_its_ranks_are_killed(models, tmp_path, strategy):  # noqa: F811
-    order = random.Random(strategy)
+    order = random.Random(strategy + os.environ.get("SEED", ""))
     before = time.monotonic()
     assert attempt(prepare(tmp_path / "whole", models, strategy), None, order)
     duration = time.monotonic() - before

@@ -28,7 +28,12 @@ def test_adapters_of_peft_are_refused_and_left_as_they_are(rank, way):
     trained = ["norm"] if way == "modules_to_save" else None
     config = peft.LoraConfig(r=rank, target_modules=["q_proj"], modules_to_save=trained)
     if way == "add_adapter":
-        model.add_adapter(config)
+        try:
+            model.add_adapter(config)
+        except ValueError as error:  # transformers asks for a PEFT that is newer than the newest
+            if "version of PEFT you are using is not compatible" in str(error):
+                pytest.skip(str(error))
+            raise
     else:
         model = peft.get_peft_model(model, config)
     names, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 import torch
 from torch import nn
@@ -96,6 +98,7 @@ def test_linear_that_is_read_and_never_called_is_left_alone():
         inject_adapters(nn.ModuleDict({"a": Reader()}), small_config(target_modules=["read"]))
 
 
+@pytest.mark.skipif(version("transformers") < "5", reason="transformers 4 calls it where mamba-ssm is absent")
 def test_linear_of_mamba_that_never_acts_is_left_alone():
     from transformers import MambaConfig, MambaForCausalLM
 

@@ -96,6 +96,13 @@ def test_modules_that_the_user_names_stay_named(model_folders: dict[str, str]) -
     assert given == GenLoRAConfig()  # the caller's configuration is not changed
 
 
+@pytest.fixture
+def propagating(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets pytest see what Lightning 2.5 logs."""
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+
+
+@pytest.mark.usefixtures("propagating")
 def test_new_head_is_told_in_one_line_and_without_alarm(
     model_folders: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -157,6 +164,7 @@ def test_accumulated_gradient_weighs_each_example_the_same(
     assert (whole - parts).norm() < 1e-5 * whole.norm()
 
 
+@pytest.mark.usefixtures("propagating")
 def test_decoder_without_a_pad_token_classifies_the_text_whatever_it_is_padded_with(
     model_folders: dict[str, str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -4,6 +4,7 @@ import copy
 import errno
 import io
 import math
+from importlib.metadata import version
 
 import pytest
 import torch
@@ -227,7 +228,16 @@ def test_stochastic_weight_averaging_is_refused_before_any_work(tmp_path):
     assert not adapter_layers(module)
 
 
-@pytest.mark.parametrize("options", [{"save_on_exception": True}, {"every_n_train_steps": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param(
+            {"save_on_exception": True},
+            marks=pytest.mark.skipif(version("lightning") < "2.6", reason="Lightning 2.6 has brought it"),
+        ),
+        {"every_n_train_steps": 1},
+    ],
+)
 def test_checkpoint_of_a_run_that_fails_holds_no_base(tmp_path, options):
     saver = ModelCheckpoint(dirpath=tmp_path, **options)
     with pytest.raises(KeyError, match="a bug"):
@@ -485,6 +495,30 @@ def test_full_disk_at_the_end_saves_the_adapter_elsewhere(tmp_path, monkeypatch)
     load_adapter(fresh, tmp_path / "spare")
     x = torch.randn(3, 8)
     assert torch.equal(fresh(x), module(x))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_interrupted_run_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch, fails):
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(callback.tempfile, "tempdir", str(tmp_path / "temporary"))
+    if fails:
+
+        def full(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(callback, "write_adapter", full)
+    with pytest.raises(SystemExit, match="1"):
+        trainer(tmp_path, finetuning(), BreakAt(3, KeyboardInterrupt())).fit(PlainMLP(), mlp_loader())
+    assert (tmp_path / "adapter-interrupted").exists() is not fails
+    assert list((tmp_path / "temporary").iterdir()) == []
+
+
+def test_what_a_run_killed_while_it_saved_has_left_is_removed_by_the_next_one(tmp_path):
+    left = tmp_path / f".adapter-interrupted.genlora-new-{'0' * 16}"
+    left.mkdir()
+    (left / "config.json").write_text("{")
+    trainer(tmp_path, finetuning()).fit(PlainMLP(), mlp_loader())
+    assert sorted(path.name for path in tmp_path.iterdir() if "adapter" in path.name) == ["adapter"]
 
 
 def test_too_little_space_is_an_error_before_training(tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ from torch import nn
 
 from genlora_lightning import GenLoRAFinetuning, load_module
 from genlora_lightning.artifacts.loading import read_checkpoint
+from genlora_lightning.storage.checkpoint_file import write_checkpoint
 from tests.conftest import small_config
 from tests.plain import PlainMLP, mlp_loader, trainer
 
@@ -98,6 +99,33 @@ def test_changed_buffers_come_back_in_load_module_and_in_runs_that_follow(tmp_pa
     assert loaded.values() == first.values()
     fit(tmp_path / "more", loaded)
     assert load_module(Stateful(), tmp_path / "more" / "0.ckpt").values() == loaded.values()
+
+
+@pytest.mark.parametrize(
+    ("kept", "message"),
+    [
+        ([], r"0\.ckpt is damaged, .* genlora\.other_state must be a dictionary with text keys, got \[\]"),
+        ({"seen": "x"}, r"0\.ckpt has the value 'x' for the buffer seen, which has the shape \(\)"),
+        ({"seen": torch.ones(2)}, r"0\.ckpt has the shape \(2,\) for the buffer seen, which has the shape \(\)"),
+        (
+            {"counter._extra_state": 3},
+            r"0\.ckpt holds state that this Stateful does not take .*_extra_state.*TypeErr",
+        ),
+    ],
+)
+def test_state_of_another_form_is_refused_and_the_module_is_as_it_was(tmp_path, kept, message):
+    fit(tmp_path, Stateful())
+    content = read_checkpoint(tmp_path / "0.ckpt")
+    content["genlora"]["other_state"] = kept
+    write_checkpoint(content, tmp_path / "0.ckpt")
+    module = Stateful()
+    before = {name: value.clone() for name, value in module.state_dict().items() if isinstance(value, torch.Tensor)}
+    with pytest.raises(ValueError, match=message):
+        load_module(module, tmp_path / "0.ckpt")
+    after = module.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, Stateful(), tmp_path / "0.ckpt", max_epochs=2)
 
 
 class Teacher(PlainMLP):

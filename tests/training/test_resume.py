@@ -289,3 +289,31 @@ def test_accumulation_of_the_epoch_goes_on_inside_of_it(tmp_path, batches):
     assert first.losses + second.losses == whole.losses
     for name, tensor in adapter_state_dict(second).items():
         assert torch.equal(tensor, adapter_state_dict(whole)[name]), name
+
+
+def negative(content: dict[str, Any]) -> None:
+    content["loops"]["fit_loop"]["epoch_progress"]["total"]["completed"] = -1
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (negative, r"x\.ckpt is damaged: loops\.fit_loop\.epoch_progress\.total\.completed must be a count, got -1"),
+        (lambda c: c.update(optimizer_states=[{}]), r"x\.ckpt cannot be gone on from \(KeyError: 'param_groups'\)"),
+        (lambda c: c.update(loops={}), r"x\.ckpt cannot be gone on from \(KeyError: 'fit_loop'\)"),
+        (lambda c: c.update({"pytorch-lightning_version": 3}), r"x\.ckpt cannot be gone on from"),
+        (lambda c: c.update(lr_schedulers=[3]), r"x\.ckpt cannot be gone on from"),
+        (lambda c: c["genlora"]["resume"].update(plateau=[[]]), r"x\.ckpt cannot be gone on from \(ValueError"),
+        (lambda c: c["genlora"]["resume"].update(ranks=3), r"x\.ckpt cannot be gone on from \(TypeError"),
+    ],
+)
+def test_checkpoint_that_cannot_be_gone_on_from_is_named(tmp_path, damage, message):
+    first = trainer(tmp_path, GenLoRAFinetuning(small_config(), save_adapter=False))
+    first.fit(Noisy(), DataLoader(data()))
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    damage(content)
+    torch.save(content, tmp_path / "x.ckpt")
+    again = trainer(tmp_path, GenLoRAFinetuning(small_config(), save_adapter=False), max_epochs=2)
+    with pytest.raises(ValueError, match=message):
+        again.fit(Noisy(), DataLoader(data()), ckpt_path=tmp_path / "x.ckpt")

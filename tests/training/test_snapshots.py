@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You are using `torch.load` with `weights_only=False`"),
 ]
+# Before, the run leaves out the batches of a trial, and a batch size is doubled once more, without the callback, too.
+FROM_2_6 = pytest.mark.skipif(version("lightning") < "2.6", reason="Lightning 2.6 has changed its finders")
 
 
 class Data(LightningDataModule):
@@ -67,6 +70,7 @@ def fit(folder: Path, *callbacks: Any, module: PlainMLP | None = None, **setting
     return start, made
 
 
+@FROM_2_6
 @pytest.mark.parametrize("adam", [Adam, PlainMLP])
 def test_learning_rate_finder_is_undone_and_its_rate_kept(tmp_path, adam):
     plain, _ = fit(tmp_path, module=adam())
@@ -81,6 +85,7 @@ def test_learning_rate_finder_is_undone_and_its_rate_kept(tmp_path, adam):
     assert list(tmp_path.glob(".lr_find*")) == []
 
 
+@FROM_2_6
 def test_batch_size_finder_is_undone_and_its_size_kept(tmp_path):
     plain, _ = fit(tmp_path)
     start, run = fit(tmp_path, BatchSizeFinder(steps_per_trial=2, max_trials=2))
@@ -90,6 +95,7 @@ def test_batch_size_finder_is_undone_and_its_size_kept(tmp_path):
     assert run.global_step == 16
 
 
+@FROM_2_6
 def test_finder_in_a_later_epoch_is_undone(tmp_path):
     seen: list[bool] = []
 
@@ -151,6 +157,7 @@ def test_resume_with_a_finder_goes_on_as_without(tmp_path):
         assert torch.equal(start.state[name], tensor), name
 
 
+@FROM_2_6
 @pytest.mark.parametrize("what", ["validate", "test", "predict"])
 def test_batch_size_finder_of_an_evaluation_runs(tmp_path, what):
     class Evaluated(PlainMLP):

@@ -160,6 +160,7 @@ def test_gain_falls_with_the_root_of_the_rank_where_signs_are_and_may_be_given()
 
 
 def test_every_field_is_documented():
-    assert GenLoRAConfig.__doc__ is not None
+    text = inspect.getdoc(GenLoRAConfig)
+    assert text is not None
     for field in dataclasses.fields(GenLoRAConfig):
-        assert f"        {field.name}: " in GenLoRAConfig.__doc__
+        assert f"\n    {field.name}: " in text
