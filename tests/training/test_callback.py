@@ -500,13 +500,13 @@ def test_full_disk_at_the_end_saves_the_adapter_elsewhere(tmp_path, monkeypatch)
 @pytest.mark.parametrize("fails", [False, True])
 def test_interrupted_run_leaves_nothing_in_the_temporary_folder(tmp_path, monkeypatch, fails):
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(callback.tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(outcome.tempfile, "tempdir", str(tmp_path / "temporary"))
     if fails:
 
         def full(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(callback, "write_adapter", full)
+        monkeypatch.setattr(outcome, "write_adapter", full)
     with pytest.raises(SystemExit, match="1"):
         trainer(tmp_path, finetuning(), BreakAt(3, KeyboardInterrupt())).fit(PlainMLP(), mlp_loader())
     assert (tmp_path / "adapter-interrupted").exists() is not fails
