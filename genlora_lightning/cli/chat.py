@@ -133,12 +133,8 @@ class _Talk:
         if self.subject.adapter is None:
             raise ValueError("There is no adapter here to answer without; /adapter PATH loads one.")
         self.mode = "adapter" if self.mode == mode else mode
-        words = {
-            "adapter": "with the adapter",
-            "base": "without the adapter",
-            "both": "without the adapter, then with it,",
-        }
-        print(f"Answers come {words[self.mode]} from now on.{self._trained_in_full()}")
+        words = {"adapter": "with the adapter", "base": "without the adapter", "both": "without the adapter, then with"}
+        print(f"From now on answers come {words[self.mode]}.{self._trained_in_full()}")
 
     def _trained_in_full(self) -> str:
         from genlora_lightning.injection.full_training import trained_modules
