@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from tests.data.conftest import make_tokenizer  # noqa: F401
 from tests.models import tiny_llama
 
-peft = pytest.importorskip("peft", minversion="0.21")
+peft = pytest.importorskip("peft")
 if not peft.__version__.startswith("0.21."):
     pytest.skip("GenLoRA is a tuner of PEFT 0.21", allow_module_level=True)
 
@@ -27,7 +27,7 @@ EXAMPLES = ("hf_trainer", "trl_sft", "trl_dpo", "trl_grpo")
 
 def example(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     if name.startswith("trl"):
-        pytest.importorskip("trl", reason="TRL is an extra: pip install trl")
+        pytest.importorskip("trl")
     monkeypatch.syspath_prepend(str(FOLDER))
     for module in (name, "common"):
         monkeypatch.delitem(sys.modules, module, raising=False)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -15,6 +16,14 @@ from genlora_lightning.injection.state import adapter_state_dict
 from genlora_lightning.interop.peft_folders import export_peft, import_peft
 from tests.conftest import perturb, small_config
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
+
+
+def peft_with_genlora():
+    peft = pytest.importorskip("peft")
+    if not peft.__version__.startswith("0.21."):
+        pytest.skip("GenLoRA is a tuner of PEFT 0.21")
+    importlib.import_module("genlora_lightning.interop.peft")
+    return peft
 
 
 def adapted(make=tiny_llama, **changes):
@@ -52,8 +61,7 @@ def test_every_bit_and_setting_goes_there_and_back(make, changes, tmp_path):
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_bert])
 def test_peft_loads_it_and_gives_the_same(make, tmp_path):
-    peft = pytest.importorskip("peft", minversion="0.21")
-    pytest.importorskip("genlora_lightning.interop.peft", exc_type=ImportError)
+    peft = peft_with_genlora()
     model = adapted(make)
     export_peft(model, tmp_path / "peft")
     assert "import genlora_lightning.interop.peft" in (tmp_path / "peft" / "README.md").read_text()
@@ -68,8 +76,7 @@ def test_peft_loads_it_and_gives_the_same(make, tmp_path):
 
 
 def test_linears_whose_names_end_alike_are_told_apart(tmp_path):
-    peft = pytest.importorskip("peft", minversion="0.21")
-    pytest.importorskip("genlora_lightning.interop.peft", exc_type=ImportError)
+    peft = peft_with_genlora()
 
     def make():
         torch.manual_seed(0)
