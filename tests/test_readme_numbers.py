@@ -1,4 +1,4 @@
-"""The numbers in README are those of the reports that the benchmarks wrote, and of the code itself."""
+"""The numbers in README and docs are those of the reports that the benchmarks wrote, and of the code itself."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from genlora_lightning.planning.budget import fit_budget
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+DOCS = {path.stem: path.read_text() for path in sorted((ROOT / "docs").glob("*.md"))}
+RESULTS = DOCS["results"]
 QUALITY = (ROOT / "benchmarks/quality/REPORT.md").read_text().replace("−", "-").replace("**", "")
 SPEED = (ROOT / "benchmarks/speed/REPORT.md").read_text()
 # (out, in) of a block of SmolLM2-135M, which has 30
@@ -21,15 +23,18 @@ SMOLLM2 = [MatrixShape(*shape) for shape in BLOCK * 30]
 
 
 def section(title: str) -> str:
-    return re.search(rf"^## {title}\n(.*?)^## ", README, re.MULTILINE | re.DOTALL)[1]  # type: ignore[index]
+    return re.search(rf"^## {title}\n(.*?)(?:^## |\Z)", RESULTS, re.MULTILINE | re.DOTALL)[1]  # type: ignore[index]
 
 
-@pytest.mark.parametrize("loss", sorted(set(re.findall(r"\d\.\d{4} ± \d\.\d{4}", section("Quality")))))
+CLAIMS = section("Quality") + README
+
+
+@pytest.mark.parametrize("loss", sorted(set(re.findall(r"\d\.\d{4} ± \d\.\d{4}", CLAIMS))))
 def test_losses_are_those_of_the_quality_report(loss):
     assert loss in QUALITY
 
 
-@pytest.mark.parametrize("difference", sorted(set(re.findall(r"[-+]\d\.\d+ ±\s\d\.\d+", section("Quality")))))
+@pytest.mark.parametrize("difference", sorted(set(re.findall(r"[-+]\d\.\d+ ±\s\d\.\d+", CLAIMS))))
 def test_differences_are_those_of_the_quality_report(difference):
     value, error = re.split(r" ±\s", difference)
     rounding = 0.501 * 10.0 ** -len(error.split(".")[1])
@@ -57,18 +62,38 @@ def test_parameters_are_those_that_the_configurations_count():
     lora = LoRAConfig(rank=65).count_parameters(square) - LoRAConfig(rank=64).count_parameters(square)
     assert f"| one more unit of rank there | {lora:,} | {more} |" in README
     pairs = [f"{total(GenLoRAConfig(rank=r)):,} of {total(LoRAConfig(rank=r)):,}" for r in (16, 64, 256)]
-    assert f"| gradient values to exchange | {' | '.join(pairs)} |" in README
+    assert f"| gradient values to exchange | {' | '.join(pairs)} |" in RESULTS
     shares = [total(GenLoRAConfig(rank=r)) / total(LoRAConfig(rank=r)) for r in (16, 64, 256)]
-    assert f"| bytes of gradients and optimizer state | {' | '.join(f'{s:.3f}' for s in shares)} |" in README
+    assert f"| bytes of gradients and optimizer state | {' | '.join(f'{s:.3f}' for s in shares)} |" in RESULTS
     ours, theirs = total(GenLoRAConfig(rank=64)), total(LoRAConfig(rank=64))
-    assert f"trainable parameters   {ours:,} of" in README
-    assert f"LoRA of the same rank has {theirs:,} (this is {ours / theirs:.1%} of it)" in README
+    assert f"trainable parameters   {ours:,} of" in DOCS["quickstart"]
+    assert f"LoRA of the same rank has {theirs:,} (this is {ours / theirs:.1%} of it)" in DOCS["quickstart"]
+    assert f"| values to exchange between GPUs there, rank 64 | {theirs:,} | {ours:,} |" in README
+
+
+def test_readme_is_short():
+    assert len(README.splitlines()) <= 160
+    assert len(README.split()) <= 1300
+
+
+@pytest.mark.parametrize("page", ["README", *DOCS])
+def test_links_lead_to_files_and_headings(page):
+    place = ROOT if page == "README" else ROOT / "docs"
+    text = README if page == "README" else DOCS[page]
+    later = {"changelog.md", "reference/commands.md"}  # which the site makes
+    for target in re.findall(r"\]\((?!https?://)([^)\s]+)\)", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
+        name, _, anchor = target.partition("#")
+        path = place / name if name else place / f"{page}.md"
+        assert name in later or path.exists(), target
+        if anchor and path.suffix == ".md":
+            titles = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}, target
 
 
 def test_budget_is_what_the_search_finds():
     found = fit_budget(GenLoRAConfig(), SMOLLM2, 2 * sum(map(sum, SMOLLM2)))
-    assert f"# {found.parameters:,} parameters on 210 linears" in README
-    sizes = re.search(r"--like-lora-rank 2\nadapter:\n((?:  \w+: \d+\n)+)", README)[1]  # type: ignore[index]
+    assert f"# {found.parameters:,} parameters on 210 linears" in DOCS["plan"]
+    sizes = re.search(r"--like-lora-rank 2\nadapter:\n((?:  \w+: \d+\n)+)", DOCS["plan"])[1]  # type: ignore[index]
     for line in sizes.splitlines():
         name, value = line.split(":")
         assert getattr(found.config, name.strip()) == int(value), name
