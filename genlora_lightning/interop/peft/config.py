@@ -38,7 +38,7 @@ def _as_set(names: Any) -> Any:
 
 
 @dataclass
-class GenLoraConfig(PeftConfig):
+class GenLoraConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes are untyped
     """Configure GenLoRA for PEFT: ``ΔW = s · B · A``, of which A and B are generated.
 
     The names are those of PEFT's ``LoraConfig`` where it has the thing, and :class:`~genlora_lightning.GenLoRAConfig`'s

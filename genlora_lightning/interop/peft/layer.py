@@ -6,7 +6,7 @@ Shapes: R rank, I in_features, O out_features; ``...`` any leading dimensions (b
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -41,6 +41,13 @@ class GenLoraLinear(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT'
     # PEFT's "all-linear" knows adapted linears by "Linear" in the name of their class, and their parts by these.
     adapter_layer_names = ("genlora_A", "genlora_B")
     other_param_names = ("r", "scaling", "genlora_dropout")
+    # What is used of PEFT's class.
+    active_adapters: list[str]
+    get_base_layer: Any
+    get_base_weight: Any
+    set_base_weight: Any
+    set_adapter: Any
+    _move_adapter_to_device_of_base_layer: Any
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: GenLoraConfig, **kwargs: Any) -> None:
         super().__init__()
@@ -77,8 +84,9 @@ class GenLoraLinear(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT'
         own.check_shape(self.shape, f"a linear of {self.in_features} inputs and {self.out_features} outputs")
         pair = own.make(self.shape)
         if not config.init_weights:
-            pair.B.zero_start = None
-            pair.B.reset_parameters()
+            B: Any = pair.B
+            B.zero_start = None
+            B.reset_parameters()
         for factor in (pair.A, pair.B):
             factor.hand_over()
         self.r[adapter_name] = own.rank
@@ -100,8 +108,7 @@ class GenLoraLinear(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT'
         return [name for name in self.active_adapters if name in own._modules]
 
     def _factors_of(self, name: str) -> tuple[Factor, Factor]:
-        A: Any = self._modules["genlora_A"]
-        B: Any = self._modules["genlora_B"]
+        A, B = cast("Any", self._modules["genlora_A"]), cast("Any", self._modules["genlora_B"])
         return A._modules[name], B._modules[name]
 
     @property
@@ -183,7 +190,7 @@ class GenLoraLinear(FactorLayer, BaseTunerLayer):  # type: ignore[misc]  # PEFT'
         a, b = self._factors_of(adapter)
         dtype = torch.promote_types(a.own_dtype, torch.float32)
         with torch.autocast(a.device.type, enabled=False):
-            delta = self.scaling[adapter] * (b(dtype=dtype).T @ a(dtype=dtype))
+            delta: Tensor = self.scaling[adapter] * (b(dtype=dtype).T @ a(dtype=dtype))
         return (delta.T if self.is_transposed else delta).to(a.own_dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

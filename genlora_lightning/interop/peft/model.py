@@ -65,8 +65,9 @@ class GenLoraModel(BaseTuner):  # type: ignore[misc]  # PEFT's classes are untyp
         # PEFT casts parameters; what is fixed takes part in the same formula.
         for layer in self.model.modules():
             if isinstance(layer, GenLoraLinear) and adapter_name in layer.genlora_A:
-                for factor in (layer.genlora_A[adapter_name], layer.genlora_B[adapter_name]):
-                    for buffer in factor._buffers.values():
+                factors: tuple[Any, Any] = layer.genlora_A[adapter_name], layer.genlora_B[adapter_name]
+                for factor in factors:
+                    for buffer in factor.buffers(recurse=False):
                         buffer.data = buffer.data.to(factor.own_dtype)
 
     @override
