@@ -56,7 +56,7 @@ from genlora_lightning.injection.inject import (
     inject_adapters,
     inject_layers,
 )
-from genlora_lightning.injection.places import adapter_parameters
+from genlora_lightning.injection.places import adapter_parameters, plain_name
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
@@ -274,6 +274,10 @@ def adapter_bytes(folder: str | os.PathLike[str]) -> int:
 def _warn_of_unsaved(model: nn.Module) -> None:
     saved = {id(p) for module in trained_modules(model).values() for p in module.parameters()}
     saved |= {id(p) for p in adapter_parameters(model).values()}
+    held = held_root(model)
+    if held is not None:  # biases, too, if PEFT is told to train them
+        stored = set(held[1].keys.values())
+        saved |= {id(p) for name, p in held[0].named_parameters() if plain_name(name) in stored}
     lost = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in saved]
     if lost:
         warnings.warn(

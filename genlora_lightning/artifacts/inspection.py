@@ -22,6 +22,7 @@ from genlora_lightning.artifacts.model_card import counted_values
 from genlora_lightning.backbone.identity import describe_base
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
+from genlora_lightning.injection.peft_adapters import KIND as PEFT_KIND
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.text import text_table
 
@@ -213,6 +214,11 @@ def _full_sizes(stored: StoredAdapter) -> dict[str, int]:
 def _describe_checkpoint(path: Path) -> AdapterDescription:
     content = read_checkpoint(path)
     described = describe(content, str(path))
+    if described["config"].get("kind") == PEFT_KIND:
+        raise ValueError(
+            f"{path} holds adapters of PEFT ({described['config'].get('peft_type')}). Inspect the adapter folder of "
+            "its run, or make one: `save_adapter(load_module(module, checkpoint), folder)`."
+        )
     config = read_config(described["config"])
     tensors: dict[str, Tensor] = dict(content["state_dict"])
     layers = []

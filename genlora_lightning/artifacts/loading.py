@@ -237,8 +237,8 @@ def convert_checkpoint(
     described = describe(content, str(checkpoint))
     if isinstance(read_any_config(described["config"]), PeftAdapter):
         raise ValueError(
-            f"{checkpoint} holds {described['config']['peft_type']} adapters of PEFT: make the folder with "
-            "`load_module(module, checkpoint)` and `save_adapter(module, folder)`."
+            f"{checkpoint} holds adapters of PEFT ({described['config'].get('peft_type')}). Make the folder in Python: "
+            "`save_adapter(load_module(module, checkpoint), folder)`."
         )
     stored: dict[str, Tensor] = content["state_dict"]
     with restored_after_error(base_model):

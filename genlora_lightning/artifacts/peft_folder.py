@@ -36,6 +36,7 @@ from genlora_lightning.backbone.identity import (
     base_identity,
     describe_base,
     require_same_base,
+    without_samples,
 )
 from genlora_lightning.distributed.shards import tensors_trained_in_full, trained_tensors
 from genlora_lightning.errors import DamagedFileError
@@ -43,6 +44,7 @@ from genlora_lightning.fields import shown
 from genlora_lightning.injection.held import Held, held_root
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.injection.peft_adapters import PeftAdapter, inject_peft, peft_root
+from genlora_lightning.injection.places import adapter_places, base_name
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import check_adapter_state
@@ -88,11 +90,14 @@ def peft_record(root: nn.Module, held: Held, base: dict[str, Any] | None = None)
         cls = type(root)
         config["auto_mapping"] = {"base_model_class": cls.__name__, "parent_library": cls.__module__}
     tensors = trained_tensors(root)
+    places = adapter_places(root)
+    # Parameters of the base that are trained where they are (`bias`) are the adapter's, and in its files.
+    trained = [base_name(name, places) for name in held.trainable]
     return PeftRecord(
         state={name: tensors[name] for name in held.keys.values()},
         keys=held.keys,
         config=config,
-        base=base_identity(root) if base is None else base,
+        base=without_samples(base_identity(root) if base is None else base, trained),
         trained_modules=list(tensors_trained_in_full(root)),
     )
 

@@ -17,20 +17,15 @@ from torch.optim import Optimizer
 
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.places import adapter_buffers, adapter_parameters, adapter_places
+from genlora_lightning.injection.places import plain_name as plain_name
 from genlora_lightning.overrides import note, noted
 
-_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # On an original parameter of FSDP1: the whole one's shape, and where in its flat values this rank's piece begins.
 _SHARD = "shard"
 _Key = TypeVar("_Key")
 
 
 # -- names and places -------------------------------------------------------------------------------------------------
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the wrappers of FSDP1 and of activation checkpointing."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def plain_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -63,6 +63,11 @@ def adapter_configs(model: nn.Module) -> dict[str, AdapterConfig]:
 def require_adapters(model: nn.Module) -> dict[str, AdaptedLayer]:
     """Like :func:`adapter_layers`, but a model without adapters is an error."""
     layers = adapter_layers(model)
+    if not layers and held_root(model) is not None:
+        raise ValueError(
+            f"This {type(model).__name__} has adapters of PEFT, and this is for adapters of this library. Save them "
+            "(`save_adapter`), and use PEFT, or `genlora inspect`, `verify` and `merge`, on the folder."
+        )
     if not layers:
         raise ValueError(
             f"This {type(model).__name__} has no adapters. Call `inject_adapters(model, config)` first; with "

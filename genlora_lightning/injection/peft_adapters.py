@@ -24,7 +24,7 @@ from genlora_lightning.injection.foreign import check_no_foreign_adapters
 from genlora_lightning.injection.full_training import train_in_full
 from genlora_lightning.injection.held import Held, held_root, put_back, remember
 from genlora_lightning.injection.inject import adapter_config, adapter_layers, inject_adapters
-from genlora_lightning.injection.places import Place, adapter_places, mark_place
+from genlora_lightning.injection.places import Place, adapter_places, mark_place, plain_name
 from genlora_lightning.injection.report import InjectionReport, InjectionRow
 from genlora_lightning.overrides import put_on
 
@@ -100,7 +100,7 @@ class PeftAdapter:
             )
         try:
             made = known[name](**{**fields, "peft_type": name})
-        except TypeError as error:
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"PEFT cannot make a configuration of type {name}: {error}.") from error
         return cls.of(made)
 
@@ -240,7 +240,7 @@ def inject_peft(model: nn.Module, adapter: PeftAdapter) -> InjectionReport:
                 "Call `remove_adapters(model)` first."
             )
         for name, parameter in root.named_parameters():
-            parameter.requires_grad_(name in held.trainable)
+            parameter.requires_grad_(plain_name(name) in held.trainable)
         return _report(root, held)
     if adapter_layers(model):
         raise ValueError("The model already has adapters of this library. Call `remove_adapters(model)` first.")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.overrides import forget, note, noted
 
+_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _MARK = "place of another library's adapter"
 
 
@@ -102,6 +103,11 @@ def adapter_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in place.adapter_buffers().items():
             found.setdefault(id(buffer), (f"{place_name}.{name}" if place_name else name, buffer))
     return dict(found.values())
+
+
+def plain_name(name: str) -> str:
+    """A parameter's name without the wrappers of FSDP1 and of activation checkpointing."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def base_name(name: str, places: dict[str, Place]) -> str:

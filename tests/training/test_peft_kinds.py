@@ -18,19 +18,23 @@ from genlora_lightning import (
     LoRAConfig,
     OptimizerConfig,
     SequenceClassificationModule,
+    convert_checkpoint,
+    describe_adapter,
     inject_adapters,
     load_adapter,
     load_module,
     remove_adapters,
+    save_adapter,
 )
 from genlora_lightning.artifacts.loading import read_checkpoint
 from genlora_lightning.artifacts.peft_folder import read_peft_folder
 from genlora_lightning.errors import DamagedFileError, NonFiniteGradientError, WrongBaseError
+from genlora_lightning.injection.inject import adapter_config
 from genlora_lightning.injection.peft_adapters import PeftAdapter, held_root, inject_peft
 from genlora_lightning.injection.places import adapter_places
 from genlora_lightning.training.optim import parameter_groups
 from tests.models import tiny_bert, tiny_llama
-from tests.plain import trainer
+from tests.plain import PlainEncoder, encoder_loader, trainer
 
 # PEFT's own use of transformers, where the tests call it.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -286,3 +290,34 @@ def test_own_modules_take_peft_s_kinds_and_train_their_heads(tmp_path):
     again = load_module(SequenceClassificationModule, tmp_path / "adapter", model=str(tmp_path / "model"), num_labels=3)
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     assert torch.equal(again.class_logits(batch), module.eval().class_logits(batch))
+
+
+def test_second_fit_of_a_module_goes_on_and_trained_biases_are_saved(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["query"], bias="lora_only", modules_to_save=["classifier"])
+    module = PlainEncoder()
+    trainer(tmp_path, AdapterFinetuning(config), max_steps=2).fit(module, encoder_loader())
+    middle = {name: tensor.clone() for name, tensor in trained(module).items()}
+    assert sum(name.endswith("base_layer.bias") for name in middle) == 2
+    module.requires_grad_(True)  # whatever is done to the flags meanwhile
+    trainer(tmp_path, AdapterFinetuning(config), max_steps=2).fit(module, encoder_loader())
+    assert set(trained(module)) == set(middle)
+    assert all(not torch.equal(tensor, middle[name]) for name, tensor in trained(module).items())
+    again = load_module(PlainEncoder(), tmp_path / "adapter")
+    batch = next(iter(encoder_loader()))
+    assert torch.equal(again.step(batch), module.eval().step(batch))
+    with pytest.raises(ValueError, match="has adapters of PEFT, and this is for adapters of this library"):
+        adapter_config(module)
+    with pytest.raises(ValueError, match=r"made with another configuration .*r: 2 there, 4 asked for"):
+        trainer(tmp_path, AdapterFinetuning(peft.LoraConfig(r=4, target_modules=["query"])), max_steps=1).fit(
+            module, encoder_loader()
+        )
+
+
+def test_checkpoint_of_a_peft_kind_names_the_way_to_a_folder(tmp_path):
+    file = tmp_path / "run.ckpt"
+    run(tmp_path, peft.LoraConfig(r=2, target_modules=["q_proj"]), SaveAt(1, file), max_steps=1)
+    for tool in (describe_adapter, lambda path: convert_checkpoint(path, tiny_llama(), tmp_path / "out")):
+        with pytest.raises(ValueError, match=r"adapters of PEFT \(LORA\).*`save_adapter\(load_module\("):
+            tool(file)
+    save_adapter(load_module(Decoder(), file), tmp_path / "out")
+    assert set(read_peft_folder(tmp_path / "out").tensors) == set(read_peft_folder(tmp_path / "adapter").tensors)
