@@ -7,6 +7,7 @@
 #   UV_ARGS         more arguments for uv in `make lock`
 #   LOWEST_PYTHON   the interpreter of the oldest versions in `make test-matrix`     [PYTHON]
 #   HIGHEST_PYTHON  that of the newest                                              [PYTHON]
+#   RELEASE_PYTHONS interpreters that `make release-check` installs the wheel into  [PYTHON]
 # pip's own settings (PIP_INDEX_URL, PIP_FIND_LINKS, pip.conf, …) are honoured.
 
 PYTHON ?= python3
@@ -15,6 +16,7 @@ PYTEST_ARGS ?=
 UV_ARGS ?=
 LOWEST_PYTHON ?= $(PYTHON)
 HIGHEST_PYTHON ?= $(PYTHON)
+RELEASE_PYTHONS ?= $(PYTHON)
 # What depends on other libraries' versions and takes minutes.
 MATRIX_TESTS ?= $(addprefix tests/,adapters artifacts backbone data injection interop layers modules storage training)
 
@@ -31,7 +33,7 @@ CHECK_VERSION = import sys; v = sys.version.split()[0]; sys.version_info >= (3, 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test test-matrix peft-tests lint format lock clean
+.PHONY: help quickstart test test-matrix peft-tests docs release-check lint format lock clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +58,21 @@ test-matrix: $(STAMP) ## run the fast half of the suite on the oldest and on the
 peft-tests: $(STAMP) ## run PEFT's own tests of its methods on GenLoRA, from its source distribution
 	$(BIN)/python tests/peft_suite.py
 
+docs: $(STAMP) ## build the documentation as a site, in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+# An installed wheel has nothing of the repository: its commands and configurations must be in it.
+release-check: $(STAMP) ## build sdist and wheel, check them, and try the wheel in empty environments
+	@$(PIP) install --quiet build twine uv
+	rm -rf dist && $(BIN)/python -m build --outdir dist . >/dev/null && $(BIN)/twine check --strict dist/*
+	@set -e; for python in $(RELEASE_PYTHONS); do \
+	  echo "== $$python"; $(BIN)/uv venv --quiet --clear --python "$$python" .venv-release; \
+	  $(BIN)/uv pip install --quiet --python .venv-release "$$(echo dist/*.whl)[data]" cyclonedx-bom; \
+	  cd dist; ../.venv-release/bin/genlora --version; ../.venv-release/bin/genlora data --help >/dev/null; \
+	  ../.venv-release/bin/genlora fit --config genlora:quickstart --config genlora:strategy/ddp --print_config >/dev/null; cd ..; \
+	  .venv-release/bin/cyclonedx-py environment --output-file dist/sbom.json .venv-release; \
+	done; ls dist
+
 lint: $(STAMP) ## run what else CI runs: ruff check, ruff format --check, mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -75,7 +92,7 @@ lock: $(STAMP) ## bring requirements.lock in line with pyproject.toml (UV_ARGS=-
 	@mv requirements.lock.new requirements.lock && rm requirements.lock.partial
 
 clean: ## remove caches and build outputs; .venv, data and runs stay
-	rm -rf build dist .peft-tests .venv-lowest-direct .venv-highest .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
+	rm -rf build dist .peft-tests .venv-lowest-direct .venv-highest .venv-release site .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The stamp is made last, so that a failed set-up is tried again, and is older than a changed lock or pyproject.toml.
