@@ -12,7 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from genlora_lightning.data._files import Record, check_file, held_out_indices, read_records
+from genlora_lightning.data._files import check_file, held_out_indices, read_records
+from genlora_lightning.data._formats import Record
 from genlora_lightning.data._loading import (
     LengthGroupedSampler,
     PadCollator,

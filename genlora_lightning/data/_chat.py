@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from genlora_lightning.data._files import Record, checked_text, is_blank, structured_field, text_field
+from genlora_lightning.data._files import checked_text, is_blank, structured_field, text_field
+from genlora_lightning.data._formats import Record
 from genlora_lightning.errors import DataFileError
 from genlora_lightning.fields import shown
 

@@ -10,7 +10,6 @@ from typing_extensions import override
 
 from genlora_lightning.data._base import FileDataModule
 from genlora_lightning.data._files import (
-    Record,
     checked_text,
     is_blank,
     normalized,
@@ -18,6 +17,7 @@ from genlora_lightning.data._files import (
     structured_field,
     text_field,
 )
+from genlora_lightning.data._formats import Record
 from genlora_lightning.data._loading import import_datasets
 from genlora_lightning.errors import DataFileError
 from genlora_lightning.fields import shown
@@ -29,7 +29,7 @@ _LARGEST_FLOAT32 = 3.4e38
 
 
 class TextClassificationDataModule(FileDataModule):
-    """Labelled texts from JSONL or CSV files.
+    """Labelled texts from JSONL, JSON, CSV, Parquet or Arrow files.
 
     Batches are dictionaries of ``input_ids`` and ``attention_mask`` (batch, length) and ``labels``; batches for
     prediction have labels where the file has. What a label is depends on ``problem_type``:
@@ -40,11 +40,11 @@ class TextClassificationDataModule(FileDataModule):
     - ``regression``: a finite number, or a list of as many as the first record has; in batches (batch,) or (batch,
       values).
 
-    A list in a CSV file is JSON text: ``["a", "b"]``, which CSV writes as ``"[""a"", ""b""]"``.
+    A list in a table may be JSON text, and in a CSV file is: ``["a", "b"]``, which CSV writes as ``"[""a"", ""b""]"``.
 
     Args:
         tokenizer: A Hugging Face id, a local folder, or a tokenizer.
-        train_file: Training data, .jsonl or .csv.
+        train_file: Training data: .jsonl, .jsonl.gz, .json (a list of records), .csv, .parquet or .arrow.
         val_file: Validation data.
         test_file: Test data.
         predict_file: Texts for prediction; labels are optional. Without it, those of ``test_file`` are taken.

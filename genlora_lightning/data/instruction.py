@@ -12,16 +12,17 @@ from typing_extensions import override
 
 from genlora_lightning.data._base import FileDataModule
 from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Truncation, parse_conversation
-from genlora_lightning.data._files import Record, normalized
+from genlora_lightning.data._files import normalized
+from genlora_lightning.data._formats import Record
 from genlora_lightning.data._loading import import_datasets, padding_id
 from genlora_lightning.data._packing import PackedCollator, PackedRows, pack
 from genlora_lightning.training.resumable import ResumableDataLoader
 
 
 class InstructionDataModule(FileDataModule):
-    """Instruction data from JSONL or CSV files, tokenized with the model's own chat template.
+    """Instruction data from JSONL, JSON, CSV, Parquet or Arrow files, tokenized with the model's own chat template.
 
-    A record has either ``messages``, a list of ``{"role": ..., "content": ...}`` (in CSV: the same as JSON text; other
+    A record has either ``messages``, a list of ``{"role": ..., "content": ...}`` (in a table, too, as JSON text; other
     keys are ignored), or ``prompt`` and ``completion``. Every answer of the assistant is learned, its end-of-turn token
     included (once, also where the answer's text ends with it), unless its message has ``"weight": 0``; all other tokens
     have the label -100. ``tools``, a list of JSON schemas, goes to the chat template.
@@ -36,7 +37,7 @@ class InstructionDataModule(FileDataModule):
 
     Args:
         tokenizer: A Hugging Face id, a local folder, or a tokenizer.
-        train_file: Training data, .jsonl or .csv.
+        train_file: Training data: .jsonl, .jsonl.gz, .json (a list of records), .csv, .parquet or .arrow.
         val_file: Validation data.
         test_file: Test data.
         predict_file: Prompts for prediction; ``completion`` is optional. Without it, those of ``test_file`` are taken.

@@ -10,7 +10,7 @@ import pytest
 
 from genlora_lightning.data import DataFileError
 from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Conversation, parse_conversation
-from genlora_lightning.data._files import Record
+from genlora_lightning.data._formats import Record
 from tests.data.conftest import CHAT_TEMPLATE
 
 MakeTokenizer = Callable[..., Any]
