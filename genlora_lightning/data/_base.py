@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from genlora_lightning.data._files import check_file, held_out_indices, read_records
+from genlora_lightning.data._files import check_file, held_out_indices, iterate_records, read_records
 from genlora_lightning.data._formats import Record
 from genlora_lightning.data._loading import (
     LengthGroupedSampler,
@@ -113,8 +114,8 @@ class FileDataModule(LightningDataModule):
         """Returns the class of an example that a split should hold out evenly."""
         return ""
 
-    def _encoder(self, split: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """Returns the function that turns an example into `input_ids` (empty: dropped) and what else a row has."""
+    def _encoder(self, split: str) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
+        """Returns the function that turns an example into rows: `input_ids` (empty: dropped) and what else one has."""
         raise NotImplementedError
 
     def _features(self, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -125,8 +126,8 @@ class FileDataModule(LightningDataModule):
         """Returns a text that differs between settings that encode differently, the tokenizer apart."""
         raise NotImplementedError
 
-    def _finished(self, split: str, rows: Any) -> None:
-        """May look at the encoded rows of a split once."""
+    def _finished(self, split: str, examples: list[dict[str, Any]]) -> None:
+        """May look at the examples of a split once, when all could be encoded."""
 
     # What Lightning calls.
 
@@ -248,6 +249,12 @@ class FileDataModule(LightningDataModule):
             return "test"
         return None
 
+    def _first_records(self) -> Iterator[Record]:
+        """Yields the first record of each file."""
+        for split, path in self.files.items():
+            if path is not None:
+                yield from islice(iterate_records(path, f"{split}_file"), 1)
+
     def _examples(self, name: str, split: str) -> list[dict[str, Any]]:
         """Returns all examples of the file `name` as examples of `split`."""
         path = self.files[name]
@@ -302,7 +309,7 @@ class FileDataModule(LightningDataModule):
         self._summary[split] = counts
         self._largest_token[split] = largest_number(rows, "input_ids")
         rows = rows if len(kept) == len(lengths) else rows.select(kept)
-        self._finished(split, rows)
+        self._finished(split, examples)
         return rows
 
     def _rows(self, split: str) -> Any:

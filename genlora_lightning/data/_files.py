@@ -6,7 +6,7 @@ Nothing here knows of tokenizers, torch or Lightning. Every complaint names the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,13 +57,18 @@ def read_records(path: str, argument: str) -> list[Record]:
         FileNotFoundError: There is no such file.
         DataFileError: The file is empty, not UTF-8, or a line is malformed; the message has file, line and reason.
     """
-    check_file(path, argument)
-    read = reader_of(path)
-    assert read is not None, "check_file refuses it"
-    records = list(read(path))
+    records = list(iterate_records(path, argument))
     if not records:
         raise DataFileError(path, f"{argument} holds no records")
     return records
+
+
+def iterate_records(path: str, argument: str) -> Iterator[Record]:
+    """Yields the records of a file, which may be none; else as `read_records`."""
+    check_file(path, argument)
+    read = reader_of(path)
+    assert read is not None, "check_file refuses it"
+    yield from read(path)
 
 
 def text_field(record: Record, name: str) -> str:

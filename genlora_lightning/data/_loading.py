@@ -72,7 +72,7 @@ def padding_id(tokenizer: Any) -> int:
 
 def map_examples(
     examples: list[dict[str, Any]],
-    encode: Callable[[dict[str, Any]], dict[str, Any]],
+    encode: Callable[[dict[str, Any]], list[dict[str, Any]]],
     columns: dict[str, Any],
     outputs: dict[str, Any],
     *,
@@ -88,7 +88,7 @@ def map_examples(
 
     Args:
         examples: The examples, as checked rows.
-        encode: Makes the output row of an example.
+        encode: Makes the output rows of an example.
         columns: The `datasets` features of the examples.
         outputs: The `datasets` features of the output rows.
         description: The label of the progress bar.
@@ -107,9 +107,17 @@ def map_examples(
         file = Path(cache_dir) / f"{digest.hexdigest()[:40]}.arrow"
         options = {"cache_file_name": str(file), "load_from_cache_file": True, "new_fingerprint": file.stem}
     rows = datasets.Dataset.from_list(examples, features=datasets.Features(columns))
+
+    def encode_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        batched = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        encoded = [row for example in batched for row in encode(example)]
+        return {name: [row[name] for row in encoded] for name in outputs}
+
     with _bars_on_terminals_only(datasets):
         return rows.map(
-            encode,
+            encode_batch,
+            batched=True,
+            batch_size=100,  # the bar moves, and a table of a batch is soon made
             remove_columns=rows.column_names,
             features=datasets.Features(outputs),
             desc=description,

@@ -240,22 +240,18 @@ class TextClassificationDataModule(FileDataModule):
         return "" if self.problem_type == "regression" else str(example["labels"])
 
     @override
-    def _encoder(self, split: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def _encoder(self, split: str) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
         tokenizer, max_length = self.tokenizer, self.max_length
 
-        def encode(example: dict[str, Any]) -> dict[str, Any]:
+        def encode(example: dict[str, Any]) -> list[dict[str, Any]]:
             ids = list(tokenizer(example["text"], verbose=False)["input_ids"])
             whole = len(ids)
             if whole > max_length:  # the tokenizer keeps its closing special tokens when it cuts
                 ids = list(tokenizer(example["text"], truncation=True, max_length=max_length)["input_ids"])
             if not ids:
                 raise DataFileError(example["where"], "the tokenizer makes no token of this text")
-            return {
-                "input_ids": ids,
-                "length": len(ids),
-                "cut_tokens": whole - len(ids),
-                "labels": example["labels"],
-            }
+            cut = whole - len(ids)
+            return [{"input_ids": ids, "length": len(ids), "cut_tokens": cut, "labels": example["labels"]}]
 
         return encode
 

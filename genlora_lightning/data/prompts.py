@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from genlora_lightning.data._chat import ChatEncoder, Conversation, parse_conversation
+from genlora_lightning.data._chat import ChatEncoder
 from genlora_lightning.data._files import read_records
 from genlora_lightning.data._formats import Record, reader_of
+from genlora_lightning.data._forms import Conversation, parse_conversation
 from genlora_lightning.data._loading import PadCollator, padding_id
 
 _STDIN = "-"
