@@ -15,10 +15,10 @@ from typing_extensions import override
 
 from genlora_lightning.data._files import check_file, held_out_indices, iterate_records, read_records
 from genlora_lightning.data._formats import Record
+from genlora_lightning.data._hub import import_datasets
 from genlora_lightning.data._loading import (
     LengthGroupedSampler,
     PadCollator,
-    import_datasets,
     largest_number,
     load_tokenizer,
     map_examples,
@@ -182,7 +182,7 @@ class FileDataModule(LightningDataModule):
     @override
     def train_dataloader(self) -> Any:
         """Returns shuffled batches; the order depends on `seed` only and is a new one in each epoch."""
-        rows = self._rows("train")
+        rows = self.rows("train")
         generator = torch.Generator().manual_seed(self.seed)
         if self.group_by_length:
             sampler = LengthGroupedSampler(list(rows["length"]), self.batch_size, generator)
@@ -249,7 +249,7 @@ class FileDataModule(LightningDataModule):
             return "test"
         return None
 
-    def _first_records(self) -> Iterator[Record]:
+    def first_records(self) -> Iterator[Record]:
         """Yields the first record of each file."""
         for split, path in self.files.items():
             if path is not None:
@@ -312,7 +312,8 @@ class FileDataModule(LightningDataModule):
         self._finished(split, examples)
         return rows
 
-    def _rows(self, split: str) -> Any:
+    def rows(self, split: str) -> Any:
+        """Returns the encoded rows of a split that was set up."""
         if self._source(split) is None:
             raise ValueError(f"there are no {SPLITS[split]} data; set {OPTIONS[split]}")
         if split not in self._datasets:
@@ -320,7 +321,7 @@ class FileDataModule(LightningDataModule):
         return self._datasets[split]
 
     def _loader(self, split: str, **options: Any) -> DataLoader[Any]:
-        rows = self._rows(split)
+        rows = self.rows(split)
         if self.group_by_length and split in ("val", "test"):
             # The rows and not a sampler, which Lightning would replace on several devices.
             generator = torch.Generator().manual_seed(self.seed)

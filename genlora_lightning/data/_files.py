@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from genlora_lightning.data._formats import SUFFIXES, Record, from_table, parse_json, reader_of
+from genlora_lightning.data._hub import PREFIX, hub_records, load_hub_dataset
 from genlora_lightning.errors import DataFileError
 from genlora_lightning.fields import is_text, shown
 
 
 def check_file(path: str, argument: str) -> None:
-    """Checks in no time that a data file can be read at all.
+    """Checks in no time that a data file can be read at all; a data set on the Hub is fetched.
 
     Args:
         path: The file as the user gave it.
@@ -26,6 +27,9 @@ def check_file(path: str, argument: str) -> None:
         FileNotFoundError: There is no such file.
         DataFileError: It is a folder, it is empty, or its name has an ending that is not known.
     """
+    if path.startswith(PREFIX):
+        load_hub_dataset(path, argument)
+        return
     file = Path(path)
     if "\0" in path or not is_text(path):
         raise DataFileError(ascii(path), f"the name of {argument} is not valid Unicode text; rename the file")
@@ -47,7 +51,7 @@ def read_records(path: str, argument: str) -> list[Record]:
     """Reads a whole file; blank lines are skipped.
 
     Args:
-        path: The file, its format told by its extension; text is UTF-8.
+        path: The file, its format told by its extension; text is UTF-8. Or a name on the Hub, ``hf://org/name:split``.
         argument: The argument it was given as, for the messages.
 
     Returns:
@@ -65,6 +69,9 @@ def read_records(path: str, argument: str) -> list[Record]:
 
 def iterate_records(path: str, argument: str) -> Iterator[Record]:
     """Yields the records of a file, which may be none; else as `read_records`."""
+    if path.startswith(PREFIX):
+        yield from hub_records(path, argument)
+        return
     check_file(path, argument)
     read = reader_of(path)
     assert read is not None, "check_file refuses it"

@@ -208,4 +208,5 @@ def reader_of(path: str) -> Callable[[str], Iterator[Record]] | None:
 
 def from_table(record: Record) -> bool:
     """Returns whether a record comes from a table, in whose columns lists may be JSON text."""
-    return record.where.rpartition(":")[0].lower().endswith(_TABLES)
+    path = record.where.rpartition(":")[0].lower()
+    return path.startswith("hf://") or path.endswith(_TABLES)

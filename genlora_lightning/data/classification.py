@@ -18,7 +18,7 @@ from genlora_lightning.data._files import (
     text_field,
 )
 from genlora_lightning.data._formats import Record
-from genlora_lightning.data._loading import import_datasets
+from genlora_lightning.data._hub import import_datasets
 from genlora_lightning.errors import DataFileError
 from genlora_lightning.fields import shown
 
@@ -44,7 +44,9 @@ class TextClassificationDataModule(FileDataModule):
 
     Args:
         tokenizer: A Hugging Face id, a local folder, or a tokenizer.
-        train_file: Training data: .jsonl, .jsonl.gz, .json (a list of records), .csv, .parquet or .arrow.
+        train_file: Training data: .jsonl, .jsonl.gz, .json (a list of records), .csv, .parquet or .arrow; or a data set
+            on the Hugging Face Hub, ``hf://org/name``, ``hf://org/name:split`` or ``hf://org/name:config:split``
+            (``@revision`` may follow the name), of which nothing is executed. The other files likewise.
         val_file: Validation data.
         test_file: Test data.
         predict_file: Texts for prediction; labels are optional. Without it, those of ``test_file`` are taken.

@@ -16,7 +16,8 @@ from genlora_lightning.data._documents import encode_document
 from genlora_lightning.data._files import normalized
 from genlora_lightning.data._formats import Record
 from genlora_lightning.data._forms import DOCUMENT, parse_conversation
-from genlora_lightning.data._loading import import_datasets, padding_id
+from genlora_lightning.data._hub import import_datasets
+from genlora_lightning.data._loading import padding_id
 from genlora_lightning.data._packing import PackedCollator, PackedRows, pack
 from genlora_lightning.training.resumable import ResumableDataLoader
 
@@ -49,7 +50,9 @@ class InstructionDataModule(FileDataModule):
 
     Args:
         tokenizer: A Hugging Face id, a local folder, or a tokenizer.
-        train_file: Training data: .jsonl, .jsonl.gz, .json (a list of records), .csv, .parquet or .arrow.
+        train_file: Training data: .jsonl, .jsonl.gz, .json (a list of records), .csv, .parquet or .arrow; or a data set
+            on the Hugging Face Hub, ``hf://org/name``, ``hf://org/name:split`` or ``hf://org/name:config:split``
+            (``@revision`` may follow the name), of which nothing is executed. The other files likewise.
         val_file: Validation data.
         test_file: Test data.
         predict_file: Prompts for prediction; ``completion`` is optional. Without it, those of ``test_file`` are taken.
@@ -153,7 +156,7 @@ class InstructionDataModule(FileDataModule):
         """Checks on one process that files, tokenizer and chat template are there."""
         super().prepare_data()
         # Only texts need no template; what else a file holds is seen when it is read.
-        if not all("text" in record.fields for record in self._first_records()):
+        if not all("text" in record.fields for record in self.first_records()):
             _ = self.chat
 
     @override
@@ -161,7 +164,7 @@ class InstructionDataModule(FileDataModule):
         """Returns shuffled batches; the order depends on `seed` only and is a new one in each epoch."""
         if not self.packing:
             return super().train_dataloader()
-        rows = self._rows("train")
+        rows = self.rows("train")
         if self._packs is None:
             lengths = list(rows["length"])
             self._packs = pack(lengths, self.max_length)

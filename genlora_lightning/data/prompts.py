@@ -11,6 +11,7 @@ from genlora_lightning.data._chat import ChatEncoder
 from genlora_lightning.data._files import read_records
 from genlora_lightning.data._formats import Record, reader_of
 from genlora_lightning.data._forms import Conversation, parse_conversation
+from genlora_lightning.data._hub import PREFIX
 from genlora_lightning.data._loading import PadCollator, padding_id
 
 _STDIN = "-"
@@ -51,7 +52,7 @@ class Prompts:
             FileNotFoundError: There is no such file.
             DataFileError: A record cannot be used; the message has file, line and reason.
         """
-        if reader_of(path) is not None:
+        if reader_of(path) is not None or path.startswith(PREFIX):
             return [self._parse(record) for record in read_records(path, "the file of prompts")]
         text = sys.stdin.read() if path == _STDIN else Path(path).read_text(encoding="utf-8")
         name = "standard input" if path == _STDIN else path
