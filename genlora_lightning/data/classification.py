@@ -13,7 +13,6 @@ from genlora_lightning.data._files import (
     checked_text,
     is_blank,
     normalized,
-    read_records,
     structured_field,
     text_field,
 )
@@ -46,7 +45,9 @@ class TextClassificationDataModule(FileDataModule):
         tokenizer: A Hugging Face id, a local folder, or a tokenizer.
         train_file: Training data: .jsonl, .jsonl.gz, .json (a list of records), .csv, .parquet or .arrow; or a data set
             on the Hugging Face Hub, ``hf://org/name``, ``hf://org/name:split`` or ``hf://org/name:config:split``
-            (``@revision`` may follow the name), of which nothing is executed. The other files likewise.
+            (``@revision`` may follow the name), of which nothing is executed. The other files likewise. A list
+            of such is one set; a mapping gives each a weight: 2.0 is seen twice in an epoch, 0.5 by half, drawn by
+            ``seed``. What is held out for validation is not weighted.
         val_file: Validation data.
         test_file: Test data.
         predict_file: Texts for prediction; labels are optional. Without it, those of ``test_file`` are taken.
@@ -77,7 +78,7 @@ class TextClassificationDataModule(FileDataModule):
     def __init__(
         self,
         tokenizer: str | Any,
-        train_file: str,
+        train_file: str | list[str] | dict[str, float],
         val_file: str | None = None,
         test_file: str | None = None,
         predict_file: str | None = None,
@@ -133,16 +134,16 @@ class TextClassificationDataModule(FileDataModule):
             DataFileError: A label of the training file is missing or malformed, or all are equal.
         """
         if self._label_names is None:
-            path = self.files["train"]
-            assert path is not None, "train_file is required"
-            records = read_records(path, "train_file")
+            records = self._records("train")
             if self.problem_type == "regression":
                 self._label_names = [f"LABEL_{index}" for index in range(len(self._values(records[0])))]
             else:
                 found = {label for record in records for label in self._label_texts(record)}
                 if len(found) < 2:
                     held = f"the label {found.pop()!r}" if found else "no label"
-                    raise DataFileError(path, f"all records have {held}; there is nothing to tell apart")
+                    raise DataFileError(
+                        " + ".join(self.files["train"]), f"all records have {held}; there is nothing to tell apart"
+                    )
                 self._label_names = sorted(found, key=int) if all(map(_is_integer, found)) else sorted(found)
         return list(self._label_names)
 

@@ -52,7 +52,9 @@ class InstructionDataModule(FileDataModule):
         tokenizer: A Hugging Face id, a local folder, or a tokenizer.
         train_file: Training data: .jsonl, .jsonl.gz, .json (a list of records), .csv, .parquet or .arrow; or a data set
             on the Hugging Face Hub, ``hf://org/name``, ``hf://org/name:split`` or ``hf://org/name:config:split``
-            (``@revision`` may follow the name), of which nothing is executed. The other files likewise.
+            (``@revision`` may follow the name), of which nothing is executed. The other files likewise. A list
+            of such is one set; a mapping gives each a weight: 2.0 is seen twice in an epoch, 0.5 by half, drawn by
+            ``seed``. What is held out for validation is not weighted.
         val_file: Validation data.
         test_file: Test data.
         predict_file: Prompts for prediction; ``completion`` is optional. Without it, those of ``test_file`` are taken.
@@ -87,7 +89,7 @@ class InstructionDataModule(FileDataModule):
     def __init__(
         self,
         tokenizer: str | Any,
-        train_file: str,
+        train_file: str | list[str] | dict[str, float],
         val_file: str | None = None,
         test_file: str | None = None,
         predict_file: str | None = None,
