@@ -15,6 +15,7 @@ import argparse
 import atexit
 import copy
 import csv
+import gzip
 import io
 import json
 import os
@@ -525,7 +526,15 @@ CHATS: list[dict[str, Any]] = [
     {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "weight": 1}], "tools": None},
     {"prompt": "q", "completion": "a"},
     {"messages": [{"role": r, "content": r} for r in ("system", "user", "assistant", "user", "assistant")]},
+    {"instruction": "q", "input": "i", "output": "a", "system": "s"},
+    {
+        "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a", "weight": 1}],
+        "tools": [{"a": 1}],
+    },
+    {"text": "one two three " * 9},
+    {"question": "q", "answer": "a"},
 ]
+_ENDINGS = ("jsonl", "csv", "json", "jsonl.gz", "parquet", "arrow")
 TEXTS: dict[str, list[dict[str, Any]]] = {
     "single_label_classification": [
         {"text": "a", "label": "x"},
@@ -550,6 +559,8 @@ def _as_file(path: Path, records: list[Any], rng: random.Random) -> None:
         with suppress(csv.Error):
             writer.writerows([names, *([v if isinstance(v, str) else as_json(v) for v in row] for row in rows)])
         text = out.getvalue()
+    elif path.suffix == ".json":
+        text = as_json(rng.choice((records, {"data": records})), indent=rng.choice((None, 1)))
     else:
         text = "".join(as_json(record, ensure_ascii=rng.random() < 0.7) + "\n" for record in records)
     if rng.random() < 0.1:
@@ -558,7 +569,28 @@ def _as_file(path: Path, records: list[Any], rng: random.Random) -> None:
     data = text.encode(encoding, "surrogatepass" if encoding != "latin-1" else "replace")
     if rng.random() < 0.02:
         data += data.rstrip(b"}\n") + b"x" * 10**6 + b'"}\n'
+    if path.suffix in (".parquet", ".arrow"):
+        data = _as_table(path, records)
+    elif path.suffix == ".gz":
+        data = gzip.compress(data, compresslevel=1)
     path.write_bytes(damaged(data, rng) if rng.random() < 0.4 else data)
+
+
+def _as_table(path: Path, records: list[Any]) -> bytes:
+    """The records as a table, as far as they fit into one."""
+    import pyarrow
+
+    from tests.data.conftest import write_table
+
+    kept: list[Any] = []
+    table = pyarrow.table({})
+    for record in records:
+        with suppress(pyarrow.ArrowException, AttributeError, ValueError, TypeError, OverflowError):
+            table = pyarrow.Table.from_pylist([*kept, record])
+            kept.append(record)
+    with suppress(pyarrow.ArrowException):
+        write_table(path, table)
+    return path.read_bytes() if path.exists() else b"PAR1"
 
 
 @cache
@@ -585,7 +617,7 @@ def conversations(folder: Path, rng: random.Random) -> Iterator[Call]:
     from genlora_lightning.data import InstructionDataModule
 
     records = [mutated(rng.choice(CHATS), rng) if rng.random() < 0.6 else rng.choice(CHATS) for _ in range(3)]
-    path = folder / f"d.{rng.choice(('jsonl', 'csv'))}"
+    path = folder / f"d.{rng.choice(_ENDINGS)}"
     _as_file(path, records, rng)
     options = rng.choice(
         ({}, {"max_length": 20}, {"chat_template": "none"}, {"train_on": "last", "system_prompt": "s"})
@@ -600,7 +632,7 @@ def texts(folder: Path, rng: random.Random) -> Iterator[Call]:
 
     kind = rng.choice(list(TEXTS))
     records = [mutated(record, rng) if rng.random() < 0.4 else record for record in TEXTS[kind] * 2]
-    path = folder / f"d.{rng.choice(('jsonl', 'csv'))}"
+    path = folder / f"d.{rng.choice(_ENDINGS)}"
     _as_file(path, records, rng)
     names = rng.choice((None, ["x", "y"], ["x"] if kind == "regression" else None))
     data: Any = TextClassificationDataModule(_tokenizer(), str(path), problem_type=kind, label_names=names)

@@ -34,7 +34,7 @@ def run_data(options: argparse.Namespace) -> None:
         raise ValueError(f"The configuration's data module is {type(data).__name__}; only the package's own are shown.")
     data.prepare_data()
     data.setup(next(stage for stage, splits in STAGES.items() if options.split in splits))
-    rows = data._rows(options.split)
+    rows = data.rows(options.split)
     lengths = sorted(rows["length"])
     places = [lengths[round(share * (len(lengths) - 1))] for share in _SHARES]
     names = ["shortest", "median", "90 %", "99 %", "longest"]

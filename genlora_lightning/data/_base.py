@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import version
+from itertools import islice
 from typing import Any
 
 import torch
@@ -12,17 +13,19 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from genlora_lightning.data._files import Record, check_file, held_out_indices, read_records
+from genlora_lightning.data._files import check_file, held_out_indices, iterate_records, read_records
+from genlora_lightning.data._formats import Record
+from genlora_lightning.data._hub import import_datasets
 from genlora_lightning.data._loading import (
     LengthGroupedSampler,
     PadCollator,
-    import_datasets,
     largest_number,
     load_tokenizer,
     map_examples,
     padding_id,
     tokenizer_identity,
 )
+from genlora_lightning.data._mixture import Share, Sources, mixed, weights_of
 from genlora_lightning.text import text_table
 from genlora_lightning.training.resumable import ResumableDataLoader
 
@@ -49,7 +52,7 @@ class FileDataModule(LightningDataModule):
         self,
         *,
         tokenizer: Any,
-        files: dict[str, str | None],
+        files: dict[str, Sources | None],
         val_fraction: float,
         batch_size: int,
         eval_batch_size: int | None,
@@ -78,7 +81,7 @@ class FileDataModule(LightningDataModule):
                 f"val_file={files['val']!r} and val_fraction={val_fraction} exclude each other; validation data come "
                 "either from a file of their own or from train_file"
             )
-        self.files = files
+        self.files = {split: weights_of(sources, f"{split}_file") for split, sources in files.items()}
         self.val_fraction = val_fraction
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
@@ -96,6 +99,7 @@ class FileDataModule(LightningDataModule):
         self._summary: dict[str, dict[str, int]] = {}
         self._train_keys: set[str] = set()
         self._stage: str | None = None
+        self._mixture: list[Share] = []
         self._largest_token: dict[str, int] = {}
 
     # What a subclass says.
@@ -112,8 +116,8 @@ class FileDataModule(LightningDataModule):
         """Returns the class of an example that a split should hold out evenly."""
         return ""
 
-    def _encoder(self, split: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """Returns the function that turns an example into `input_ids` (empty: dropped) and what else a row has."""
+    def _encoder(self, split: str) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
+        """Returns the function that turns an example into rows: `input_ids` (empty: dropped) and what else one has."""
         raise NotImplementedError
 
     def _features(self, split: str) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -124,8 +128,8 @@ class FileDataModule(LightningDataModule):
         """Returns a text that differs between settings that encode differently, the tokenizer apart."""
         raise NotImplementedError
 
-    def _finished(self, split: str, rows: Any) -> None:
-        """May look at the encoded rows of a split once."""
+    def _finished(self, split: str, examples: list[dict[str, Any]]) -> None:
+        """May look at the examples of a split once, when all could be encoded."""
 
     # What Lightning calls.
 
@@ -140,8 +144,8 @@ class FileDataModule(LightningDataModule):
     def prepare_data(self) -> None:
         """Checks on one process that the files are there, and fetches the tokenizer."""
         import_datasets()
-        for split, path in self.files.items():
-            if path is not None:
+        for split, paths in self.files.items():
+            for path in paths:
                 check_file(path, f"{split}_file")
         _ = self.tokenizer
 
@@ -164,6 +168,8 @@ class FileDataModule(LightningDataModule):
             if self._source(split) is None:
                 continue  # Lightning also asks where another loader was given; whoever asks for this one is told
             examples = self._select(split, parsed)
+            if split == "train":
+                examples, self._mixture = mixed(examples, self.files["train"], self.seed)
             self._datasets[split] = self._encode(split, examples)
             keys = [self._duplicate_key(example) for example in examples]
             if split == "train":
@@ -174,13 +180,13 @@ class FileDataModule(LightningDataModule):
         if new:
             # With their files: those of a configuration that another one is laid over may have been forgotten.
             sources = {SPLITS[split]: self.files[self._source(split) or split] for split in new}
-            files = ", ".join(f"{words} {file}" for words, file in sources.items())
+            files = ", ".join(f"{words} {' + '.join(paths)}" for words, paths in sources.items())
             rank_zero_info(f"Data of this run ({files}):\n{self.summary_table(new)}")
 
     @override
     def train_dataloader(self) -> Any:
         """Returns shuffled batches; the order depends on `seed` only and is a new one in each epoch."""
-        rows = self._rows("train")
+        rows = self.rows("train")
         generator = torch.Generator().manual_seed(self.seed)
         if self.group_by_length:
             sampler = LengthGroupedSampler(list(rows["length"]), self.batch_size, generator)
@@ -225,7 +231,7 @@ class FileDataModule(LightningDataModule):
         return {split: dict(counts) for split, counts in self._summary.items()}
 
     def summary_table(self, splits: list[str] | None = None) -> str:
-        """Returns `summary` as a table to print, without what is zero everywhere.
+        """Returns `summary` as a table to print, without what is zero everywhere; the files of a mixture in another.
 
         Args:
             splits: The splits to show; all that were set up if None.
@@ -233,25 +239,37 @@ class FileDataModule(LightningDataModule):
         shown = [split for split in self._summary if splits is None or split in splits]
         names = list(dict.fromkeys(name for split in shown for name, count in self._summary[split].items() if count))
         rows = [[SPLITS[split], *(f"{self._summary[split].get(name, 0):,}" for name in names)] for split in shown]
-        return text_table(["data", *(name.replace("_", " ") for name in names)], rows)
+        table = text_table(["data", *(name.replace("_", " ") for name in names)], rows)
+        if "train" not in shown or len(self._mixture) < 2:
+            return table
+        shares = [[part.path, f"{part.weight:g}", f"{part.records:,}", f"{part.seen:,}"] for part in self._mixture]
+        return f"{table}\n\n" + text_table(["training file", "weight", "records", "seen in an epoch"], shares)
 
     # How it is done.
 
     def _source(self, split: str) -> str | None:
         """Returns the argument that a split comes from, or None."""
-        if self.files.get(split) is not None:
+        if self.files[split]:
             return split
         if split == "val" and self.val_fraction > 0:
             return "train"
-        if split == "predict" and self.files.get("test") is not None:
+        if split == "predict" and self.files["test"]:
             return "test"
         return None
 
+    def first_records(self) -> Iterator[Record]:
+        """Yields the first record of each file."""
+        for split, paths in self.files.items():
+            for path in paths:
+                yield from islice(iterate_records(path, f"{split}_file"), 1)
+
+    def _records(self, name: str) -> list[Record]:
+        """Returns all records of the files `name`."""
+        return [record for path in self.files[name] for record in read_records(path, f"{name}_file")]
+
     def _examples(self, name: str, split: str) -> list[dict[str, Any]]:
-        """Returns all examples of the file `name` as examples of `split`."""
-        path = self.files[name]
-        assert path is not None, "only called for files that were given"
-        return [self._parse(record, split) for record in read_records(path, f"{name}_file")]
+        """Returns all examples of the files `name` as examples of `split`."""
+        return [self._parse(record, split) for record in self._records(name)]
 
     def _select(self, split: str, parsed: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Returns the examples of a split; `parsed` keeps the training file while both of its parts are needed."""
@@ -266,8 +284,9 @@ class FileDataModule(LightningDataModule):
         keys = [self._duplicate_key(example) for example in examples]
         kept, held = held_out_indices(keys, self.val_fraction, self.seed, [self._stratum(e) for e in examples])
         if not held:
+            files = " + ".join(map(repr, self.files["train"]))
             raise ValueError(
-                f"the validation split is empty: val_fraction={self.val_fraction} of {self.files['train']!r}, where "
+                f"the validation split is empty: val_fraction={self.val_fraction} of {files}, where "
                 f"all {len(examples)} example(s) have the same input, and equal ones stay on one side"
             )
         return [examples[index] for index in (kept if split == "train" else held)]
@@ -301,10 +320,11 @@ class FileDataModule(LightningDataModule):
         self._summary[split] = counts
         self._largest_token[split] = largest_number(rows, "input_ids")
         rows = rows if len(kept) == len(lengths) else rows.select(kept)
-        self._finished(split, rows)
+        self._finished(split, examples)
         return rows
 
-    def _rows(self, split: str) -> Any:
+    def rows(self, split: str) -> Any:
+        """Returns the encoded rows of a split that was set up."""
         if self._source(split) is None:
             raise ValueError(f"there are no {SPLITS[split]} data; set {OPTIONS[split]}")
         if split not in self._datasets:
@@ -312,7 +332,7 @@ class FileDataModule(LightningDataModule):
         return self._datasets[split]
 
     def _loader(self, split: str, **options: Any) -> DataLoader[Any]:
-        rows = self._rows(split)
+        rows = self.rows(split)
         if self.group_by_length and split in ("val", "test"):
             # The rows and not a sampler, which Lightning would replace on several devices.
             generator = torch.Generator().manual_seed(self.seed)

@@ -7,128 +7,17 @@ in the template, and it is verified for every example: the prompt that training 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from genlora_lightning.data._files import Record, checked_text, is_blank, structured_field, text_field
+from genlora_lightning.data._forms import Message
 from genlora_lightning.errors import DataFileError
-from genlora_lightning.fields import shown
 
 IGNORE_INDEX = -100
 _FOUND_BY_ALL = 8
-ROLES = ("system", "developer", "user", "assistant", "tool")
-
-Message = dict[str, str]
 Truncation = Literal["error", "drop", "left"]
-
-
-class Conversation(NamedTuple):
-    """What a record holds: its messages, the places of the answers that carry the loss, and the tools offered."""
-
-    messages: list[Message]
-    learned: list[int]
-    tools: list[Any] | None = None
-
-
-def parse_conversation(record: Record, *, plain: bool, system_prompt: str | None, needs_answer: bool) -> Conversation:
-    """Reads a record of `messages`, or of `prompt` and `completion`.
-
-    Args:
-        record: One record of a data file. In CSV, `messages` and `tools` are JSON text.
-        plain: No chat template is used, so only `prompt` and `completion` have a meaning.
-        system_prompt: Put first when the conversation has no system message of its own.
-        needs_answer: An assistant message must be there (training and evaluation), or may be missing (prediction).
-
-    Returns:
-        The conversation; every answer is learned but those of weight 0.
-
-    Raises:
-        DataFileError: A field is missing, empty or of a wrong type, a role is unknown, or nothing is to be learned.
-    """
-    where, fields = record
-    tools = _parse_tools(record, plain)
-    if "messages" in fields:
-        if "prompt" in fields or "completion" in fields:
-            raise DataFileError(where, "has both 'messages' and 'prompt'/'completion'; keep one of them")
-        if plain:
-            raise DataFileError(where, "'messages' need a chat template, but chat_template='none' was set")
-        messages, silent = _parse_messages(structured_field(record, "messages"), where)
-    elif "prompt" in fields:
-        messages, silent = [{"role": "user", "content": text_field(record, "prompt")}], set()
-        if needs_answer or not is_blank(fields.get("completion")):
-            messages.append({"role": "assistant", "content": text_field(record, "completion")})
-    else:
-        found = ", ".join(map(shown, fields)) or "none"
-        raise DataFileError(where, f"needs a field 'messages', or 'prompt' and 'completion'; fields found: {found}")
-
-    roles = [message["role"] for message in messages]
-    if needs_answer and "assistant" not in roles:
-        raise DataFileError(where, f"no assistant message, so there is nothing to learn; roles found: {roles}")
-    if "user" not in roles[: roles.index("assistant") if "assistant" in roles else None]:
-        raise DataFileError(where, f"no user message before the first answer; roles found: {roles}")
-    learned = [index for index, role in enumerate(roles) if role == "assistant" and index not in silent]
-    if needs_answer and not learned:
-        raise DataFileError(where, "every answer has weight 0, so there is nothing to learn")
-    if system_prompt is not None and not {"system", "developer"} & set(roles):
-        messages.insert(0, {"role": "system", "content": system_prompt})
-        learned = [index + 1 for index in learned]
-    return Conversation(messages, learned, tools)
-
-
-def _parse_tools(record: Record, plain: bool) -> list[Any] | None:
-    where, fields = record
-    if fields.get("functions"):
-        raise DataFileError(where, "has 'functions', an older form of tools; write them as 'tools'")
-    if is_blank(fields.get("tools")):
-        return None
-    tools = structured_field(record, "tools")
-    if tools == []:
-        return None
-    if plain:
-        raise DataFileError(where, "'tools' need a chat template, but chat_template='none' was set")
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) and tool for tool in tools):
-        raise DataFileError(where, f"field 'tools' must be a list of objects, one a tool, got {shown(tools)}")
-    try:
-        json.dumps(tools, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataFileError(where, f"field 'tools' is not valid Unicode text: {error.reason}") from error
-    return tools
-
-
-def _parse_messages(value: Any, where: str) -> tuple[list[Message], set[int]]:
-    """Returns the messages, and the places of those of weight 0."""
-    if not isinstance(value, list):
-        raise DataFileError(where, f"field 'messages' must be a list of messages, got {type(value).__name__}")
-    if not value:
-        raise DataFileError(where, "field 'messages' is an empty list")
-    messages: list[Message] = []
-    silent = set()
-    for index, message in enumerate(value):
-        what = f"messages[{index}]"
-        if not isinstance(message, dict) or "role" not in message or "content" not in message:
-            raise DataFileError(where, f"{what} must be an object with 'role' and 'content', got {shown(message)}")
-        if message.get("tool_calls") or message.get("function_call"):
-            raise DataFileError(where, f"{what} has tool calls, which cannot be trained on yet")
-        role = message["role"]
-        if role not in ROLES:
-            raise DataFileError(where, f"{what} has the unknown role {shown(role)}; allowed are {', '.join(ROLES)}")
-        content = checked_text(
-            message["content"], where, f"{what}.content ({role})", may_be_blank=role not in ("user", "assistant")
-        )
-        messages.append({"role": role, "content": content})
-        weight = message.get("weight")
-        if weight is None:
-            continue
-        if isinstance(weight, bool) or weight not in (0, 1):
-            raise DataFileError(where, f"{what}.weight must be 0 (not learned) or 1, got {shown(weight)}")
-        if weight == 0:
-            silent.add(index)
-        elif role != "assistant":
-            raise DataFileError(where, f"{what}.weight is 1, but only the assistant's messages can be learned")
-    return messages, silent
 
 
 class ChatEncoder:
@@ -169,7 +58,7 @@ class ChatEncoder:
         self._control = {text: number for number, text in control.items() if number != tokenizer.unk_token_id}
         names = sorted(self._control, key=len, reverse=True)
         self._control_names = re.compile("|".join(map(re.escape, names))) if names else None
-        self._bos = [tokenizer.bos_token_id] if self.plain and _adds_bos(tokenizer) else []
+        self._bos = [tokenizer.bos_token_id] if self.plain and adds_bos(tokenizer) else []
 
     def encode(
         self,
@@ -482,7 +371,8 @@ def _resolve_template(tokenizer: Any, chat_template: str | None) -> str:
     return template
 
 
-def _adds_bos(tokenizer: Any) -> bool:
+def adds_bos(tokenizer: Any) -> bool:
+    """Returns whether a tokenizer puts a beginning-of-sequence token before a text."""
     return tokenizer.bos_token_id is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
 

@@ -1,33 +1,23 @@
-"""Read JSONL and CSV files record by record, check them, and split them without leakage.
+"""Read data files, check them and their fields, and split them without leakage.
 
 Nothing here knows of tokenizers, torch or Lightning. Every complaint names the file and the line it is about.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from genlora_lightning.data._formats import SUFFIXES, Record, from_table, parse_json, reader_of
+from genlora_lightning.data._hub import PREFIX, hub_records, load_hub_dataset
 from genlora_lightning.errors import DataFileError
 from genlora_lightning.fields import is_text, shown
 
-SUFFIXES = (".jsonl", ".csv")
-
-
-class Record(NamedTuple):
-    """One line of a data file: its place (``file:line``) and its fields as they were read."""
-
-    where: str
-    fields: dict[str, Any]
-
 
 def check_file(path: str, argument: str) -> None:
-    """Checks in no time that a data file can be read at all.
+    """Checks in no time that a data file can be read at all; a data set on the Hub is fetched.
 
     Args:
         path: The file as the user gave it.
@@ -35,19 +25,22 @@ def check_file(path: str, argument: str) -> None:
 
     Raises:
         FileNotFoundError: There is no such file.
-        DataFileError: It is a folder, it is empty, or its name ends neither in ``.jsonl`` nor in ``.csv``.
+        DataFileError: It is a folder, it is empty, or its name has an ending that is not known.
     """
+    if path.startswith(PREFIX):
+        load_hub_dataset(path, argument)
+        return
     file = Path(path)
     if "\0" in path or not is_text(path):
         raise DataFileError(ascii(path), f"the name of {argument} is not valid Unicode text; rename the file")
     if not file.exists():
         raise FileNotFoundError(f"{argument}: there is no file {path!r} (looked in {Path.cwd()})")
     if not file.is_file():
-        raise DataFileError(path, f"{argument} is not a file; give one .jsonl or .csv file")
-    if file.suffix.lower() not in SUFFIXES:
+        raise DataFileError(path, f"{argument} is not a file; give one file, {listed(SUFFIXES)}")
+    if reader_of(path) is None:
         raise DataFileError(
             path,
-            f"unknown file extension {file.suffix!r} for {argument}; allowed are {' and '.join(SUFFIXES)} "
+            f"unknown file extension {file.suffix!r} for {argument}; allowed are {listed(SUFFIXES, 'and')} "
             "(JSON with one object a line belongs in a .jsonl file)",
         )
     if file.stat().st_size == 0:
@@ -55,10 +48,10 @@ def check_file(path: str, argument: str) -> None:
 
 
 def read_records(path: str, argument: str) -> list[Record]:
-    """Reads a whole JSONL or CSV file; blank lines are skipped.
+    """Reads a whole file; blank lines are skipped.
 
     Args:
-        path: The file, UTF-8, its format told by its extension.
+        path: The file, its format told by its extension; text is UTF-8. Or a name on the Hub, ``hf://org/name:split``.
         argument: The argument it was given as, for the messages.
 
     Returns:
@@ -68,12 +61,21 @@ def read_records(path: str, argument: str) -> list[Record]:
         FileNotFoundError: There is no such file.
         DataFileError: The file is empty, not UTF-8, or a line is malformed; the message has file, line and reason.
     """
-    check_file(path, argument)
-    reader = _read_csv if Path(path).suffix.lower() == ".csv" else _read_jsonl
-    records = list(reader(path))
+    records = list(iterate_records(path, argument))
     if not records:
         raise DataFileError(path, f"{argument} holds no records")
     return records
+
+
+def iterate_records(path: str, argument: str) -> Iterator[Record]:
+    """Yields the records of a file, which may be none; else as `read_records`."""
+    if path.startswith(PREFIX):
+        yield from hub_records(path, argument)
+        return
+    check_file(path, argument)
+    read = reader_of(path)
+    assert read is not None, "check_file refuses it"
+    yield from read(path)
 
 
 def text_field(record: Record, name: str) -> str:
@@ -85,9 +87,9 @@ def text_field(record: Record, name: str) -> str:
 
 
 def structured_field(record: Record, name: str) -> Any:
-    """Returns a field that may be a list: in a CSV file it is JSON text; otherwise raises DataFileError."""
+    """Returns a field that may be a list: in a table it may be JSON text; otherwise raises DataFileError."""
     value = record.fields.get(name)
-    if not isinstance(value, str) or not record.where.rpartition(":")[0].lower().endswith(".csv"):
+    if not isinstance(value, str) or not from_table(record):
         return value
     try:
         return parse_json(value)
@@ -108,31 +110,14 @@ def checked_text(value: object, where: str, what: str, *, may_be_blank: bool = F
     return value
 
 
+def listed(words: Sequence[str], last: str = "or") -> str:
+    """Returns words as a text: ``a, b or c``."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+
+
 def is_blank(value: object) -> bool:
     """Returns whether a field says nothing: null in JSON, and in CSV nothing but white space."""
     return value is None or (isinstance(value, str) and not value.strip())
-
-
-def parse_json(text: str) -> Any:
-    """Returns what a JSON text says.
-
-    Raises:
-        ValueError: It is malformed, nested too deeply, has a key twice or a number that is too long; `JSONDecodeError`
-            where the place is known.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_distinct)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {shown(twice)} is there twice in one object")
-    return found
 
 
 def normalized(text: str) -> str:
@@ -181,55 +166,3 @@ def held_out_indices(
         held = groups[min(order, key=lambda key: len(groups[key]))]
     held_set = set(held)
     return [index for index in range(len(keys)) if index not in held_set], sorted(held)
-
-
-def _decoded_lines(path: str) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, with or without a byte order mark."""
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                reason = f"not UTF-8 text at byte {error.start + 1} of the line ({error.reason}); save it as UTF-8"
-                raise DataFileError(f"{path}:{number}", reason) from error
-
-
-def _read_jsonl(path: str) -> Iterator[Record]:
-    for number, line in enumerate(_decoded_lines(path), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            fields = parse_json(line)
-        except json.JSONDecodeError as error:
-            reason = f"not valid JSON: {error.msg} at column {error.colno}; a .jsonl file has one JSON object a line"
-            raise DataFileError(where, reason) from error
-        except ValueError as error:
-            raise DataFileError(where, f"not usable JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise DataFileError(where, f"must be a JSON object, got {type(fields).__name__}")
-        yield Record(where, fields)
-
-
-def _read_csv(path: str) -> Iterator[Record]:
-    csv.field_size_limit(sys.maxsize // 2**32)  # 2 GiB: a conversation may well be longer than the default of 128 KiB
-    reader = csv.reader(_decoded_lines(path), strict=True)
-    header: list[str] | None = None
-    while True:
-        where = f"{path}:{reader.line_num + 1}"  # a record may span lines: name its first
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise DataFileError(where, f"not valid CSV: {error}") from error
-        if row is None:
-            return
-        if not row:
-            continue
-        if header is None:
-            header = [name.strip() for name in row]
-            if len(set(header)) < len(header) or "" in header:
-                raise DataFileError(where, f"column names must be distinct and not empty, got {shown(header)}")
-        elif len(row) != len(header):
-            raise DataFileError(where, f"{len(row)} values in a file of {len(header)} columns {shown(header)}")
-        else:
-            yield Record(where, dict(zip(header, row, strict=True)))

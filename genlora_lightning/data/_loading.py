@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,18 +15,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 
 from genlora_lightning.data._chat import IGNORE_INDEX
+from genlora_lightning.data._hub import bars_on_terminals_only, import_datasets
 
 #: Batches that are sorted by length together: more waste less padding, fewer mix better.
 POOL_BATCHES = 50
-
-
-def import_datasets() -> Any:
-    """Returns the module `datasets`, or raises an ImportError that says how to install it."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise ImportError("reading data needs 'datasets': pip install 'genlora-lightning[data]'") from error
-    return datasets
 
 
 def load_tokenizer(source: Any, **options: Any) -> Any:
@@ -72,7 +62,7 @@ def padding_id(tokenizer: Any) -> int:
 
 def map_examples(
     examples: list[dict[str, Any]],
-    encode: Callable[[dict[str, Any]], dict[str, Any]],
+    encode: Callable[[dict[str, Any]], list[dict[str, Any]]],
     columns: dict[str, Any],
     outputs: dict[str, Any],
     *,
@@ -88,7 +78,7 @@ def map_examples(
 
     Args:
         examples: The examples, as checked rows.
-        encode: Makes the output row of an example.
+        encode: Makes the output rows of an example.
         columns: The `datasets` features of the examples.
         outputs: The `datasets` features of the output rows.
         description: The label of the progress bar.
@@ -107,9 +97,17 @@ def map_examples(
         file = Path(cache_dir) / f"{digest.hexdigest()[:40]}.arrow"
         options = {"cache_file_name": str(file), "load_from_cache_file": True, "new_fingerprint": file.stem}
     rows = datasets.Dataset.from_list(examples, features=datasets.Features(columns))
-    with _bars_on_terminals_only(datasets):
+
+    def encode_batch(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+        batched = (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        encoded = [row for example in batched for row in encode(example)]
+        return {name: [row[name] for row in encoded] for name in outputs}
+
+    with bars_on_terminals_only(datasets):
         return rows.map(
-            encode,
+            encode_batch,
+            batched=True,
+            batch_size=100,  # the bar moves, and a table of a batch is soon made
             remove_columns=rows.column_names,
             features=datasets.Features(outputs),
             desc=description,
@@ -131,19 +129,6 @@ def tokenizer_identity(tokenizer: Any) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     state = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return f"{type(tokenizer).__name__} {tokenizer.special_tokens_map} {state}"
-
-
-@contextmanager
-def _bars_on_terminals_only(datasets: Any) -> Iterator[None]:
-    """Hides the bars of `datasets` where they would fill a log file."""
-    hide = not sys.stderr.isatty() and not datasets.are_progress_bars_disabled()
-    if hide:
-        datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if hide:
-            datasets.enable_progress_bars()
 
 
 @dataclass(frozen=True)

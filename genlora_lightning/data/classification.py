@@ -10,15 +10,14 @@ from typing_extensions import override
 
 from genlora_lightning.data._base import FileDataModule
 from genlora_lightning.data._files import (
-    Record,
     checked_text,
     is_blank,
     normalized,
-    read_records,
     structured_field,
     text_field,
 )
-from genlora_lightning.data._loading import import_datasets
+from genlora_lightning.data._formats import Record
+from genlora_lightning.data._hub import import_datasets
 from genlora_lightning.errors import DataFileError
 from genlora_lightning.fields import shown
 
@@ -29,7 +28,7 @@ _LARGEST_FLOAT32 = 3.4e38
 
 
 class TextClassificationDataModule(FileDataModule):
-    """Labelled texts from JSONL or CSV files.
+    """Labelled texts from JSONL, JSON, CSV, Parquet or Arrow files.
 
     Batches are dictionaries of ``input_ids`` and ``attention_mask`` (batch, length) and ``labels``; batches for
     prediction have labels where the file has. What a label is depends on ``problem_type``:
@@ -40,11 +39,15 @@ class TextClassificationDataModule(FileDataModule):
     - ``regression``: a finite number, or a list of as many as the first record has; in batches (batch,) or (batch,
       values).
 
-    A list in a CSV file is JSON text: ``["a", "b"]``, which CSV writes as ``"[""a"", ""b""]"``.
+    A list in a table may be JSON text, and in a CSV file is: ``["a", "b"]``, which CSV writes as ``"[""a"", ""b""]"``.
 
     Args:
         tokenizer: A Hugging Face id, a local folder, or a tokenizer.
-        train_file: Training data, .jsonl or .csv.
+        train_file: Training data: .jsonl, .jsonl.gz, .json (a list of records), .csv, .parquet or .arrow; or a data set
+            on the Hugging Face Hub, ``hf://org/name``, ``hf://org/name:split`` or ``hf://org/name:config:split``
+            (``@revision`` may follow the name), of which nothing is executed. The other files likewise. A list
+            of such is one set; a mapping gives each a weight: 2.0 is seen twice in an epoch, 0.5 by half, drawn by
+            ``seed``. What is held out for validation is not weighted.
         val_file: Validation data.
         test_file: Test data.
         predict_file: Texts for prediction; labels are optional. Without it, those of ``test_file`` are taken.
@@ -75,7 +78,7 @@ class TextClassificationDataModule(FileDataModule):
     def __init__(
         self,
         tokenizer: str | Any,
-        train_file: str,
+        train_file: str | list[str] | dict[str, float],
         val_file: str | None = None,
         test_file: str | None = None,
         predict_file: str | None = None,
@@ -131,16 +134,16 @@ class TextClassificationDataModule(FileDataModule):
             DataFileError: A label of the training file is missing or malformed, or all are equal.
         """
         if self._label_names is None:
-            path = self.files["train"]
-            assert path is not None, "train_file is required"
-            records = read_records(path, "train_file")
+            records = self._records("train")
             if self.problem_type == "regression":
                 self._label_names = [f"LABEL_{index}" for index in range(len(self._values(records[0])))]
             else:
                 found = {label for record in records for label in self._label_texts(record)}
                 if len(found) < 2:
                     held = f"the label {found.pop()!r}" if found else "no label"
-                    raise DataFileError(path, f"all records have {held}; there is nothing to tell apart")
+                    raise DataFileError(
+                        " + ".join(self.files["train"]), f"all records have {held}; there is nothing to tell apart"
+                    )
                 self._label_names = sorted(found, key=int) if all(map(_is_integer, found)) else sorted(found)
         return list(self._label_names)
 
@@ -240,22 +243,18 @@ class TextClassificationDataModule(FileDataModule):
         return "" if self.problem_type == "regression" else str(example["labels"])
 
     @override
-    def _encoder(self, split: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def _encoder(self, split: str) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
         tokenizer, max_length = self.tokenizer, self.max_length
 
-        def encode(example: dict[str, Any]) -> dict[str, Any]:
+        def encode(example: dict[str, Any]) -> list[dict[str, Any]]:
             ids = list(tokenizer(example["text"], verbose=False)["input_ids"])
             whole = len(ids)
             if whole > max_length:  # the tokenizer keeps its closing special tokens when it cuts
                 ids = list(tokenizer(example["text"], truncation=True, max_length=max_length)["input_ids"])
             if not ids:
                 raise DataFileError(example["where"], "the tokenizer makes no token of this text")
-            return {
-                "input_ids": ids,
-                "length": len(ids),
-                "cut_tokens": whole - len(ids),
-                "labels": example["labels"],
-            }
+            cut = whole - len(ids)
+            return [{"input_ids": ids, "length": len(ids), "cut_tokens": cut, "labels": example["labels"]}]
 
         return encode
 

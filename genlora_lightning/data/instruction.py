@@ -1,4 +1,4 @@
-"""Load conversations, or prompts with completions, for training on the answers only."""
+"""Load conversations for training on the answers only, and texts for training on all of them."""
 
 from __future__ import annotations
 
@@ -11,19 +11,33 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from genlora_lightning.data._base import FileDataModule
-from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Truncation, parse_conversation
-from genlora_lightning.data._files import Record, normalized
-from genlora_lightning.data._loading import import_datasets, padding_id
+from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Truncation
+from genlora_lightning.data._documents import encode_document
+from genlora_lightning.data._files import normalized
+from genlora_lightning.data._formats import Record
+from genlora_lightning.data._forms import DOCUMENT, parse_conversation
+from genlora_lightning.data._hub import import_datasets
+from genlora_lightning.data._loading import padding_id
 from genlora_lightning.data._packing import PackedCollator, PackedRows, pack
 from genlora_lightning.training.resumable import ResumableDataLoader
 
 
 class InstructionDataModule(FileDataModule):
-    """Instruction data from JSONL or CSV files, tokenized with the model's own chat template.
+    """Instruction data from JSONL, JSON, CSV, Parquet or Arrow files, tokenized with the model's own chat template.
 
-    A record has either ``messages``, a list of ``{"role": ..., "content": ...}`` (in CSV: the same as JSON text; other
-    keys are ignored), or ``prompt`` and ``completion``. Every answer of the assistant is learned, its end-of-turn token
-    included (once, also where the answer's text ends with it), unless its message has ``"weight": 0``; all other tokens
+    A record has one of these forms, told by its fields; other fields are ignored. In a table a list may be JSON text.
+
+    - ``messages``: a list of ``{"role": ..., "content": ...}``.
+    - ``prompt`` and ``completion``.
+    - ``instruction``, optional ``input``, and ``output`` (Alpaca): the prompt is the instruction, a blank line and the
+      input.
+    - ``conversations`` (ShareGPT): a list of ``{"from": ..., "value": ...}``, from ``human``, ``gpt``, ``system`` or
+      ``tool``.
+    - ``text``, to go on with pretraining: all of it is learned, and the end-of-text token after it, without a chat
+      template. A long text becomes several windows of ``max_length`` tokens; nothing of it is cut.
+
+    In conversations every answer of the assistant is learned, its end-of-turn token included (once, also where the
+    answer's text ends with it), unless its message has ``"weight": 0``; all other tokens
     have the label -100. ``tools``, a list of JSON schemas, goes to the chat template.
 
     Batches are dictionaries of ``input_ids``, ``attention_mask`` and ``labels`` (batch, length), padded on the right to
@@ -36,7 +50,11 @@ class InstructionDataModule(FileDataModule):
 
     Args:
         tokenizer: A Hugging Face id, a local folder, or a tokenizer.
-        train_file: Training data, .jsonl or .csv.
+        train_file: Training data: .jsonl, .jsonl.gz, .json (a list of records), .csv, .parquet or .arrow; or a data set
+            on the Hugging Face Hub, ``hf://org/name``, ``hf://org/name:split`` or ``hf://org/name:config:split``
+            (``@revision`` may follow the name), of which nothing is executed. The other files likewise. A list
+            of such is one set; a mapping gives each a weight: 2.0 is seen twice in an epoch, 0.5 by half, drawn by
+            ``seed``. What is held out for validation is not weighted.
         val_file: Validation data.
         test_file: Test data.
         predict_file: Prompts for prediction; ``completion`` is optional. Without it, those of ``test_file`` are taken.
@@ -71,7 +89,7 @@ class InstructionDataModule(FileDataModule):
     def __init__(
         self,
         tokenizer: str | Any,
-        train_file: str,
+        train_file: str | list[str] | dict[str, float],
         val_file: str | None = None,
         test_file: str | None = None,
         predict_file: str | None = None,
@@ -124,6 +142,7 @@ class InstructionDataModule(FileDataModule):
         self.system_prompt = system_prompt
         self.train_on: Literal["all", "last"] = train_on
         self._chat: ChatEncoder | None = None
+        self._has_chats = False
 
     @property
     def chat(self) -> ChatEncoder:
@@ -138,14 +157,16 @@ class InstructionDataModule(FileDataModule):
     def prepare_data(self) -> None:
         """Checks on one process that files, tokenizer and chat template are there."""
         super().prepare_data()
-        _ = self.chat
+        # Only texts need no template; what else a file holds is seen when it is read.
+        if not all("text" in record.fields for record in self.first_records()):
+            _ = self.chat
 
     @override
     def train_dataloader(self) -> Any:
         """Returns shuffled batches; the order depends on `seed` only and is a new one in each epoch."""
         if not self.packing:
             return super().train_dataloader()
-        rows = self._rows("train")
+        rows = self.rows("train")
         if self._packs is None:
             lengths = list(rows["length"])
             self._packs = pack(lengths, self.max_length)
@@ -174,6 +195,7 @@ class InstructionDataModule(FileDataModule):
             system_prompt=self.system_prompt,
             needs_answer=split != "predict",
         )
+        self._has_chats |= messages[0]["role"] != DOCUMENT
         # As text: tools are of any structure, which a column of a table cannot be.
         example = {"where": record.where, "messages": messages, "tools": None if tools is None else json.dumps(tools)}
         if split != "predict":
@@ -191,19 +213,23 @@ class InstructionDataModule(FileDataModule):
         return "\n".join(prompt)
 
     @override
-    def _encoder(self, split: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        chat = self.chat
+    def _encoder(self, split: str) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
+        def encode(example: dict[str, Any]) -> list[dict[str, Any]]:
+            messages, where = example["messages"], example["where"]
+            if _is_document(example):
+                rows = encode_document(self.tokenizer, messages[0]["content"], self.max_length, where)
+            else:
+                rows = [self.chat.encode(messages, where, example["learned"], _tools_of(example))]
+            for row in rows:
+                row["length"] = len(row["input_ids"])
+                row["answer_tokens"] = sum(label != IGNORE_INDEX for label in row["labels"])
+            return rows
 
-        def encode(example: dict[str, Any]) -> dict[str, Any]:
-            row = chat.encode(example["messages"], example["where"], example["learned"], _tools_of(example))
-            answer_tokens = sum(label != IGNORE_INDEX for label in row["labels"])
-            return {**row, "length": len(row["input_ids"]), "answer_tokens": answer_tokens}
-
-        def encode_prompt(example: dict[str, Any]) -> dict[str, Any]:
+        def encode_prompt(example: dict[str, Any]) -> list[dict[str, Any]]:
             messages, completion = example["messages"], example["completion"]
-            row = chat.encode_prompt(messages, example["where"], _tools_of(example))
+            row = self.chat.encode_prompt(messages, example["where"], _tools_of(example))
             prompt = next(message["content"] for message in reversed(messages) if message["role"] != "assistant")
-            return {**row, "length": len(row["input_ids"]), "prompt": prompt, "completion": completion}
+            return [{**row, "length": len(row["input_ids"]), "prompt": prompt, "completion": completion}]
 
         return encode_prompt if split == "predict" else encode
 
@@ -221,11 +247,16 @@ class InstructionDataModule(FileDataModule):
 
     @override
     def _identity(self) -> str:
-        return f"{self.chat.template!r} {self.max_length} {self.truncation} {self.train_on}"
+        template = self.chat.template if self._has_chats else None
+        return f"{template!r} {self.max_length} {self.truncation} {self.train_on}"
 
     @override
-    def _finished(self, split: str, rows: Any) -> None:
-        if split == "train" and rows[0]["labels"][-1] not in {*self.chat.control_ids, self.tokenizer.eos_token_id}:
+    def _finished(self, split: str, examples: list[dict[str, Any]]) -> None:
+        if split != "train" or not self._has_chats:
+            return
+        chats = (example for example in examples if not _is_document(example))
+        labels = (row["labels"] for example in chats for row in self._encoder(split)(example) if row["labels"])
+        if next(labels, [IGNORE_INDEX])[-1] not in {*self.chat.control_ids, self.tokenizer.eos_token_id, IGNORE_INDEX}:
             rank_zero_info(
                 "The chat template ends answers with no special token: the model cannot learn where to stop. Let the "
                 "template write the tokenizer's end-of-turn token after each answer."
@@ -237,6 +268,10 @@ class InstructionDataModule(FileDataModule):
             return "input_ids", "labels"
         known = all(completion is not None for completion in rows["completion"])
         return ("input_ids", "prompt", "completion") if known else ("input_ids", "prompt")
+
+
+def _is_document(example: dict[str, Any]) -> bool:
+    return bool(example["messages"][0]["role"] == DOCUMENT)
 
 
 def _tools_of(example: dict[str, Any]) -> list[Any] | None:

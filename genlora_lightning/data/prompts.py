@@ -7,8 +7,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from genlora_lightning.data._chat import ChatEncoder, Conversation, parse_conversation
-from genlora_lightning.data._files import Record, read_records
+from genlora_lightning.data._chat import ChatEncoder
+from genlora_lightning.data._files import read_records
+from genlora_lightning.data._formats import Record, reader_of
+from genlora_lightning.data._forms import Conversation, parse_conversation
+from genlora_lightning.data._hub import PREFIX
 from genlora_lightning.data._loading import PadCollator, padding_id
 
 _STDIN = "-"
@@ -43,13 +46,13 @@ class Prompts:
         return [self._parse(Record(f"prompt {number}", {"prompt": text})) for number, text in enumerate(texts, 1)]
 
     def of_file(self, path: str) -> list[Conversation]:
-        """Read a file: JSONL or CSV as for training, or else text with a prompt a line; ``-`` is standard input.
+        """Read a data file, as for training, or else text with a prompt a line; ``-`` is standard input.
 
         Raises:
             FileNotFoundError: There is no such file.
             DataFileError: A record cannot be used; the message has file, line and reason.
         """
-        if Path(path).suffix.lower() in (".jsonl", ".csv"):
+        if reader_of(path) is not None or path.startswith(PREFIX):
             return [self._parse(record) for record in read_records(path, "the file of prompts")]
         text = sys.stdin.read() if path == _STDIN else Path(path).read_text(encoding="utf-8")
         name = "standard input" if path == _STDIN else path

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 # The form that SmolLM2 and many others use, with a default system message and a line break after the end-of-turn token.
 CHAT_TEMPLATE = (
@@ -62,9 +65,19 @@ def tokenizer_folder(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -
     return str(folder)
 
 
+def write_table(path: Path, table: pyarrow.Table) -> str:
+    """Writes a table as Parquet, or as a stream of Arrow, and returns the file's path."""
+    if path.suffix == ".parquet":
+        parquet.write_table(table, path)
+    else:
+        with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    return str(path)
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
-    """Writes records to a .jsonl or .csv file, or a text as it is, and returns the file's path."""
+    """Writes records to a file by its ending, or a text as it is, and returns the file's path."""
 
     def write(name: str, content: str | list[dict[str, Any]]) -> str:
         path = tmp_path / name
@@ -76,8 +89,13 @@ def write(tmp_path: Path) -> Callable[..., str]:
                 table.writeheader()
                 for record in content:
                     table.writerow({k: v if isinstance(v, str) else json.dumps(v) for k, v in record.items()})
+        elif path.suffix == ".json":
+            path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+        elif path.suffix in (".parquet", ".arrow"):
+            write_table(path, pyarrow.Table.from_pylist(content))
         else:
-            path.write_text("".join(json.dumps(record) + "\n" for record in content), encoding="utf-8")
+            lines = "".join(json.dumps(record) + "\n" for record in content).encode()
+            path.write_bytes(gzip.compress(lines) if path.suffix == ".gz" else lines)
         return str(path)
 
     return write

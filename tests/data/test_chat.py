@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from genlora_lightning.data import DataFileError
-from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Conversation, parse_conversation
-from genlora_lightning.data._files import Record
+from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder
+from genlora_lightning.data._formats import Record
+from genlora_lightning.data._forms import Conversation, parse_conversation
 from tests.data.conftest import CHAT_TEMPLATE
 
 MakeTokenizer = Callable[..., Any]
@@ -300,7 +301,7 @@ def assistant(content: Any = "a") -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"text": "x"}, r"needs a field 'messages', or 'prompt' and 'completion'; fields found: 'text'"),
+        ({"body_": "x"}, r"needs a field 'messages', or 'prompt' and 'completion', or .*; fields found: 'body_'$"),
         ({"prompt": "x"}, r"field 'completion' is missing; fields found: 'prompt'"),
         ({"prompt": "x", "completion": 4}, r"field 'completion' must be a string, got int: 4"),
         ({"prompt": "x", "completion": " "}, r"field 'completion' is empty"),

@@ -46,9 +46,9 @@ def test_unusable_files_are_refused_before_they_are_read(
     with pytest.raises(FileNotFoundError, match=r"val_file: there is no file 'nowhere\.jsonl'"):
         read("nowhere.jsonl", "val_file")
     with pytest.raises(
-        DataFileError, match=r"a\.json: unknown file extension '\.json' for val_file.*\.jsonl and \.csv"
+        DataFileError, match=r"a\.txt: unknown file extension '\.txt' for val_file.*\.jsonl, .*\.parquet and \.arrow"
     ):
-        read(write("a.json", "[]"), "val_file")
+        read(write("a.txt", "[]"), "val_file")
     with pytest.raises(DataFileError, match=r"a\.jsonl: val_file is empty"):
         read(write("a.jsonl", ""), "val_file")
     for name in ("a\0.jsonl", "a\udcff.jsonl"):

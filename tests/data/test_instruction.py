@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from genlora_lightning.data import DataFileError, InstructionDataModule
 from genlora_lightning.data._chat import IGNORE_INDEX
+from genlora_lightning.data._formats import SUFFIXES
 
 Write = Callable[..., str]
 WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -69,15 +70,16 @@ def test_batches_hold_right_padded_tokens_with_labels_on_the_answers(write: Writ
 
 
 @pytest.mark.parametrize("records", [pairs(5), conversations(5)], ids=["pairs", "messages"])
-def test_csv_and_jsonl_give_equal_batches(write: Write, tokenizer: Any, records: list[dict[str, Any]]) -> None:
+def test_all_formats_give_equal_batches(write: Write, tokenizer: Any, records: list[dict[str, Any]]) -> None:
     batches = []
-    for name in ("train.jsonl", "train.csv"):
-        data = module(tokenizer, write(name, records), batch_size=2)
+    for suffix in SUFFIXES:
+        data = module(tokenizer, write(f"train{suffix}", records), batch_size=2)
         data.setup("fit")
         batches.append(list(data.train_dataloader()))
-    for left, right in zip(*batches, strict=True):
-        assert left.keys() == right.keys()
-        assert all(torch.equal(left[key], right[key]) for key in left)
+    for other in batches[1:]:
+        for left, right in zip(batches[0], other, strict=True):
+            assert left.keys() == right.keys()
+            assert all(torch.equal(left[key], right[key]) for key in left)
 
 
 def test_every_answer_of_a_conversation_is_learned(write: Write, tokenizer: Any) -> None:

@@ -121,9 +121,9 @@ def test_cache_is_reused_for_equal_examples_and_never_for_others(tmp_path: Path)
 
     calls: list[str] = []
 
-    def upper(example: dict[str, Any]) -> dict[str, Any]:
+    def upper(example: dict[str, Any]) -> list[dict[str, Any]]:
         calls.append(example["text"])
-        return {"result": example["text"].upper()}
+        return [{"result": example["text"].upper()}]
 
     def run(texts: list[str], settings: str = "a", cache: bool = True) -> list[str]:
         calls.clear()
@@ -159,7 +159,7 @@ def test_no_progress_bar_where_there_is_no_terminal(capfd: pytest.CaptureFixture
     options: dict[str, Any] = {"description": "visible", "cache_dir": None, "identity": str}
     number = {"x": datasets.Value("int64")}
     assert not datasets.are_progress_bars_disabled()
-    map_examples([{"x": 1}], lambda row: {"x": 2}, number, number, **options)
+    map_examples([{"x": 1}], lambda row: [{"x": 2}], number, number, **options)
     assert "visible" not in capfd.readouterr().err
     assert not datasets.are_progress_bars_disabled(), "the user's setting is restored"
 
@@ -169,5 +169,5 @@ def test_progress_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     number = {"x": datasets.Value("int64")}
-    map_examples([{"x": 1}], lambda row: row, number, number, description="visible", cache_dir=None, identity=str)
+    map_examples([{"x": 1}], lambda row: [row], number, number, description="visible", cache_dir=None, identity=str)
     assert "visible" in capsys.readouterr().err
