@@ -21,11 +21,12 @@ from genlora_lightning.reports.words import RUN_COLUMNS, facts_of, metric_rows, 
 _TITLES = {
     "loss": "Loss",
     "lr": "Learning rate",
-    "grad_norm": "Gradient norm before clipping",
+    "grad_norm": "Gradient norm",
     "tokens_per_second": "Tokens per second",
     "memory_gib": "Most memory so far (GiB)",
 }
 _SPLIT = re.compile(r"^(?:train|val|valid|validation)[_/]")
+_VERSION = re.compile(r"[\\/]logs[\\/]version_\d+$")
 _LIMIT = 2000  # points of a curve: more than a screen has columns
 _LAYER = re.compile(r"^(?P<layer>(?:[^.]+\.)*?\d+)\.(?P<linear>.+)$")
 _DIGITS = 7
@@ -84,10 +85,11 @@ def _panels_of_run(run: Run) -> list[_Panel]:
 
 def _panels_of_runs(runs: Sequence[Run]) -> list[_Panel]:
     """A panel for each figure, training and validation apart, with a curve for each run."""
+    short = [_VERSION.sub("", str(run.folder)) for run in runs]
     figures: dict[str, dict[str, Curve]] = {}
-    for run in runs:
+    for run, label in zip(runs, short, strict=True):
         for name, curve in run.shown_curves.items():
-            figures.setdefault(name, {})[str(run.folder)] = curve
+            figures.setdefault(name, {})[label if short.count(label) == 1 else str(run.folder)] = curve
     return [_Panel(_TITLES.get(name, name), figures[name]) for name in _in_order(figures)]
 
 

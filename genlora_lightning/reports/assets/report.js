@@ -33,10 +33,15 @@
       {
         width: plot.clientWidth,
         height: 240,
-        cursor: { sync: { key: "steps" }, points: { size: 7 }, bind: { dblclick: () => () => charts.forEach((one) => one.setScale("x", whole)) } },
+        cursor: {
+          sync: { key: "steps" },
+          hover: { prox: 30 }, // pixels: no value of a step that is far away
+          points: { size: 8, fill: (self, number) => self.series[number].stroke(self, number) },
+          bind: { dblclick: () => () => charts.forEach((one) => one.setScale("x", whole)) },
+        },
         scales: { x: { time: false, ...zoomed }, y: { distr: log ? 3 : 1 } },
         axes: [
-          { ...axis, space: 70, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick.toLocaleString("en-US") : "")) },
+          { ...axis, space: 70, size: 32, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick.toLocaleString("en-US") : "")) },
           { ...axis, size: 64, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : text(tick))) },
         ],
         series: [
