@@ -32,6 +32,7 @@ ORDER = [
     "artifacts",
     "interop",
     "planning",
+    "reports",
     "callbacks",
     "training",
     "data",

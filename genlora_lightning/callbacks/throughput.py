@@ -15,6 +15,7 @@ from typing_extensions import override
 from genlora_lightning.callbacks.reading import ReadingTimes, is_for_bar
 
 RATE = "tokens_per_second"
+FIT_SECONDS = "fit_seconds"
 
 
 class TokensPerSecond(Callback):
@@ -23,11 +24,11 @@ class TokensPerSecond(Callback):
     Lightning's ``ThroughputMonitor`` takes every batch to be of one size and asks for a count of operations; it is the
     one to use for those.
 
-    The rate over the last ``window`` batches is logged as ``tokens_per_second``, that of the whole fit, at its end, as
-    ``fit_tokens_per_second``. With several processes it is the sum over those that read different data. A batch's
-    tokens are ``pl_module.count_tokens(batch)`` if the module has that method; else the sum of the batch's
-    ``attention_mask``, or the size of its ``input_ids``. A batch with neither counts as none, and with no tokens
-    nothing is logged.
+    The rate over the last ``window`` batches is logged as ``tokens_per_second``; at the end of a fit its seconds are
+    logged as ``fit_seconds``, and the rate of the whole of it as ``fit_tokens_per_second``. With several processes the
+    rate is the sum over those that read different data. A batch's tokens are ``pl_module.count_tokens(batch)`` if the
+    module has that method; else the sum of the batch's ``attention_mask``, or the size of its ``input_ids``. A batch
+    with neither counts as none, and with no tokens no rate is logged.
 
     Counts that are tensors stay on the device and are read every ``log_every_n_steps`` optimizer steps, when processes
     are brought together, too; the rate is then that of as many batches at least.
@@ -109,9 +110,9 @@ class TokensPerSecond(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop(trainer)
         self._add_up(trainer)
-        if self.tokens:
-            for logger in trainer.loggers:
-                logger.log_metrics({f"fit_{RATE}": self.tokens_per_second}, step=trainer.global_step)
+        figures = {FIT_SECONDS: self.seconds, **({f"fit_{RATE}": self.tokens_per_second} if self.tokens else {})}
+        for logger in trainer.loggers:
+            logger.log_metrics(figures, step=trainer.global_step)
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

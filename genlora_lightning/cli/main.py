@@ -20,6 +20,7 @@ from genlora_lightning.cli.generate import add_generate, run_generate
 from genlora_lightning.cli.hub import add_push, run_push
 from genlora_lightning.cli.init import add_init, run_init
 from genlora_lightning.cli.plan import add_budget, add_plan, add_source, run_budget, run_plan, source_of
+from genlora_lightning.cli.runs import add_runs, add_show, run_runs, run_show
 
 # Lightning's command line, which has a parser of its own.
 _TRAINING = {
@@ -107,6 +108,13 @@ def _parser() -> argparse.ArgumentParser:
     add_data(data)
     for name, what in _TRAINING.items():
         commands.add_parser(name, help=what, add_help=False)  # to be listed; `main` has passed it on
+
+    show = _command(
+        commands, "show", run_show, "say what a run has come to, and write a report with its curves", "runs/reviews"
+    )
+    add_show(show)
+    runs = _command(commands, "runs", run_runs, "list the runs below a folder", "runs --html runs.html")
+    add_runs(runs)
 
     plan = _command(
         commands,

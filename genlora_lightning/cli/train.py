@@ -27,6 +27,7 @@ from genlora_lightning.callbacks.throughput import TokensPerSecond
 from genlora_lightning.cli.adapter import AdapterOptions, config_of
 from genlora_lightning.cli.configs import with_paths
 from genlora_lightning.cli.errors import find_user_error, leave, one_line
+from genlora_lightning.cli.runs import write_report
 from genlora_lightning.cli.trainer import CommandTrainer
 from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
@@ -73,6 +74,7 @@ class GenLoRACLI(LightningCLI):
     - ``fit --ckpt_path auto`` goes on from the newest good checkpoint of the run's directory, or starts a new run.
     - Metrics go to CSV files below ``trainer.default_root_dir``; the configuration is saved beside them.
     - A progress bar on a terminal, lines elsewhere; tokens per second; ``predict`` writes JSON lines.
+    - ``fit`` ends with a report of the run beside its metrics, unless there is ``--report false``.
 
     Args:
         args: The command line as a list; ``sys.argv`` if ``None``.
@@ -108,6 +110,13 @@ class GenLoRACLI(LightningCLI):
             if types[name] is bool:  # `--overwrite`, `--overwrite false` and `--no_overwrite`
                 kind = {"action": ActionYesNo, "nargs": "?"}
             parser.add_argument(f"--{name}", default=_CALLBACK_DEFAULTS[name], help=text, **kind)
+        parser.add_argument(
+            "--report",
+            action=ActionYesNo,
+            nargs="?",
+            default=True,
+            help="Whether fit ends with a report of the run, report.html beside its metrics.",
+        )
         linked = {"model": "tokenizer", "label_names": "label_names", "problem_type": "problem_type"}
         for source, target in linked.items():
             parser.link_arguments(
@@ -166,6 +175,18 @@ class GenLoRACLI(LightningCLI):
         # On other ranks the first may have made the folder already.
         if own and settings.ckpt_path is None and getattr(rank_zero_only, "rank", 0) == 0:
             own[0].check_new_run(self.trainer)
+
+    def after_fit(self) -> None:
+        """Called by Lightning after it has fitted: write the report of the run."""
+        if not self.config_init["fit"].report or self.trainer.fast_dev_run or not self.trainer.is_global_zero:  # type: ignore[attr-defined]
+            return
+        folder = next((log.log_dir for log in self.trainer.loggers if isinstance(log, CSVLogger)), None)
+        if folder is None or is_remote(folder):
+            return
+        try:
+            rank_zero_info(f"The report is {write_report(folder)}.")
+        except Exception as error:  # a run that has trained for days does not fail by a picture of it
+            rank_zero_warn(f"No report of the run was written: {' '.join(str(error).split()) or repr(error)}")
 
     def _newest_checkpoint(self) -> Path | None:
         path, skipped = last_good_checkpoint(checkpoint_folders(self.trainer))
@@ -301,6 +322,7 @@ class _Parser(LightningArgumentParser):
             "data",
             "adapter",
             *_CALLBACK_DEFAULTS,
+            "report",
         ]
         text = one_line(message, [short.__name__ for short in SHORT_NAMES], options)
         leave(f"error: {text} See `{program} --help`.", _USAGE_ERROR, ex)

@@ -1,0 +1,279 @@
+"""Runs on disk, as they are read, listed and shown."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from genlora_lightning import inject_adapters, save_adapter
+from genlora_lightning.artifacts.inspection import describe_adapter
+from genlora_lightning.callbacks import figures, throughput
+from genlora_lightning.cli.main import main
+from genlora_lightning.reports.page import run_page
+from genlora_lightning.reports.runs import find_run, find_runs
+from tests.conftest import perturb, small_config
+from tests.models import tiny_llama
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FINISHED = "epoch,fit_seconds,fit_tokens_per_second,lr,step,train_loss,val_loss\n"
+FINISHED += "0,,,0.1,1,4.0,\n0,,,0.2,3,2.0,\n0,,,0.1,5,3.0,\n0,,,,5,,2.5\n,125.0,88.0,,6,,\n"
+
+
+def make_run(
+    folder: Path,
+    text: str | None = FINISHED,
+    *,
+    adapter: dict[str, Any] | None = None,
+    place: Path | None = None,
+    run: str | None = None,
+    **config: Any,
+) -> Path:
+    """A run's folder as the command line leaves it; its adapter has the facts given, its checkpoint a run's name."""
+    folder.mkdir(parents=True)
+    if text is not None:
+        (folder / "metrics.csv").write_text(text)
+    settings = {
+        "seed_everything": 7,
+        "trainer": {"strategy": "auto"},
+        "model": {"class_path": "a.CausalLMModule", "init_args": {"model": "org/base", "optimizer": {"lr": 0.004}}},
+        "data": {"class_path": "b.Chats", "init_args": {"train_file": "chats.jsonl", "val_file": None}},
+        "adapter": {"kind": None, "rank": 4},
+        "ckpt_path": None,
+        **config,
+    }
+    (folder / "config.yaml").write_text("# lightning.pytorch==2.6.6\n" + yaml.safe_dump(settings))
+    if run is not None:
+        (folder / "checkpoints").mkdir()
+        torch.save({"state_dict": {}, "genlora": {"run": run}}, folder / "checkpoints/last.ckpt")
+    if adapter is not None:
+        model = tiny_llama()
+        inject_adapters(model, small_config(rank=4, exclude_modules=["lm_head"]))
+        perturb(model)
+        save_adapter(model, place or folder / "adapter", training=adapter)
+    return folder
+
+
+def embedded(page: str) -> list[dict[str, Any]]:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
+    assert found
+    panels: list[dict[str, Any]] = json.loads(found[1])["panels"]
+    return panels
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return make_run(tmp_path / "runs/support/logs/version_0", adapter={"run": "abc", "global_step": 6})
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_is_read_with_all_its_figures(run):
+    found = find_run(run).to_dict()
+    assert (
+        found
+        | {
+            "state": "finished",
+            "model": "org/base",
+            "kind": "genlora",
+            "rank": 4,
+            "learning_rate": 0.004,
+            "steps": 6,
+            "best_val_loss": 2.5,
+            "best_val_step": 5,
+            "last_train_loss": 3.0,
+            "tokens_per_second": 88.0,
+            "seconds": 125.0,
+            "adapter": str(run / "adapter"),
+            "run": "abc",
+            "starts": 1,
+        }
+        == found
+    )
+    for place in (run.parents[1], run / "metrics.csv"):
+        assert find_run(place).folder == run
+
+
+def test_states_of_runs(tmp_path):
+    unfinished = "step,train_loss\n1,4.0\n"
+    make_run(tmp_path / "a/logs/version_0", adapter={"run": "a"})
+    make_run(tmp_path / "b/logs/version_0", unfinished)
+    stopped = make_run(tmp_path / "c/logs/version_0", unfinished)
+    shutil.copytree(tmp_path / "a/logs/version_0/adapter", stopped / "adapter-interrupted")
+    make_run(tmp_path / "d/logs/version_0")
+    make_run(tmp_path / "e/logs/version_0", "step,test_loss\n0,1.0\n")  # of `genlora test`
+    make_run(tmp_path / "f/logs/version_0", None, run="f")  # killed before Lightning wrote any figures
+    states = {run.folder.relative_to(tmp_path).parts[0]: run.state for run in find_runs(tmp_path)}
+    assert states == {"a": "finished", "b": "interrupted", "c": "interrupted", "d": "no adapter", "f": "interrupted"}
+    assert find_run(stopped).adapter == stopped / "adapter-interrupted"
+
+
+def test_starts_of_one_run_are_joined_and_other_runs_are_not(tmp_path):
+    logs = tmp_path / "logs"
+    make_run(logs / "version_0", "step,train_loss\n1,9.0\n", run="other")
+    make_run(logs / "version_9", "step,train_loss\n1,5.0\n2,4.0\n3,9.0\n", run="same")
+    make_run(logs / "version_10", "step,train_loss\n3,3.0\n4,2.0\n", ckpt_path="auto", adapter={"run": "same"})
+    runs = {run.run: run for run in find_runs(tmp_path)}
+    assert set(runs) == {"other", "same"}
+    assert [folder.name for folder in runs["same"].folders] == ["version_9", "version_10"]
+    assert runs["same"].curves["train_loss"].values == (5.0, 4.0, 3.0, 2.0)
+    assert find_run(logs / "version_9") == find_run(logs / "version_10")
+
+
+def test_a_run_that_started_anew_opens_no_checkpoints(tmp_path):
+    for number in range(2):
+        folder = make_run(tmp_path / f"logs/version_{number}")
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints/last.ckpt").write_bytes(b"no checkpoint")
+    assert len(find_runs(tmp_path)) == 2
+
+
+def test_an_adapter_in_a_folder_of_its_own_is_found_unless_it_is_another_runs(tmp_path):
+    own = make_run(
+        tmp_path / "runs/a/logs/version_0",
+        run="a",
+        adapter={"run": "a"},
+        place=tmp_path / "adapters/x",
+        adapter_dir="adapters/x",
+        trainer={"default_root_dir": "runs/a"},
+    )
+    other = make_run(
+        tmp_path / "runs/b/logs/version_0",
+        run="b",
+        adapter_dir="adapters/x",
+        trainer={"default_root_dir": "runs/b"},
+    )
+    assert find_run(own).adapter == tmp_path / "adapters/x"
+    assert find_run(other).state == "no adapter"
+
+
+def test_what_cannot_be_read_is_told_and_the_rest_is_shown(run, capsys):
+    (run / "config.yaml").write_text("a: !!python/object:os.system [")
+    weights = run / "adapter/adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    assert main(["show", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "Note: The configuration" in out
+    assert re.search(r"Note: .*adapter_model.safetensors.*damaged", out)
+    assert "train_loss" in out
+
+
+@pytest.mark.parametrize(("path", "message"), [("nowhere", "There is no"), (".", "holds no run")])
+def test_a_place_without_runs_is_named(tmp_path, monkeypatch, capsys, path, message):
+    monkeypatch.chdir(tmp_path)
+    assert main(["show", path]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_names_of_figures_are_those_that_are_logged():
+    from genlora_lightning.reports import page, runs
+
+    assert {*figures.FIGURES, throughput.RATE} <= set(page._TITLES)
+    assert {f"fit_{throughput.RATE}", throughput.FIT_SECONDS} == set(runs._OF_FIT)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def test_show_prints_a_run_and_writes_its_report(run, capsys):
+    assert main(["show", str(run.parents[1])]) == 0
+    out = capsys.readouterr().out
+    for text in ("finished", "org/base", "chats.jsonl", "genlora, rank 4, lr 0.004", "6 steps in 2 min 05 s", "seed 7"):
+        assert text in out
+    assert re.search(r"^train_loss +4 +3 +2 at 3 +4 at 1$", out, re.MULTILINE)
+    assert str(run / "report.html") in out
+    assert len(out.splitlines()) < 40
+    assert (run / "report.html").is_file()
+
+
+def test_runs_are_listed_and_drawn_together(tmp_path, capsys):
+    for name in ("a/logs/version_0", "b/logs/version_0", "b/logs/version_1"):
+        make_run(tmp_path / name)
+    assert main(["runs", str(tmp_path), "--html", str(tmp_path / "all.html")]) == 0
+    out = capsys.readouterr().out
+    assert len(re.findall(r"logs/version_. .* org/base +genlora +4 +6 +2.5 +3 +- +no adapter", out)) == 3
+    panels = embedded((tmp_path / "all.html").read_text())
+    assert [panel["title"] for panel in panels] == ["train_loss", "val_loss", "Learning rate"]
+    names = ["a", "b/logs/version_0", "b/logs/version_1"]
+    assert {series["name"] for series in panels[0]["series"]} == {str(tmp_path / name) for name in names}
+    assert main(["runs", str(tmp_path), "--json"]) == 0
+    assert [found["state"] for found in json.loads(capsys.readouterr().out)] == ["no adapter"] * 3
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_page_holds_every_point_and_every_effective_rank(run):
+    assert main(["show", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    loss, rate = embedded(page)
+    assert {series["name"]: (series["x"], series["y"]) for series in loss["series"]} == {
+        "train_loss": ([1, 3, 5], [4.0, 2.0, 3.0]),
+        "val_loss": ([5], [2.5]),
+    }
+    assert rate["series"] == [{"name": "lr", "x": [1, 3, 5], "y": [0.1, 0.2, 0.1]}]
+    layers = describe_adapter(run / "adapter").layers
+    assert layers
+    for layer in layers:
+        assert f"title='{layer.module}: {layer.effective_rank:.2f} of {layer.rank}'" in page
+    assert f"{describe_adapter(run / 'adapter').parameters:,} values" in page
+
+
+def test_page_fetches_nothing(run):
+    assert main(["show", str(run)]) == 0
+    page = (run / "report.html").read_text()
+    assert "default-src 'none'" in page
+    assert not re.search(r"""(?:src|href|srcset|action|data)\s*=\s*["']?(?!")\S*//|@import|url\(""", page)
+    assert set(re.findall(r"https?://[^\s)]+", page)) == {"https://github.com/leeoniya/uPlot"}  # its licence
+    assert "Permission is hereby granted" in page
+
+
+def test_names_are_escaped(tmp_path):
+    evil = "<script>alert(1)</script>'\"&"
+    header = f'step,"{evil.replace(chr(34), chr(34) * 2)}"\n'
+    config = {"data": {"class_path": "x", "init_args": {"train_file": evil}}}
+    folder = make_run(tmp_path / "<script>alert(2)<script>/logs/version_0", header + "1,2.0\n2,nan\n", **config)
+    page = run_page(find_run(folder), None)
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert page.count("<script") == 3 == page.count("</script>")
+    assert embedded(page)[0]["series"][0]["name"] == evil
+    assert "NaN or infinite at 1 of the logged steps, first at 2" in page
+
+
+def test_a_long_run_makes_a_small_page(tmp_path):
+    names = ["train_loss", "lr", "grad_norm", "tokens_per_second", "memory_gib"]
+    lines = [
+        ",".join(["step", *names]),
+        *(",".join([str(i), *[f"{(i * 7919) % 1000 + 0.123456789}"] * 5]) for i in range(20_000)),
+    ]
+    page = run_page(find_run(make_run(tmp_path / "logs/version_0", "\n".join([*lines, ""]))), None)
+    assert all(len(series["x"]) <= 2000 for panel in embedded(page) for series in panel["series"])
+    assert len(page) < 1_000_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
+def test_a_browser_draws_every_point_without_an_error(run, tmp_path):
+    assert main(["show", str(run)]) == 0
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--virtual-time-budget=2000"]
+    flags += ["--enable-logging=stderr", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    done = subprocess.run(
+        [str(CHROMIUM), *flags, (run / "report.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+        env={**os.environ, "HOME": str(tmp_path)},
+    )
+    assert "CONSOLE" not in done.stderr, done.stderr
+    assert 'data-points="4,3"' in done.stdout
+    assert done.stdout.count("<canvas") == 2
