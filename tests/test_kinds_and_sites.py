@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from genlora_lightning import (
+    GenLoRAConfig,
     GenLoRAFinetuning,
     LoRAConfig,
     OptimizerConfig,
@@ -335,6 +338,112 @@ def test_resumed_run_equals_an_uninterrupted_one_in_every_bit(config, tmp_path):
     start = adapter_state_dict(load_module(PlainLlama(), file))
     assert any(not torch.equal(start[name], tensor) for name, tensor in whole.state.items())
     assert convert_checkpoint(file, PlainLlama(), tmp_path / "converted").is_dir()
+
+
+# -- ranks, alphas and layers of their own -----------------------------------------------------------------------------
+
+PATTERNS = {
+    "target_modules": ["q_proj", "v_proj", "down_proj"],
+    "rank_pattern": {r"^(net\.)?model\.layers\.0\.mlp\.down_proj": 1, "down_proj": 2, r"layers\.1\..*(k|v)_proj": 5},
+    "alpha_pattern": {"v_proj": 7.0},
+}
+RANKS = {"0.q": 3, "0.v": 3, "0.down": 1, "1.q": 3, "1.v": 5, "1.down": 2}
+with_ranks = pytest.mark.parametrize(
+    "config",
+    [
+        GenLoRAConfig(rank=3, num_groups_b=2, **PATTERNS),
+        LoRAConfig(rank=3, modules_to_train=["lm_head"], **PATTERNS),
+        SinhConfig(rank=3, **PATTERNS),
+    ],
+    ids=["genlora", "lora", "sinh"],
+)
+
+
+def ranks(model: nn.Module) -> dict[str, int]:
+    layers = adapter_layers(model).items()
+    assert all(layer.update.rank == layer.config.rank for _, layer in layers)
+    return {".".join(name.removesuffix("_proj").split(".")[-3::2]): layer.update.rank for name, layer in layers}
+
+
+@with_ranks
+def test_ranks_and_alphas_by_name_are_made_saved_loaded_merged_and_exported(config, tmp_path):
+    model = adapted(config)
+    wanted, layers = logits(model), adapter_layers(model)
+    assert ranks(model) == RANKS
+    for name, layer in layers.items():
+        alpha = 7.0 if "v_proj" in name else config.alpha
+        assert layer.scaling == pytest.approx(
+            alpha / layer.update.rank ** (0.5 if config.scaling == "sqrt_rank" else 1)
+        )
+    trained = sum(p.numel() for p in adapter_parameters(model).values() if p.requires_grad)
+    assert trained == sum(layer.config.count_parameters(layer.shape) for layer in layers.values())
+    report = inject_adapters(model, config)  # the same configuration: nothing changes
+    assert report.adapter_parameters == trained
+    assert ", of ranks 1, 2, 3, 5" in report.summary()
+    assert report.lora_parameters == sum(layer.update.rank * sum(layer.shape) for layer in layers.values())
+    assert torch.equal(logits(model), wanted)
+    plan = make_plan(llama().config, "tiny", "causal-lm", config, Setup(batch=1, tokens=8))
+    assert plan.trainable_parameters == report.trainable_parameters
+    assert "of rank 3 and others by name trains" in str(plan)
+
+    folder = save_adapter(model, tmp_path / "adapter")
+    verify_adapter(folder)
+    assert sorted(layer.rank for layer in describe_adapter(folder).layers) == sorted(RANKS.values())
+    again = llama()
+    load_adapter(again, folder)
+    assert torch.equal(logits(again), wanted)
+    inject_adapters(again, config)  # as a run that goes on with it does
+    other = dataclasses.replace(config, alpha_pattern={"v_proj": 8.0})
+    with pytest.raises(ValueError, match=r"another configuration \(alpha: 7.0 there, 8.0 asked for; at .*v_proj"):
+        inject_adapters(again, other)
+
+    from peft import PeftModel
+
+    export_lora(model, tmp_path / "lora")
+    theirs = PeftModel.from_pretrained(llama(), tmp_path / "lora")
+    torch.testing.assert_close(logits(theirs), wanted, rtol=1e-3, atol=1e-4)
+    merge_adapters(model)
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-5)
+
+
+@with_ranks
+def test_a_run_with_ranks_by_name_goes_on_in_every_bit(config, tmp_path):
+    file = tmp_path / "half.ckpt"
+    whole = run(SINGLE, tmp_path, config, SaveAt(file, 2))
+    resumed = run(SINGLE, tmp_path, config, ckpt_path=file)
+    assert all(torch.equal(tensor, resumed.state[name]) for name, tensor in whole.state.items())
+    loaded = load_module(PlainLlama(), file)
+    assert ranks(loaded) == RANKS
+    assert sorted(layer.rank for layer in describe_adapter(file).layers) == sorted(RANKS.values())
+    assert convert_checkpoint(file, PlainLlama(), tmp_path / "converted").is_dir()
+    other = dataclasses.replace(config, alpha_pattern={"v_proj": 8.0})  # the shapes are those of the checkpoint
+    with pytest.raises(ValueError, match=r"another configuration \(alpha: 7.0 in the checkpoint, 8.0 here\)"):
+        run(SINGLE, tmp_path, other, ckpt_path=file)
+
+
+def test_layers_by_number_are_adapted_alone_and_come_back(tmp_path):
+    config = LoRAConfig(rank=2, layers_to_transform=[1])
+    model = adapted(config)
+    assert {name.split(".")[2] for name in adapter_layers(model)} == {"1"}
+    assert len(adapter_layers(model)) == 7
+    assert "left alone: model.layers.0" in str(inject_adapters(llama(), config))
+    wanted = logits(model)
+    folder = save_adapter(model, tmp_path / "adapter")
+    for check in ("error", "off"):
+        again = llama()
+        load_adapter(again, folder, base_check=check)
+        assert torch.equal(logits(again), wanted)
+    model = llama()
+    inject_adapters(model, dataclasses.replace(config, target_modules=["q_proj"], rank_pattern={"q_proj": 3}))
+    assert ranks(model) == {"1.q": 3}
+
+
+@each
+def test_files_of_adapters_without_patterns_say_nothing_of_them(config, tmp_path):
+    folder = save_adapter(adapted(config), tmp_path / "adapter")
+    text = (folder / "adapter_config.json").read_text()
+    assert set(json.loads(text)) == {"format", "format_version", "peft_type", "base_model", "config"}
+    assert not any(name in text for name in ("layers_to_transform", "rank_pattern", "alpha_pattern"))
 
 
 @each

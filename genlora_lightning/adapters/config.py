@@ -22,6 +22,7 @@ ScalingRule = Literal["sqrt_rank", "rank"]
 ALL_LINEAR = "all-linear"
 # Marks a field that is a matter of the run: an adapter that was made with another value is the same adapter.
 RUN_ONLY = {"run_only": True}
+_PATTERNS = ("rank_pattern", "alpha_pattern")
 _LISTS = ("target_modules", "exclude_modules", "modules_to_train")
 
 
@@ -54,6 +55,12 @@ class AdapterConfig(ABC):
         exclude_modules: Names, or last parts of names, of layers not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.
+        layers_to_transform: Numbers of the layers to adapt, of those that ``target_modules`` gives: the first number in
+            a linear's name. All if ``None``.
+        rank_pattern: Ranks of linears that are to have another one than ``rank``, by a name, a last part of a name, or
+            a regular expression of either, as in PEFT: it must match the name to its end, from its start or from
+            after a dot (``^…`` from its start alone). The first that matches counts.
+        alpha_pattern: Likewise for ``alpha``.
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.
@@ -71,6 +78,9 @@ class AdapterConfig(ABC):
     target_modules: str | list[str] = ALL_LINEAR
     exclude_modules: list[str] = field(default_factory=list)
     modules_to_train: list[str] = field(default_factory=list)
+    layers_to_transform: list[int] | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -80,12 +90,46 @@ class AdapterConfig(ABC):
 
     def __post_init__(self) -> None:
         check_integer("rank", self.rank, least=1)
-        check_number("alpha", self.alpha)
-        if self.alpha == 0:
-            raise ValueError(f"`alpha` must be finite and not zero, got {self.alpha}: the update would always be zero.")
+        _check_alpha("alpha", self.alpha)
         check_choice("scaling", self.scaling, get_args(ScalingRule))
         check_number("dropout", self.dropout, least=0.0, below=1.0)
         self._check_module_names()
+        self._check_layers()
+        for name in _PATTERNS:
+            self._check_patterns(name)
+
+    def _check_layers(self) -> None:
+        numbers = self.layers_to_transform
+        if numbers is None:
+            return
+        if not isinstance(numbers, (list, tuple)):
+            raise TypeError(f"`layers_to_transform` must be a list of layer numbers, got {shown(numbers)}.")
+        if not numbers:
+            raise ValueError("`layers_to_transform` is an empty list. Give layer numbers, or leave it out for all.")
+        for number in numbers:
+            check_integer("layers_to_transform", number, least=0)
+        object.__setattr__(self, "layers_to_transform", list(numbers))
+
+    def _check_patterns(self, field_name: str) -> None:
+        patterns = getattr(self, field_name)
+        if not isinstance(patterns, Mapping):
+            raise TypeError(f"`{field_name}` must be a dictionary by names of linears, got {shown(patterns)}.")
+        for pattern, value in patterns.items():
+            if not isinstance(pattern, str) or not pattern or not is_text(pattern):
+                raise TypeError(f"`{field_name}` must have non-empty names of linears as keys, got {shown(pattern)}.")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"`{field_name}` has {shown(pattern)}, which is neither a name nor a valid regular expression "
+                    f"({error})."
+                ) from error
+            where = f"{field_name}[{shown(pattern)}]"
+            if field_name == "rank_pattern":
+                check_integer(where, value, least=1)
+            else:
+                _check_alpha(where, value)
+        object.__setattr__(self, field_name, dict(patterns))
 
     def _check_module_names(self) -> None:
         if isinstance(self.target_modules, str):
@@ -165,9 +209,28 @@ class AdapterConfig(ABC):
         """The factor ``s`` on ΔW."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "sqrt_rank" else self.rank)
 
+    def of(self, *names: str) -> Self:
+        """The configuration of one linear: it has the rank and the alpha that the patterns give, and no patterns.
+
+        Args:
+            names: The linear's names, one for each place it stands in.
+        """
+        if not (self.rank_pattern or self.alpha_pattern):
+            return self
+        values: dict[str, Any] = {name: {} for name in _PATTERNS}
+        for field_name, patterns in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
+            found = [value for pattern, value in patterns.items() if matches(pattern, *names)]
+            values |= {field_name: found[0]} if found else {}
+        return dataclasses.replace(self, **values)
+
     def to_dict(self) -> dict[str, Any]:
-        """The kind and the fields as plain numbers, strings and lists, fit for JSON, YAML and safe loading."""
-        return {"kind": self.kind, **dataclasses.asdict(self)}
+        """The kind and the fields as plain numbers, strings and lists, fit for JSON, YAML and safe loading.
+
+        Layers and patterns are left out where none were given: a file is then one that older releases read.
+        """
+        absent = {name for name in ("layers_to_transform", *_PATTERNS) if not getattr(self, name)}
+        values = {name: value for name, value in dataclasses.asdict(self).items() if name not in absent}
+        return {"kind": self.kind, **values}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
@@ -205,8 +268,21 @@ class AdapterConfig(ABC):
             return {"kind": (self.kind, there["kind"])}
         left_out = {f.name for f in dataclasses.fields(self) if f.metadata.get("run_only")} if not run_only else set()
         return {
-            name: (value, there[name]) for name, value in here.items() if value != there[name] and name not in left_out
+            name: (here.get(name), there.get(name))
+            for name in {**here, **there}
+            if here.get(name) != there.get(name) and name not in left_out
         }
+
+
+def matches(pattern: str, *names: str) -> bool:
+    """Whether a key of ``rank_pattern`` or ``alpha_pattern`` is for a linear of one of these names."""
+    return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
+
+
+def _check_alpha(name: str, value: Any) -> None:
+    check_number(name, value)
+    if value == 0:
+        raise ValueError(f"`{name}` must be finite and not zero, got {value}: the update would always be zero.")
 
 
 C = TypeVar("C", bound=AdapterConfig)

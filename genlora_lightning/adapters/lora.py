@@ -94,6 +94,10 @@ class LoRAConfig(AdapterConfig):
         exclude_modules: Names, or last parts of names, of linears not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.
+        layers_to_transform: Numbers of the layers to adapt: the first number in a linear's name. All if ``None``.
+        rank_pattern: Ranks other than ``rank``, by a name, its last part, or a regular expression of either; the first
+            that matches counts.
+        alpha_pattern: Likewise for ``alpha``.
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.

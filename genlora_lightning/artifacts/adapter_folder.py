@@ -3,7 +3,8 @@
 ==============================  ==========================================================================
 ``adapter_model.safetensors``   the tensors
 ``adapter_config.json``         format, version, the name of the base, and the adapter's configuration with its kind;
-                                where parts were adapted one by one, further ones with the names of their linears
+                                where linears have several (ranks of their own, parts adapted one by one), further
+                                ones with the names of their linears
 ``README.md``                   a model card, free to be edited
 ``manifest.json``               size and SHA-256 of the first two, the base's identity, the adapted linears, versions,
                                 facts of the training, and the SHA-256 of all that
@@ -307,17 +308,26 @@ def config_entries(configs: Mapping[str, AdapterConfig]) -> dict[str, Any]:
     return entries
 
 
+def other_configs(entries: Mapping[str, Any]) -> dict[str, AdapterConfig]:
+    """The configurations of linears that :func:`config_entries` wrote beside the first, by the linears' names.
+
+    Raises:
+        KeyError, TypeError, ValueError: They are damaged.
+    """
+    others: dict[str, AdapterConfig] = {}
+    for entry in entries.get("other_configs", ()):
+        others |= dict.fromkeys(entry["layers"], read_config(entry["config"]))
+    return others
+
+
 def _read_configs(path: Path, description: Mapping[str, Any]) -> tuple[AdapterConfig, dict[str, AdapterConfig]]:
     """The configuration, and those of linears that have another one."""
     try:
-        config = description["config"]
         if description["format_version"] == format1.VERSION:
+            config = description["config"]
             check_document(str(path), config, dict, "config")
-            config = format1.upgraded_config(config)
-        others: dict[str, AdapterConfig] = {}
-        for entry in description.get("other_configs", ()):
-            others |= dict.fromkeys(entry["layers"], read_config(entry["config"]))
-        return read_config(config), others
+            description = {**description, "config": format1.upgraded_config(config)}
+        return read_config(description["config"]), other_configs(description)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedFileError(f"{path} holds no valid configuration: {error}") from error
 

@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.artifacts import format1
+from genlora_lightning.artifacts.adapter_folder import config_entries, other_configs
 from genlora_lightning.artifacts.other_state import load_other_state, other_state
 from genlora_lightning.backbone.identity import (
     IDENTITY_SHAPE,
@@ -56,6 +59,7 @@ _BASE = "base identity"
 # Layers and trained modules were not written before the first release.
 _DESCRIPTION_SHAPE: dict[Any, Any] = {
     "config": dict,
+    "other_configs?": [{"config": dict, "layers": [str]}],
     "base_model?": (str, type(None)),
     "base?": IDENTITY_SHAPE,
     "prefix?": str,
@@ -141,18 +145,17 @@ def keep_adapters_only(
         )
     root = adapter_root(module)
     prefix = prefix_of(root, module)
+    layers = {sys.intern(plain_name(name)): layer for name, layer in adapter_layers(module).items()}
+    configs = {name: layer.config for name, layer in layers.items()}
     checkpoint[CHECKPOINT_KEY] = {
         "format_version": CHECKPOINT_VERSION,
-        "config": present_config(root).to_dict(),
+        **(config_entries(configs) if configs else {"config": present_config(root).to_dict()}),
         "base_model": base_model_name(root),
         # What is trained beside the adapters has other values in each checkpoint, and is in its state dict.
         "base": without_samples(base_of(module), _base_names(root, prefix, kept)),
         "prefix": prefix,
         # As in an adapter folder, but by the names in this state dict.
-        "layers": {
-            sys.intern(plain_name(name)): [layer.out_features, layer.in_features]
-            for name, layer in adapter_layers(module).items()
-        },
+        "layers": {name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
         "num_linears": count_linears(root),
         "trained_modules": {
             name: [sys.intern(own) for own in tensors] for name, tensors in tensors_trained_in_full(module).items()
@@ -376,10 +379,22 @@ def describe(checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> d
     check_document(source, described, _DESCRIPTION_SHAPE, CHECKPOINT_KEY)
     try:
         read_any_config(described["config"])
+        other_configs(described)
     except (TypeError, ValueError) as error:
         raise DamagedFileError(f"{source} holds no valid configuration of adapters: {error}") from error
     check_document(source, checkpoint, {"state_dict": {str: Tensor}, "global_step?": int, "epoch?": int})
     return {"prefix": "", "trained_modules": {}, **described}
+
+
+def stored_configs(described: Mapping[str, Any]) -> dict[str, AdapterConfig]:
+    """The configuration of each linear that a checkpoint lists, by its name there; for adapters of this library.
+
+    Args:
+        described: What :func:`describe` gives.
+    """
+    config = read_config(described["config"])
+    others = other_configs(described)
+    return {name: others.get(name, config) for name in described.get("layers", {})}
 
 
 def _inside(source: str) -> str:
@@ -447,12 +462,19 @@ def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any], source: s
     """
     if not has_adapters(module):
         raise RuntimeError("The adapters were not injected before the checkpoint was loaded.")
-    stored = read_any_config(describe(checkpoint, source)["config"])
+    described = describe(checkpoint, source)
+    pairs = [(present_config(module), read_any_config(described["config"]))]
+    if isinstance(pairs[0][1], AdapterConfig):  # ranks of several linears may be several
+        stored = stored_configs(described)
+        present = {plain_name(name): layer.config for name, layer in adapter_layers(module).items()}
+        pairs += [(config, stored[name]) for name, config in present.items() if name in stored]
     differences = [
         f"{name}: {there!r} in the checkpoint, {here!r} here"
-        for name, (here, there) in present_config(module).differences(stored).items()
+        for here_config, there_config in pairs
+        for name, (here, there) in here_config.differences(there_config).items()
     ]
     if differences:
+        differences = list(dict.fromkeys(differences))
         raise ValueError(
             f"The adapters in {_inside(source)} were made with another configuration ({'; '.join(differences)}). Use "
             "the configuration of the run that wrote it."

@@ -16,7 +16,7 @@ from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.adapters.low_rank import effective_rank
 from genlora_lightning.artifacts.adapter_folder import StoredAdapter, adapter_place, read_adapter, stored_layer
 from genlora_lightning.artifacts.adapter_io import adapter_bytes
-from genlora_lightning.artifacts.checkpoint import describe
+from genlora_lightning.artifacts.checkpoint import describe, stored_configs
 from genlora_lightning.artifacts.loading import read_checkpoint
 from genlora_lightning.artifacts.model_card import counted_values
 from genlora_lightning.backbone.identity import describe_base
@@ -219,14 +219,14 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
             f"{path} holds adapters of PEFT ({described['config'].get('peft_type')}). Inspect the adapter folder of "
             "its run, or make one: `save_adapter(load_module(module, checkpoint), folder)`."
         )
-    config = read_config(described["config"])
+    config, configs = read_config(described["config"]), stored_configs(described)
     tensors: dict[str, Tensor] = dict(content["state_dict"])
     layers = []
     trained: dict[str, int] = {}
     name = ""
     try:
         for name, shape in described["layers"].items():
-            layer = stored_layer(name, MatrixShape(*shape), config, tensors)
+            layer = stored_layer(name, MatrixShape(*shape), configs[name], tensors)
             layers.append(_describe_layer(name, layer, path))
             for own in layer.adapter_parameters():
                 del tensors[f"{name}.{own}"]

@@ -22,6 +22,7 @@ from genlora_lightning.artifacts.checkpoint import (
     describe,
     load_beside,
     prefix_of,
+    stored_configs,
     upgrade,
 )
 from genlora_lightning.artifacts.other_state import note_start
@@ -157,7 +158,10 @@ def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str, 
     try:
         if is_listed and not isinstance(config, PeftAdapter):
             trained = [name.removeprefix(prefix) for name in described["trained_modules"]]
-            inject_layers(model, dict.fromkeys(names, config), trained)
+            configs = stored_configs(described)
+            inject_layers(model, {name: configs[prefix + name] for name in names}, trained)
+        elif described.get("other_configs"):
+            raise ValueError("It has other linears, and the checkpoint lists configurations linear by linear.")
         else:
             put_adapters(model, config)
     except (ValueError, RuntimeError) as error:  # the latter: no memory for the sizes that it claims

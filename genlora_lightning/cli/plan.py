@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,13 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     _add_model(parser)
     for name, what in _SIZES.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, help=f"{what} (default: the kind's)")
+    parser.add_argument(
+        "--rank-pattern",
+        nargs="+",
+        metavar="NAME=RANK",
+        default=[],
+        help="ranks of linears that are to have another one, by name or regular expression",
+    )
     parser.add_argument(
         "--strategy",
         choices=["auto", "single", "ddp", "fsdp1", "fsdp2"],
@@ -77,6 +85,9 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-modules", nargs="+", metavar="NAME", default=[], help="linears to adapt (default: all)"
     )
+    parser.add_argument(
+        "--layers-to-transform", nargs="+", type=int, metavar="N", help="numbers of the layers to adapt (default: all)"
+    )
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", default=[], help="linears to leave alone")
     parser.add_argument("--modules-to-train", nargs="+", metavar="NAME", default=[], help="modules trained in full")
 
@@ -106,9 +117,17 @@ def _config(options: argparse.Namespace, sizes: dict[str, Any]) -> AdapterConfig
             "target_modules": targets,
             "exclude_modules": options.exclude_modules,
             "modules_to_train": options.modules_to_train,
+            "layers_to_transform": options.layers_to_transform,
             **sizes,
         }
     )
+
+
+def _pattern(text: str) -> tuple[str, int]:
+    name, equals, rank = text.rpartition("=")
+    if not equals or not rank.isdecimal():
+        raise ValueError(f"`--rank-pattern` must be NAME=RANK, such as down_proj=16, got {text!r}.")
+    return name, int(rank)
 
 
 def _model(options: argparse.Namespace) -> tuple[Any, str]:
@@ -143,6 +162,7 @@ def run_plan(options: argparse.Namespace) -> None:
     )
     given = {name: getattr(options, name) for name in _SIZES}
     adapter = _config(options, {name: value for name, value in given.items() if value is not None})
+    adapter = dataclasses.replace(adapter, rank_pattern=dict(map(_pattern, options.rank_pattern)))
     config, task = _model(options)
     dtype: torch.dtype | None = None if options.dtype == "auto" else getattr(torch, options.dtype)
     trust = options.trust_remote_code

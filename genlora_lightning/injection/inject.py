@@ -20,8 +20,9 @@ from genlora_lightning.injection.full_training import stop_training_in_full, tra
 from genlora_lightning.injection.heads import last_if_new
 from genlora_lightning.injection.held import held_root, remove_held
 from genlora_lightning.injection.places import adapter_parameters as adapter_parameters
+from genlora_lightning.injection.places import plain_name
 from genlora_lightning.injection.report import BESIDE_PARTS, InjectionReport, InjectionRow
-from genlora_lightning.injection.targets import match_modules, select_targets
+from genlora_lightning.injection.targets import all_names, configurations, match_modules, select_targets
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.sharing import share_generation, stop_sharing_generation
@@ -88,14 +89,19 @@ def check_configuration(model: nn.Module, config: AdapterConfig | Mapping[str, A
     """
     present = adapter_configs(model)
     several = len({id(there) for there in present.values()}) > 1
+    names = all_names(model)
+    layers = adapter_layers(model)
     for name, there in present.items():
-        wanted = config if isinstance(config, AdapterConfig) else config.get(name, there)
+        if isinstance(config, AdapterConfig):
+            wanted = config.of(*map(plain_name, names[id(layers[name])]))
+        else:
+            wanted = config.get(name, there)
         differences = there.differences(wanted)
         if differences:
             listed = ", ".join(
                 f"{key}: {here!r} there, {asked!r} asked for" for key, (here, asked) in differences.items()
             )
-            where = f"; at {name}: its parts were adapted one by one" if several else ""
+            where = f"; at {name}: not all linears have the same one" if several else ""
             raise ValueError(
                 f"The model already has adapters made with another configuration ({listed}{where}). "
                 "Call `remove_adapters(model)` first."
@@ -160,8 +166,10 @@ def inject_adapters(
         )
     trained = match_modules(model, config.modules_to_train, "modules_to_train")
     targets, skipped = select_targets(model, linears, config, trained)
-    config = replace(config)  # the caller may go on to change the lists of theirs
-    return _put_in(model, {name: (module, config) for name, module in targets.items()}, trained, skipped, generator)
+    # A copy: the caller may go on to change the lists of theirs.
+    configs = configurations(model, targets, replace(config), skipped)
+    layers = {name: (module, configs[name]) for name, module in targets.items()}
+    return _put_in(model, layers, trained, skipped, generator)
 
 
 def inject_layers(model: nn.Module, configs: Mapping[str, AdapterConfig], trained: Iterable[str]) -> InjectionReport:
@@ -355,6 +363,7 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
             shape=f"({layer.out_features}, {layer.in_features})",
             trainable_parameters=sum(p.numel() for p in layer.adapter_parameters().values() if p.requires_grad),
             lora_parameters=layer.config.rank * (layer.in_features + layer.out_features),
+            rank=layer.config.rank,
         )
         for name, layer in adapter_layers(model).items()
     )

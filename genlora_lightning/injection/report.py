@@ -23,6 +23,7 @@ class InjectionRow:
     shape: str
     trainable_parameters: int
     lora_parameters: int
+    rank: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,16 @@ class InjectionReport:
         """Trainable values of the adapters alone, without modules trained in full."""
         return sum(row.trainable_parameters for row in self.adapted)
 
+    @property
+    def _ranks(self) -> list[int]:
+        return sorted({row.rank for row in self.adapted if row.rank is not None})
+
     def summary(self) -> str:
         """The report in one or two lines."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
         text = f"{self.title} adapts {len(self.adapted)} linears with {self.adapter_parameters:,} parameters"
+        if len(self._ranks) > 1:
+            text += f", of ranks {', '.join(map(str, self._ranks))}"
         if self.adapter_parameters != self.lora_parameters:
             text += f" (LoRA of the same rank: {self.lora_parameters:,})"
         text += ". "
@@ -80,15 +87,18 @@ class InjectionReport:
         Args:
             collapse: Put modules that differ only in numbers (the layers of a transformer) into one line.
         """
-        groups: dict[tuple[str, str, str], list[InjectionRow]] = {}
+        groups: dict[tuple[str, str, str, int | None], list[InjectionRow]] = {}
         for row in (*self.adapted, *self.trained):
             name = re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)|(?<=\.)\d+$|^\d+$", "*", row.module) if collapse else row.module
-            groups.setdefault((name, row.kind, row.shape), []).append(row)
+            groups.setdefault((name, row.kind, row.shape, row.rank), []).append(row)
         lines = []
-        for (name, kind, shape), rows in groups.items():
+        is_ranked = len(self._ranks) > 1
+        for (name, kind, shape, rank), rows in groups.items():
             own, lora = sum(r.trainable_parameters for r in rows), sum(r.lora_parameters for r in rows)
-            lines.append((name, kind, str(len(rows)), shape, f"{own:,}", f"{lora:,}" if lora else "-"))
-        header = ("module", "kind", "count", "shape (out, in)", "parameters", "LoRA would have")
+            ranked = (str(rank or "-"),) if is_ranked else ()
+            lines.append((name, kind, str(len(rows)), shape, *ranked, f"{own:,}", f"{lora:,}" if lora else "-"))
+        ranked = ("rank",) if is_ranked else ()
+        header = ("module", "kind", "count", "shape (out, in)", *ranked, "parameters", "LoRA would have")
         text = [text_table(header, lines, left=2)]
         by_reason: dict[str, list[str]] = {}
         for name, reason in self.skipped.items():

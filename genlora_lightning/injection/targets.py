@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
+from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig, matches
 from genlora_lightning.injection.heads import UNTIED, output_heads
 from genlora_lightning.injection.uncalled import uncalled_linears
 
@@ -22,7 +22,7 @@ def _named(name: str, patterns: Iterable[str]) -> bool:
     return any(name == pattern or name.endswith(f".{pattern}") for pattern in patterns)
 
 
-def _all_names(model: nn.Module) -> dict[int, list[str]]:
+def all_names(model: nn.Module) -> dict[int, list[str]]:
     """The names of each module (by id): one for each place it stands in."""
     names: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
@@ -35,7 +35,7 @@ def match_modules(model: nn.Module, patterns: list[str], field: str) -> dict[str
 
     A module that stands in several places matches by each of its names, and comes back under its first.
     """
-    names = _all_names(model)
+    names = all_names(model)
     for pattern in patterns:
         if not any(_named(name, [pattern]) for several in names.values() for name in several):
             if any(_named(name, [pattern]) for name, _ in model.named_parameters()):
@@ -60,7 +60,8 @@ def select_targets(
     inside_excluded = {id(m) for module in excluded.values() for m in module.modules()}
     inside_trained = {id(m) for module in trained.values() for m in module.modules()}
     uncalled = uncalled_linears(model)
-    names = _all_names(model)
+    names = all_names(model)
+    numbers = _layer_numbers(linears, config)
     candidates: dict[str, nn.Module] = {}
     skipped: dict[str, str] = {}
     heads = output_heads(model) if config.target_modules == ALL_LINEAR else {}
@@ -73,6 +74,8 @@ def select_targets(
             skipped[name] = f"{uncalled[id(module)]} reads its weight without calling it"
         elif id(module) in heads:
             skipped[name] = heads[id(module)]
+        elif numbers is not None and not any(_layer_number(alias) in numbers for alias in names[id(module)]):
+            skipped[name] = "in no layer of `layers_to_transform`"
         else:
             candidates[name] = module
 
@@ -105,6 +108,55 @@ def select_targets(
             + f" {_near(str(config.target_modules), linears)}"
         )
     return targets, skipped | _untied(model, inside_trained)
+
+
+def configurations(
+    model: nn.Module, targets: dict[str, nn.Module], config: AdapterConfig, skipped: dict[str, str]
+) -> dict[str, AdapterConfig]:
+    """The configuration of each linear to adapt: one object for all that have the same rank and alpha.
+
+    Args:
+        model: The model.
+        targets: The linears, as :func:`select_targets` chose them.
+        config: The configuration, with patterns or without.
+        skipped: Linears that are left alone, with the reason.
+
+    Raises:
+        ValueError: A pattern matches none of them.
+    """
+    names = all_names(model)
+    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
+        for pattern in patterns:
+            if any(matches(pattern, *names[id(module)]) for module in targets.values()):
+                continue
+            for name, _ in model.named_modules():
+                if name and matches(pattern, name):
+                    reason = skipped.get(name, "it is no linear, or not in `target_modules`")
+                    raise ValueError(f"`{field}` has {pattern!r}, but {name} is not adapted: {reason}.")
+            raise ValueError(f"`{field}` has {pattern!r}, which no adapted linear matches. {_near(pattern, targets)}")
+    made: dict[tuple[int, float], AdapterConfig] = {}
+    found = {name: config.of(*names[id(module)]) for name, module in targets.items()}
+    return {name: made.setdefault((own.rank, own.alpha), own) for name, own in found.items()}
+
+
+def _layer_number(name: str) -> int | None:
+    """The first number in a module's name: that of its layer, whatever is numbered in it."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _layer_numbers(linears: dict[str, nn.Module], config: AdapterConfig) -> set[int] | None:
+    """The numbers of the layers to adapt; ``None`` for all."""
+    if config.layers_to_transform is None:
+        return None
+    there = {number for name in linears if (number := _layer_number(name)) is not None}
+    absent = sorted(set(config.layers_to_transform) - there)
+    if absent:
+        known = f"from {min(there)} to {max(there)}" if there else "none"
+        raise ValueError(
+            f"`layers_to_transform` has {absent}, but no linear is in a layer of that number. The numbers in the "
+            f"names of linears are {known}."
+        )
+    return set(config.layers_to_transform)
 
 
 def _unmatched_target(model: nn.Module, pattern: str, candidates: dict[str, nn.Module], skipped: dict[str, str]) -> str:

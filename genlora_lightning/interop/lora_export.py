@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
     _check_taken_by_peft(base, layers)
 
     state, rows, settings = _lora_tensors(layers, rank)
+    alphas = {name: layer.config.alpha for name, layer in layers.items()} if settings else None
     trained = _outermost(trained_modules(base))
     for name, module in trained.items():
         for key, tensor in module.state_dict().items():
@@ -158,6 +160,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
     config = _peft_config(
         rows,
         settings,
+        alphas,
         base_model_name_or_path=base_model_name(base),
         task_type=task,
         fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in layers.values()),
@@ -196,9 +199,10 @@ def write_stored_lora(stored: StoredAdapter, folder: Path) -> None:
             "transformers. `genlora export-lora` finds those of the base, and writes what servers load."
         )
     state, rows, settings = _lora_tensors({name: stored.layer(name) for name in stored.layers}, None)
+    alphas = {name: config.alpha for name, config in stored.configs.items()} if settings else None
     tasks = class_tasks(stored.base["class"])
     config = _peft_config(
-        rows, settings, base_model_name_or_path=stored.base["name"], task_type=tasks[0] if tasks else None
+        rows, settings, alphas, base_model_name_or_path=stored.base["name"], task_type=tasks[0] if tasks else None
     )
     _write(folder, state, config)
 
@@ -229,9 +233,13 @@ def _write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> No
 
 def _lora_settings(layers: dict[str, AdaptedLayer], rank: int | None) -> dict[str, Any] | None:
     """PEFT's words for the scaling, if they say it for all layers; else it is multiplied into B."""
-    configs = {id(layer.config): layer.config for layer in layers.values()}
-    (config, *others) = configs.values()
-    return None if others or rank not in (None, config.rank) else config.lora_settings()
+    configs = list({id(layer.config): layer.config for layer in layers.values()}.values())
+    if rank is not None and any(rank != config.rank for config in configs):
+        return None
+    # `rank_pattern` and `alpha_pattern` say ranks and alphas layer by layer, and there is one word for the rule.
+    own = [config.lora_settings() for config in configs]
+    is_one_rule = all(settings is not None for settings in own) and len({config.scaling for config in configs}) == 1
+    return own[0] if is_one_rule else None
 
 
 def _exported_factors(layer: AdaptedLayer, rank: int, scaling: float | None) -> tuple[Tensor, Tensor, float]:
@@ -242,17 +250,20 @@ def _exported_factors(layer: AdaptedLayer, rank: int, scaling: float | None) -> 
     return truncate_factors(A, B, rank)
 
 
-def _peft_config(rows: list[ExportRow], settings: dict[str, Any] | None, **facts: Any) -> dict[str, Any]:
+def _peft_config(
+    rows: list[ExportRow], settings: dict[str, Any] | None, alphas: Mapping[str, float] | None, **facts: Any
+) -> dict[str, Any]:
     ranks = {row.module: row.rank for row in rows}
     rank = max(ranks.values())
-    lower = {f"^{re.escape(name)}": own for name, own in ranks.items() if own != rank}
+    settings = settings or {"lora_alpha": rank}
+    alphas = alphas or dict(ranks)  # the scaling, alpha/r, is 1 for all
+    patterns = {"rank_pattern": _others(ranks, rank), "alpha_pattern": _others(alphas, settings["lora_alpha"])}
     return {
         "peft_type": "LORA",
         "task_type": None,
         "r": rank,
-        **(settings or {"lora_alpha": rank}),
-        # Of parts that were adapted one by one; the scaling, alpha/r, is 1 for all.
-        **({"rank_pattern": lower, "alpha_pattern": lower} if lower else {}),
+        **settings,
+        **{name: values for name, values in patterns.items() if values},
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -262,6 +273,11 @@ def _peft_config(rows: list[ExportRow], settings: dict[str, Any] | None, **facts
         "inference_mode": True,
         **facts,
     }
+
+
+def _others(values: Mapping[str, float], usual: float) -> dict[str, float]:
+    """The linears with another value than the usual one, by expressions that PEFT matches with them alone."""
+    return {f"^{re.escape(name)}": value for name, value in values.items() if value != usual}
 
 
 def _task_type(base: nn.Module, adapted: list[str], trained: list[str]) -> str | None:

@@ -48,6 +48,8 @@ _WITHOUT_MEANING: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
     "layers_to_transform": (None, []),
     "layers_pattern": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
 }
 
 _CARD = """\
@@ -68,7 +70,17 @@ model = PeftModel.from_pretrained(base_model, "this/folder")
 
 
 def peft_fields(config: GenLoRAConfig) -> dict[str, Any]:
-    """Say a configuration in PEFT's terms: the fields of ``GenLoraConfig``."""
+    """Say a configuration in PEFT's terms: the fields of ``GenLoraConfig``.
+
+    Raises:
+        ValueError: It has ``layers_to_transform``, ``rank_pattern`` or ``alpha_pattern``, which those do not say.
+    """
+    for name in ("layers_to_transform", "rank_pattern", "alpha_pattern"):
+        if getattr(config, name):
+            raise ValueError(
+                f"`{name}` is {shown(getattr(config, name))}, which PEFT's GenLoraConfig does not say as this library "
+                "does. Name the linears in `target_modules`, and give all of them one rank and alpha."
+            )
     values: dict[str, Any] = {_PEFT_NAMES.get(name, name): value for name, value in config.to_dict().items()}
     del values["kind"]
     values["use_rslora"] = values.pop("scaling") == "sqrt_rank"
@@ -133,7 +145,8 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     """
     require_adapters(model)
     base = transformers_base(model) or model
-    config = _one_config(adapter_configs(base))
+    # Which linears are adapted is listed below.
+    config = dataclasses.replace(_one_config(adapter_configs(base)), layers_to_transform=None)
     check_replaceable(folder, _is_export, "PEFT folder")
     layers = list(adapter_layers(base))
     trained = list(trained_modules(base))
@@ -229,7 +242,7 @@ def _one_config(configs: Mapping[str, AdapterConfig]) -> GenLoRAConfig:
         )
     for other in others:
         differences = first.differences(other)
-        if set(differences) - {"target_modules", "exclude_modules", "modules_to_train"}:
+        if set(differences) - {"target_modules", "exclude_modules", "modules_to_train", "layers_to_transform"}:
             raise ValueError(
                 f"The model has adapters of several configurations ({differences}), and a PEFT folder says one. Use "
                 "`export_lora`, which writes ranks layer by layer."

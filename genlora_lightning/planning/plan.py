@@ -289,8 +289,9 @@ def _text(plan: Plan) -> str:
     kind = setup.strategy + (f", adapters {setup.adapter_sharding}d".replace("shardd", "sharded") if sharded else "")
     is_other = plan.trainable_parameters != plan.lora_parameters
     beside = f"; LoRA of that rank {plan.lora_parameters:,}" if is_other else ""
+    ranks = f"rank {plan.config.rank}{' and others by name' if plan.config.rank_pattern else ''}"
     lines = [
-        f"{plan.model}: {plan.total_parameters:,} parameters. {plan.config.title} of rank {plan.config.rank} trains "
+        f"{plan.model}: {plan.total_parameters:,} parameters. {plan.config.title} of {ranks} trains "
         f"{plan.trainable_parameters:,} on {plan.linears} linears{beside}.",
         f"{setup.gpus} GPU{'s' * (setup.gpus > 1)}, {kind}; "
         f"{'bfloat16 autocast' if setup.autocast else 'no autocast'}; "

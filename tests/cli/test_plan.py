@@ -66,6 +66,18 @@ def test_code_of_the_model_is_run_if_asked_and_nobody_is_asked_on_the_terminal(
     assert json.loads(capsys.readouterr().out)["linears"] == 14
 
 
+def test_plan_counts_ranks_by_name_and_layers_by_number(model, capsys):
+    arguments = ["plan", "--model", model, "--kind", "lora", "--rank", "4", "--seq", "8", "--target-modules", "q_proj"]
+    arguments += ["--json"]
+    counts = []
+    for more in ([], ["--layers-to-transform", "1"], ["--rank-pattern", "q_proj=2"], ["--rank-pattern", r".*0\..*=6"]):
+        assert main([*arguments, *more]) == 0
+        counts.append(json.loads(capsys.readouterr().out)["trainable_parameters"])
+    assert [count / counts[0] for count in counts] == [1, 0.5, 0.5, 1.25]
+    assert main([*arguments, "--rank-pattern", "q_proj"]) == 1
+    assert "`--rank-pattern` must be NAME=RANK, such as down_proj=16, got 'q_proj'" in capsys.readouterr().err
+
+
 def test_bad_plans_are_errors_of_one_line(model, capsys):
     for arguments, message in (
         (["--gpus", "2", "--strategy", "single"], "'single' is for one GPU"),

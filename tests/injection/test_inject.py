@@ -87,7 +87,7 @@ def test_parts_with_configurations_of_their_own_are_refused_where_one_is_asked_f
     model = Net()
     inject_adapters(model.blocks[0], small_config())
     inject_adapters(model.blocks[1], small_config(rank=5))
-    with pytest.raises(ValueError, match=r"\(rank: 5 there, 4 asked for; at blocks.1.0: its parts were adapted one by"):
+    with pytest.raises(ValueError, match=r"\(rank: 5 there, 4 asked for; at blocks.1.0: not all linears have the same"):
         inject_adapters(model, small_config())
 
 

@@ -47,6 +47,60 @@ def test_a_shared_module_matches_by_each_of_its_names():
     assert list(adapter_layers(by_expression)) == ["a", "o"]
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank_pattern": {"q_prj": 2}}, r"`rank_pattern` has 'q_prj', which no adapted linear matches. Near .*q_proj"),
+        ({"alpha_pattern": {"_proj": 2.0}}, r"`alpha_pattern` has '_proj', which no adapted linear matches"),
+        ({"rank_pattern": {"^q_proj": 2}}, r"has '\^q_proj', which no adapted linear matches"),
+        (
+            {"rank_pattern": {"k_proj": 2}},
+            r"'k_proj', but model.layers.0.self_attn.k_proj is not adapted: it is no",
+        ),
+        ({"layers_to_transform": [0, 7]}, r"`layers_to_transform` has \[7\], .* The numbers .* are from 0 to 1\."),
+        (
+            {"layers_to_transform": [0], "rank_pattern": {r"layers\.1\..*": 2}},
+            r"but model.layers.1.self_attn is not adapted: it is no linear",
+        ),
+        (
+            {"layers_to_transform": [0], "target_modules": ["model.layers.1.mlp.up_proj"]},
+            r"model.layers.1.mlp.up_proj cannot be adapted: in no layer of `layers_to_transform`",
+        ),
+    ],
+)
+def test_patterns_and_layers_that_match_nothing_are_errors(changes, message):
+    base = tiny_llama()
+    with pytest.raises(ValueError, match=message):
+        inject_adapters(base, small_config(**{"target_modules": ["q_proj", "v_proj"], **changes}))
+    assert not adapter_layers(base)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"rank_pattern": {"q": 0}}, ValueError, r"`rank_pattern\['q'\]` must be at least 1, got 0"),
+        ({"rank_pattern": {"q": 2.0}}, TypeError, r"`rank_pattern\['q'\]` must be an integer"),
+        ({"rank_pattern": ["q"]}, TypeError, r"`rank_pattern` must be a dictionary by names of linears, got \['q'\]"),
+        ({"rank_pattern": {0: 2}}, TypeError, r"`rank_pattern` must have non-empty names of linears as keys, got 0"),
+        ({"alpha_pattern": {"(q": 2}}, ValueError, r"`alpha_pattern` has '\(q', which is neither a name nor a valid"),
+        ({"alpha_pattern": {"q": 0}}, ValueError, r"`alpha_pattern\['q'\]` must be finite and not zero"),
+        ({"layers_to_transform": []}, ValueError, r"`layers_to_transform` is an empty list"),
+        ({"layers_to_transform": 3}, TypeError, r"`layers_to_transform` must be a list of layer numbers, got 3"),
+        ({"layers_to_transform": [-1]}, ValueError, r"`layers_to_transform` must be at least 0, got -1"),
+    ],
+)
+def test_patterns_and_layers_that_cannot_be_are_errors(changes, error, message):
+    with pytest.raises(error, match=message):
+        small_config(**changes)
+
+
+def test_a_shared_linear_has_the_rank_of_each_of_its_names_and_of_the_first_pattern():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared, "o": nn.Linear(4, 4)})
+    inject_adapters(model, small_config(rank_pattern={"b": 2, "a|o": 3}))
+    assert {name: layer.config.rank for name, layer in adapter_layers(model).items()} == {"a": 2, "o": 3}
+
+
 def test_a_parameter_named_as_a_module_is_an_error_that_says_so():
     model = nn.Module()
     model.scale, model.linear = nn.Parameter(torch.ones(1)), nn.Linear(4, 4)

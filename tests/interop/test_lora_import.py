@@ -9,8 +9,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from genlora_lightning import LoRAConfig, export_lora, import_lora, inject_adapters, save_adapter
-from genlora_lightning.injection.inject import adapter_config, adapter_layers, adapter_parameters
+from genlora_lightning import LoRAConfig, export_lora, import_lora, inject_adapters, load_adapter, save_adapter
+from genlora_lightning.injection.inject import adapter_config, adapter_configs, adapter_layers, adapter_parameters
 from tests.models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[3, 5, 7, 2, 9]])
@@ -74,12 +74,31 @@ def test_lora_of_conv1d_comes_in(tmp_path):
     torch.testing.assert_close(logits(model.eval()), wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_ranks_and_alphas_of_their_own_come_in_as_one_rank(tmp_path):
-    wanted = write_lora(tmp_path / "peft", rank_pattern={"v_proj": 2}, alpha_pattern={"down_proj": 3})
-    model = tiny_llama()
+@pytest.mark.parametrize("settings", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+def test_ranks_and_alphas_of_their_own_come_in_and_go_out_with_every_bit(tmp_path, settings):
+    patterns = {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"down_proj": 3}}
+    wanted = write_lora(tmp_path / "peft", untied_llama, **patterns, **settings)
+    model = untied_llama()
     import_lora(model, tmp_path / "peft")
-    assert adapter_config(model).rank == 4
+    assert {name.rpartition(".")[2]: (c.rank, c.alpha) for name, c in adapter_configs(model).items()} == {
+        "q_proj": (4, 12.0),
+        "v_proj": (2, 12.0),
+        "down_proj": (4, 3.0),
+    }
     torch.testing.assert_close(logits(model.eval()), wanted, rtol=1e-5, atol=1e-5)
+    export_lora(model, tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 12.0, bool(settings.get("use_rslora")))
+    assert set(config["rank_pattern"].values()) == {2}
+    assert set(config["alpha_pattern"].values()) == {3.0}
+    before, after = tensors(tmp_path / "peft"), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    loaded = PeftModel.from_pretrained(untied_llama(), tmp_path / "back").eval()
+    torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=0)
+    again = untied_llama()
+    load_adapter(again, save_adapter(model, tmp_path / "adapter"))
+    assert torch.equal(logits(again.eval()), logits(model))
 
 
 def test_imported_lora_is_trained_on_and_saved(tmp_path):

@@ -22,6 +22,11 @@ def test_budget_of_a_lora_rank_is_met_within_five_percent(rank):
     assert found.lora_rank == pytest.approx(found.parameters / lora * rank)
 
 
+def test_ranks_by_name_leave_no_rank_to_a_budget():
+    with pytest.raises(ValueError, match="one rank for all linears: leave out `rank_pattern` and `alpha_pattern`"):
+        fit_budget(LoRAConfig(rank_pattern={"q": 2}, alpha_pattern={"q": 2}), SMOLLM2, 500_000)
+
+
 @pytest.mark.parametrize("wanted", [340_000, 500_000, 1_000_000, 3_000_000])
 def test_no_other_step_of_the_ladder_is_closer(wanted):
     found = fit_budget(GenLoRAConfig(), SMOLLM2, wanted)

@@ -84,6 +84,14 @@ def test_bad_values_are_named_as_peft_names_them(values, message):
 
 
 @pytest.mark.parametrize(
+    "changes", [{"rank_pattern": {"q": 2}}, {"alpha_pattern": {"q": 2}}, {"layers_to_transform": [0]}]
+)
+def test_what_peft_cannot_say_is_refused(changes):
+    with pytest.raises(ValueError, match=rf"`{next(iter(changes))}` is .*, which PEFT's GenLoraConfig does not say"):
+        GenLoraConfig.from_adapter_config(GenLoRAConfig(**changes))
+
+
+@pytest.mark.parametrize(
     ("values", "message"),
     [
         ({}, "`target_modules` is None"),
