@@ -27,13 +27,13 @@ def run_data(options: argparse.Namespace) -> None:
         ValueError: The configuration has no data module of this package, or the data cannot be used.
     """
     from genlora_lightning.cli.train import DataCLI
-    from genlora_lightning.data._base import STAGES, FileDataModule
+    from genlora_lightning.data import FileDataModule
 
     data = DataCLI([word for config in options.config for word in ("--config", config)]).datamodule
     if not isinstance(data, FileDataModule):
         raise ValueError(f"The configuration's data module is {type(data).__name__}; only the package's own are shown.")
     data.prepare_data()
-    data.setup(next(stage for stage, splits in STAGES.items() if options.split in splits))
+    data.setup({"train": "fit", "val": "validate", "test": "test"}[options.split])
     rows = data.rows(options.split)
     lengths = sorted(rows["length"])
     places = [lengths[round(share * (len(lengths) - 1))] for share in _SHARES]

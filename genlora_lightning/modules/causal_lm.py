@@ -185,7 +185,7 @@ class CausalLMModule(GenLoRAModule):
         before, after = found
         if not torch.allclose(before, after, rtol=1e-3, atol=1e-3 * before.abs().max().item()):
             raise ValueError(
-                f"A {type(model).__name__} with the attention {model.config._attn_implementation!r} does not keep the "
+                f"This {type(model).__name__}, with its attention, does not keep the "
                 "texts of a packed row apart: what stands before a text changes it. Set the data module's "
                 "packing=false, or try the model's attn_implementation='sdpa' (flash attention needs batch_size=1)."
             )

@@ -25,7 +25,7 @@ from genlora_lightning.callbacks.progress import LineProgressBar
 from genlora_lightning.callbacks.throughput import TokensPerSecond
 from genlora_lightning.cli.train import _CALLBACK_DEFAULTS, GenLoRACLI, checkpoint_folders, main
 from genlora_lightning.layers.linear import AdaptedLinear
-from genlora_lightning.training.callback import GenLoRAFinetuning
+from genlora_lightning.training.callback import AdapterFinetuning
 from tests.models import tiny_bert, tiny_llama
 
 # Some commands here are given no checkpoint, on purpose.
@@ -200,7 +200,7 @@ def test_fit_runs_twice_and_keeps_both_runs(config: Path, tmp_path: Path, capsys
         with (folder / "metrics.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert {"train_loss", "val_loss", "tokens_per_second"} <= set(rows[0])
-        assert [len(callbacks_of(cli, kind)) for kind in (GenLoRAFinetuning, TokensPerSecond, LineProgressBar)] == [
+        assert [len(callbacks_of(cli, kind)) for kind in (AdapterFinetuning, TokensPerSecond, LineProgressBar)] == [
             1
         ] * 3
         assert callbacks_of(cli, TokensPerSecond)[0].tokens > 0
@@ -277,7 +277,7 @@ def test_classification_takes_tokenizer_and_label_names_of_the_model(models: Pat
     )
     cli = main(["fit", "--config", str(config)])
     assert "val_accuracy" in cli.trainer.callback_metrics
-    assert len(callbacks_of(cli, GenLoRAFinetuning)) == 1
+    assert len(callbacks_of(cli, AdapterFinetuning)) == 1
     predicted = main(["predict", "--config", str(config), "--data.predict_file", str(data)])
     rows = read_lines(Path(predicted.trainer.log_dir or "", "predictions.jsonl"))
     assert [row["index"] for row in rows] == list(range(6))
@@ -373,7 +373,7 @@ def test_overwrite_alone_adds_no_adapters_and_reaches_a_callback_of_the_trainer(
     assert not any(isinstance(m, AdaptedLinear) for m in main(command).model.modules())
     own = {"class_path": "genlora_lightning.GenLoRAFinetuning", "init_args": {"config": {"num_groups_b": 2}}}
     overlay = write_config(tmp_path / "overlay.yaml", trainer={"callbacks": [own]})
-    (callback,) = callbacks_of(main([*command, "--config", str(overlay)]), GenLoRAFinetuning)
+    (callback,) = callbacks_of(main([*command, "--config", str(overlay)]), AdapterFinetuning)
     assert callback.overwrite
 
 
@@ -416,7 +416,7 @@ def test_adapter_dir_alone_keeps_the_adapter_of_the_module(config: Path, tmp_pat
     sections["model"]["init_args"]["adapter"] = sections.pop("adapter")
     moved = write_config(tmp_path / "moved.yaml", **sections)
     cli = main(["fit", "--config", str(moved), "--adapter_dir", str(tmp_path / "adapter")])
-    assert callbacks_of(cli, GenLoRAFinetuning)[0].config.rank == 4
+    assert callbacks_of(cli, AdapterFinetuning)[0].config.rank == 4
     assert (tmp_path / "adapter").is_dir()
 
 
@@ -424,13 +424,13 @@ def test_adapter_dir_alone_keeps_the_adapter_of_the_module(config: Path, tmp_pat
 def test_settings_of_the_callback_reach_it(config: Path) -> None:
     flags = ["--adapter_sharding", "shard", "--check_ranks_every_n_steps", "3", "--generate", "step"]
     flags += ["--save_adapter", "false", "--train_mode", "false", "--check_finite_every_n_steps", "2"]
-    (callback,) = callbacks_of(main(["fit", "--config", str(config), *flags]), GenLoRAFinetuning)
+    (callback,) = callbacks_of(main(["fit", "--config", str(config), *flags]), AdapterFinetuning)
     assert (callback.save_adapter, callback.train_mode, callback.check_finite_every_n_steps) == (False, False, 2)
     assert (callback.adapter_sharding, callback.check_ranks_every_n_steps, callback.generate) == ("shard", 3, "step")
 
 
 def test_every_argument_of_the_callback_is_a_setting() -> None:
-    arguments = set(inspect.signature(GenLoRAFinetuning.__init__).parameters) - {"self", "config"}
+    arguments = set(inspect.signature(AdapterFinetuning.__init__).parameters) - {"self", "config"}
     assert set(_CALLBACK_DEFAULTS) == arguments
 
 
@@ -442,7 +442,7 @@ def test_barebones_trainer_gets_adapters_and_no_bar(config: Path) -> None:
     bare = write_config(config.with_name("bare.yaml"), **{**sections, "trainer": {**limits, "barebones": True}})
     cli = main(["fit", "--config", str(bare)])
     kinds = {type(callback) for callback in cli.trainer.callbacks}  # type: ignore[attr-defined]
-    assert kinds == {GenLoRAFinetuning, SaveConfigCallback}
+    assert kinds == {AdapterFinetuning, SaveConfigCallback}
 
 
 def test_help_loads_no_model_and_no_model_library() -> None:

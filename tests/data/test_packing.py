@@ -82,7 +82,7 @@ def test_a_model_that_mixes_the_texts_of_a_row_is_refused(module):
 
     module.adapter_root = Mixing
     with pytest.raises(
-        ValueError, match=r"A Mixing with the attention .* does not keep the texts of a packed row apart"
+        ValueError, match=r"This Mixing, with its attention, does not keep the texts of a packed row apart"
     ):
         module.answer_logits(batch([[0, 1]]))
 
