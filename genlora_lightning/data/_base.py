@@ -270,13 +270,13 @@ class FileDataModule(LightningDataModule):
             for path in paths:
                 yield from islice(iterate_records(path, f"{split}_file"), 1)
 
-    def _records(self, name: str) -> list[Record]:
-        """Returns all records of the files `name`."""
+    def records(self, name: str) -> list[Record]:
+        """Returns all records of the files of a split, which `name` says."""
         return [record for path in self.files[name] for record in read_records(path, f"{name}_file")]
 
     def _examples(self, name: str, split: str) -> list[dict[str, Any]]:
         """Returns all examples of the files `name` as examples of `split`."""
-        return [self._parse(record, split) for record in self._records(name)]
+        return [self._parse(record, split) for record in self.records(name)]
 
     def _select(self, split: str, parsed: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         """Returns the examples of a split; `parsed` keeps the training file while both of its parts are needed."""

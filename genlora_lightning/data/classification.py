@@ -134,7 +134,7 @@ class TextClassificationDataModule(FileDataModule):
             DataFileError: A label of the training file is missing or malformed, or all are equal.
         """
         if self._label_names is None:
-            records = self._records("train")
+            records = self.records("train")
             if self.problem_type == "regression":
                 self._label_names = [f"LABEL_{index}" for index in range(len(self._values(records[0])))]
             else:
