@@ -9,6 +9,7 @@ from typing import Any
 from genlora_lightning.text import text_table
 
 _LEARNED, _PLAIN = "\033[32m", "\033[0m"
+_SHOWN_DUPLICATES, _WIDTH = 3, 100
 _SHARES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -33,12 +34,13 @@ def run_data(options: argparse.Namespace) -> None:
     if not isinstance(data, FileDataModule):
         raise ValueError(f"The configuration's data module is {type(data).__name__}; only the package's own are shown.")
     data.prepare_data()
-    data.setup({"train": "fit", "val": "validate", "test": "test"}[options.split])
+    data.setup("test" if options.split == "test" else "fit")
     rows = data.rows(options.split)
     lengths = sorted(rows["length"])
     places = [lengths[round(share * (len(lengths) - 1))] for share in _SHARES]
     names = ["shortest", "median", "90 %", "99 %", "longest"]
     print("\n" + text_table(["tokens of an example", *names], [[options.split, *(f"{place:,}" for place in places)]]))
+    print(f"\n{_left_out(data.summary()[options.split])}\n{_equal(data.duplicates(options.split))}")
     colored = options.color == "always" or (options.color == "auto" and sys.stdout.isatty())
     for number in range(min(options.examples, len(rows))):
         row = rows[number]
@@ -63,6 +65,27 @@ def shown(row: dict[str, Any], tokenizer: Any, colored: bool) -> str:
         parts.append(f"{start}{text}{end}" if learned else text)
         at = stop
     return "".join(parts)
+
+
+def _left_out(counts: dict[str, int]) -> str:
+    """What `max_length` took away."""
+    names = ("cut_examples", "cut_tokens", "lost_answers", "dropped_examples")
+    parts = [f"{counts[name]:,} {name.replace('_', ' ')}" for name in names if counts.get(name)]
+    return f"Left out by max_length: {', '.join(parts)}" if parts else "Nothing is cut or dropped."
+
+
+def _equal(duplicates: list[tuple[str, int]]) -> str:
+    """How many examples ask what another one asks, and the most frequent of these inputs."""
+    if not duplicates:
+        return "All inputs are different."
+    more = sum(count - 1 for _, count in duplicates)
+    often = "".join(f"\n  {count:,} × {_shortened(key)}" for key, count in duplicates[:_SHOWN_DUPLICATES])
+    return f"{more:,} examples have the input of another one; the most frequent inputs:{often}"
+
+
+def _shortened(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= _WIDTH else text[: _WIDTH - 1] + "…"
 
 
 def _answers(row: dict[str, Any]) -> str:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 _FORMS = (
-    'conversations {"messages": [{"role": "user", "content": …}, …]}, instructions with "prompt" and "completion", or '
-    'texts with "text" and "label"'
+    "conversations (messages, or ShareGPT's), instructions (prompt and completion, or Alpaca's), texts to go on "
+    "learning (text), or texts with labels (text and label)"
 )
+_FILES = ".jsonl, .json, .csv, .parquet, .arrow, or hf://org/name:split"
 _MOST_LABELS = 100
 _HEADER = """\
 # {what}, made by `genlora init`.
@@ -82,7 +81,7 @@ trainer:
 def add_init(parser: argparse.ArgumentParser) -> None:
     """Add the command's options."""
     parser.add_argument("--model", help="a model's folder, or its name on the Hugging Face Hub")
-    parser.add_argument("--data", metavar="FILE", help=f"training data, .jsonl or .csv: {_FORMS}")
+    parser.add_argument("--data", metavar="FILE", help=f"training data, {_FILES}: {_FORMS}")
     parser.add_argument("--name", help="the run's name: the configuration is NAME.yaml, results are in runs/NAME")
     parser.add_argument("--overwrite", action="store_true", help="replace NAME.yaml if there is one")
 
@@ -96,12 +95,12 @@ def run_init(options: argparse.Namespace) -> None:
         FileExistsError: The configuration is there already.
     """
     model = _given(options.model, "--model", "Model (a folder, or a name on the Hugging Face Hub): ", check_model)
-    data = _given(options.data, "--data", "Training data (.jsonl or .csv): ", check_data)
+    data = _given(options.data, "--data", f"Training data ({_FILES}): ", check_data)
     name = _given(options.name, "--name", "Name of the run: ", check_name)
     file = Path(f"{name}.yaml")
     if file.exists() and not options.overwrite:
         raise FileExistsError(f"There is a {file} already. Give another --name, or --overwrite to replace it.")
-    labels = _labels(Path(data))
+    labels = _labels(data)
     fields = {"file": file, "name": _scalar(name), "model": _scalar(model), "data": _scalar(data)}
     if labels is None:
         text = (_HEADER + _CHAT + _TRAINER).format(what="A model that answers as your data do", **fields)
@@ -123,7 +122,7 @@ def check_model(model: str) -> None:
 
 def check_data(data: str) -> None:
     """Refuse a file that is not there, or has no form that is known."""
-    _labels(Path(data))
+    _labels(data)
 
 
 def check_name(name: str) -> None:
@@ -149,45 +148,19 @@ def _given(value: str | None, flag: str, question: str, check: Callable[[str], N
             return answer
 
 
-def _labels(file: Path) -> list[str] | None:
-    """The classes of a file of texts, or ``None`` for conversations and instructions.
+def _labels(data: str) -> list[str] | None:
+    """The classes of a file of texts, or ``None`` for conversations, instructions and texts without classes.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is empty, cannot be read, or has another form; the message says which are known.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"There is no file {file}.")
-    if file.suffix not in (".jsonl", ".csv"):
-        raise ValueError(f"{file} is neither .jsonl nor .csv. Known are {_FORMS}.")
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            records = (
-                csv.DictReader(lines) if file.suffix == ".csv" else (json.loads(line) for line in lines if line.strip())
-            )
-            return _labels_of(file, records)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} cannot be read as UTF-8 {file.suffix[1:].upper()}: {error}.") from None
+    from genlora_lightning.data.recognition import labels_of
 
-
-def _labels_of(file: Path, records: Any) -> list[str] | None:
-    labels: set[str] = set()
-    fields: set[str] = set()
-    for record in records:
-        fields = set(record) if isinstance(record, dict) else set()
-        if "messages" in fields or {"prompt", "completion"} <= fields:
-            return None
-        if not {"text", "label"} <= fields:
-            break
-        labels.add(str(record["label"]))
-    else:
-        if not labels:
-            raise ValueError(f"{file} has no records.")
-        if len(labels) > _MOST_LABELS or len(labels) < 2:
-            raise ValueError(f"{file} has {len(labels)} different labels; a classifier needs 2 to {_MOST_LABELS}.")
-        return sorted(labels)
-    found = f"a record with the fields {sorted(map(str, fields))}" if fields else "a record that is no object"
-    raise ValueError(f"{file} has {found}. Known are {_FORMS}.")
+    labels = labels_of(data, "--data")
+    if labels is not None and not 2 <= len(labels) <= _MOST_LABELS:
+        raise ValueError(f"{data} has {len(labels)} different labels; a classifier needs 2 to {_MOST_LABELS}.")
+    return labels
 
 
 def _scalar(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from itertools import islice
@@ -97,7 +98,7 @@ class FileDataModule(LightningDataModule):
         self._tokenizer: Any = None
         self._datasets: dict[str, Any] = {}
         self._summary: dict[str, dict[str, int]] = {}
-        self._train_keys: set[str] = set()
+        self._keys: dict[str, Counter[str]] = {}
         self._stage: str | None = None
         self._mixture: list[Share] = []
         self._largest_token: dict[str, int] = {}
@@ -168,14 +169,13 @@ class FileDataModule(LightningDataModule):
             if self._source(split) is None:
                 continue  # Lightning also asks where another loader was given; whoever asks for this one is told
             examples = self._select(split, parsed)
+            keys = self._keys[split] = Counter(map(self._duplicate_key, examples))
             if split == "train":
                 examples, self._mixture = mixed(examples, self.files["train"], self.seed)
             self._datasets[split] = self._encode(split, examples)
-            keys = [self._duplicate_key(example) for example in examples]
-            if split == "train":
-                self._train_keys = set(keys)
-            elif self._train_keys:
-                self._summary[split]["also_in_train"] = sum(key in self._train_keys for key in keys)
+            if split != "train" and "train" in self._keys:
+                also = sum(count for key, count in keys.items() if key in self._keys["train"])
+                self._summary[split]["also_in_train"] = also
         new = [split for split in self._summary if split not in before]
         if new:
             # With their files: those of a configuration that another one is laid over may have been forgotten.
@@ -245,6 +245,13 @@ class FileDataModule(LightningDataModule):
         shares = [[part.path, f"{part.weight:g}", f"{part.records:,}", f"{part.seen:,}"] for part in self._mixture]
         return f"{table}\n\n" + text_table(["training file", "weight", "records", "seen in an epoch"], shares)
 
+    def duplicates(self, split: str) -> list[tuple[str, int]]:
+        """Returns the inputs that several examples of a split share, and how many do; the most frequent first.
+
+        Inputs count as equal that differ at most in case and white space. Copies by a weight are not counted.
+        """
+        return [(key, count) for key, count in self._keys[split].most_common() if count > 1]
+
     # How it is done.
 
     def _source(self, split: str) -> str | None:
@@ -264,7 +271,7 @@ class FileDataModule(LightningDataModule):
                 yield from islice(iterate_records(path, f"{split}_file"), 1)
 
     def records(self, name: str) -> list[Record]:
-        """Returns all records of the files `name`."""
+        """Returns all records of the files of a split, which `name` says."""
         return [record for path in self.files[name] for record in read_records(path, f"{name}_file")]
 
     def _examples(self, name: str, split: str) -> list[dict[str, Any]]:

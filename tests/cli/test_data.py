@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import yaml
@@ -20,6 +21,21 @@ def test_examples_are_shown_with_what_is_learned(config, capsys):  # noqa: F811
     assert "of 3:" in out
     row = next(line for line in out.splitlines() if line.startswith("train "))
     assert row.split() == ["train", "8", "11", "11", "11", "11"]
+
+
+def test_equal_inputs_and_what_is_cut_are_counted(config, capsys):  # noqa: F811
+    rows = [{"prompt": prompt, "completion": "green"} for prompt in ["What  Colour ?", "what colour ?", "the sky ?"]]
+    rows.append({"prompt": " ".join(["sky"] * 30), "completion": "green"})
+    (config.parent / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["data", "--config", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert "Nothing is cut or dropped." in out
+    assert "1 examples have the input of another one; the most frequent inputs:\n  2 × user what colour ?" in out
+    content = yaml.safe_load(config.read_text())
+    content["data"]["init_args"]["max_length"] = 12
+    config.write_text(yaml.safe_dump(content))
+    assert main(["data", "--config", str(config)]) == 0
+    assert re.search(r"Left out by max_length: 1 cut examples, 2\d cut tokens\n", capsys.readouterr().out)
 
 
 def test_color_marks_learned_tokens_on_demand(config, capsys):  # noqa: F811

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pyarrow
 import pytest
 import yaml
+from pyarrow import parquet
 
 from genlora_lightning.cli.main import main
 
@@ -36,7 +38,12 @@ def parsed(capsys) -> dict:
     return yaml.safe_load(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("rows", [CHATS, PAIRS], ids=["messages", "prompts"])
+ALPACA = [{"instruction": "a", "output": "b"}]
+SHAREGPT = [{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "ho"}]}]
+FORMS = {"messages": CHATS, "prompts": PAIRS, "alpaca": ALPACA, "sharegpt": SHAREGPT, "texts": [{"text": "a b"}]}
+
+
+@pytest.mark.parametrize("rows", FORMS.values(), ids=FORMS)
 def test_conversations_get_a_language_model(rows, capsys):
     Path("data.jsonl").write_text(lines(rows))
     assert init() == 0
@@ -46,6 +53,16 @@ def test_conversations_get_a_language_model(rows, capsys):
     assert config["model"]["init_args"]["model"] == "some/model"
     assert config["data"]["init_args"]["train_file"] == "data.jsonl"
     assert config["trainer"]["default_root_dir"] == "runs/mine"
+
+
+def test_a_table_is_looked_at_as_lines_are(tmp_path):
+    for name in ("d.json", "d.parquet"):
+        path = tmp_path / name
+        path.write_text(json.dumps(TEXTS)) if name == "d.json" else parquet.write_table(
+            pyarrow.Table.from_pylist(TEXTS), path
+        )
+        assert init("--overwrite", data=name) == 0
+        assert 'label_names: ["3", "no: never", "yes"]' in Path("mine.yaml").read_text()
 
 
 def test_texts_get_a_classifier_of_their_labels(capsys):
@@ -64,13 +81,19 @@ def test_any_name_comes_through_yaml(model):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": "none.jsonl"}, "There is no file none.jsonl"),
-        ({"data": "data.txt"}, "data.txt is neither .jsonl nor .csv"),
-        ({"data": "empty.jsonl"}, "empty.jsonl has no records"),
-        ({"data": "broken.jsonl"}, "broken.jsonl cannot be read as UTF-8 JSONL"),
-        ({"data": "latin.csv"}, "latin.csv cannot be read as UTF-8 CSV"),
-        ({"data": "other.jsonl"}, r"other.jsonl has a record with the fields ['answer', 'question']. Known are conv"),
-        ({"data": "list.jsonl"}, "list.jsonl has a record that is no object"),
+        ({"data": "none.jsonl"}, "--data: there is no file 'none.jsonl'"),
+        (
+            {"data": "data.txt"},
+            "data.txt: unknown file extension '.txt' for --data; allowed are .jsonl,",
+        ),
+        ({"data": "empty.jsonl"}, "empty.jsonl: --data holds no records"),
+        ({"data": "broken.jsonl"}, "broken.jsonl:1: not valid JSON"),
+        ({"data": "latin.csv"}, "latin.csv:2: not UTF-8 text at byte 1"),
+        ({"data": "other.jsonl"}, "other.jsonl:1: needs a field 'messages', or 'prompt' and 'completion', or"),
+        ({"data": "other.jsonl"}, "; rename 'question' → 'prompt', 'answer' → 'completion'"),
+        ({"data": "list.jsonl"}, "list.jsonl:1: must be a JSON object, got list"),
+        ({"data": "mixed.jsonl"}, "mixed.jsonl:2: has no 'text' and 'label', as the records before it have"),
+        ({"data": "hf://nobody/nothing"}, "hf://nobody/nothing: --data cannot be loaded (no network,"),
         ({"data": "one.jsonl"}, "one.jsonl has 1 different labels"),
         ({"model": "folder"}, "folder is a folder without a config.json"),
         ({"model": "./nowhere"}, "There is no folder ./nowhere"),
@@ -85,6 +108,7 @@ def test_what_cannot_be_is_one_line_and_no_file(change, message, capsys):
     Path("latin.csv").write_bytes("text,label\né,1\n".encode("latin-1"))
     Path("other.jsonl").write_text(lines([{"question": "a", "answer": "b"}]))
     Path("list.jsonl").write_text("[1]\n")
+    Path("mixed.jsonl").write_text(lines([*TEXTS[:1], *CHATS]))
     Path("one.jsonl").write_text(lines(TEXTS[:1]))
     Path("folder").mkdir()
     assert init(**change) == 1
