@@ -306,7 +306,7 @@ def assistant(content: Any = "a") -> dict[str, Any]:
         ({"prompt": "x", "completion": 4}, r"field 'completion' must be a string, got int: 4"),
         ({"prompt": "x", "completion": " "}, r"field 'completion' is empty"),
         ({"prompt": "", "completion": "x"}, r"field 'prompt' is empty"),
-        ({"prompt": "x", "messages": []}, r"has both 'messages' and 'prompt'"),
+        ({"prompt": "x", "completion": "y", "messages": []}, r"has both 'messages' and 'prompt'"),
         ({"messages": "x"}, r"'messages' must be a list of messages, got str"),
         ({"messages": []}, r"'messages' is an empty list"),
         ({"messages": [user(), "x"]}, r"messages\[1\] must be an object with 'role' and 'content', got 'x'"),

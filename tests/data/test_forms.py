@@ -66,10 +66,13 @@ def test_a_text_is_a_document_in_training_only() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": "q", "instruction": "q", "output": "a"}, r"has both 'prompt' and 'instruction'; keep one of them"),
+        (
+            {"prompt": "q", "completion": "a", "instruction": "q", "output": "a"},
+            r"has both 'prompt' and 'instruction'; keep one of them",
+        ),
         (
             {"messages": [], "conversations": [], "text": ""},
-            r"has both 'messages', 'conversations' and 'text'; keep",
+            r"has both 'messages' and 'conversations'; keep",
         ),
         ({"text": "x", "label": "y"}, r"has 'text' and 'label', which is for a classifier \(TextClassif"),
         ({"text": 3}, r"field 'text' must be a string, got int: 3"),
@@ -125,6 +128,21 @@ def test_all_forms_are_listed_where_none_is_near() -> None:
         parse({"a": 1, "b": 2})
     with pytest.raises(DataFileError, match=r"fields found: .*'f19', \.\.\.$"):
         parse({f"f{number}": 1 for number in range(5000)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "question"),
+    [
+        ({"instruction": "q", "input": "", "output": "a", "text": "### q ### a"}, "q"),  # as tatsu-lab/alpaca
+        (
+            {"prompt": "copy", "messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]},
+            "q",
+        ),
+    ],
+)
+def test_copies_beside_a_whole_record_are_left_out(fields, question) -> None:
+    found = parse(fields)
+    assert [message["content"] for message in found.messages] == [question, "a"]
 
 
 def test_a_blank_column_of_a_table_is_no_form() -> None:
