@@ -92,10 +92,8 @@ def find_form(record: Record, *, needs_answer: bool = True) -> Form:
     found = [form for form in known if form.field in fields]
     if len(found) > 1 and from_table(record):  # where a row has each column, a blank one says nothing
         found = [form for form in found if not is_blank(fields[form.field])] or found
-    if (
-        len(found) > 1
-    ):  # a question beside a whole conversation, and a text beside what it was rendered from, are copies
-        whole = [form for form in found if all(not is_blank(fields.get(field)) for field in form.fields)]
+    if len(found) > 1:  # a lone question, and a text beside what it was rendered from, are copies
+        whole = [form for form in found if all(field in fields for field in form.fields)]
         found = [form for form in whole if form.field != "text"] or whole or found
     if len(found) == 1:
         return found[0]
