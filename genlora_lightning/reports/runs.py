@@ -401,8 +401,8 @@ def _written(folder: Path, facts: Mapping[str, Any]) -> datetime:
     try:
         return datetime.fromisoformat(facts["created"]).astimezone(timezone.utc)
     except (KeyError, TypeError, ValueError):
-        names = (METRICS_FILE, *_SETTINGS, "checkpoints", "")
-        newest = max((folder / name).stat().st_mtime for name in names[:4] if (folder / name).exists())
+        places = (folder / name for name in (METRICS_FILE, *_SETTINGS, "checkpoints"))
+        newest = max(place.stat().st_mtime for place in places if place.exists())
         return datetime.fromtimestamp(newest, timezone.utc)
 
 

@@ -96,7 +96,16 @@ def test_rate_of_the_whole_fit_is_logged_at_its_end(tmp_path: Path) -> None:
     rows = list(csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines()))
     assert [row["fit_tokens_per_second"] for row in rows[:-1]] == [""] * (len(rows) - 1)
     assert float(rows[-1]["fit_tokens_per_second"]) == pytest.approx(counter.tokens_per_second)
+    assert float(rows[-1]["fit_seconds"]) == pytest.approx(counter.seconds)
     assert rows[-1]["step"] == "8"
+
+
+def test_seconds_are_logged_where_there_are_no_tokens(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(ImageModel(), TokensPerSecond(), root=tmp_path, logger=logger, log_every_n_steps=1)
+    rows = list(csv.DictReader(Path(logger.log_dir, "metrics.csv").read_text().splitlines()))
+    assert float(rows[-1]["fit_seconds"]) > 0
+    assert "fit_tokens_per_second" not in rows[-1]
 
 
 def test_counters_start_anew_with_each_fit(tmp_path: Path) -> None:

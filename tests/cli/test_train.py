@@ -25,6 +25,7 @@ from genlora_lightning.callbacks.progress import LineProgressBar
 from genlora_lightning.callbacks.throughput import TokensPerSecond
 from genlora_lightning.cli.train import _CALLBACK_DEFAULTS, GenLoRACLI, checkpoint_folders, main
 from genlora_lightning.layers.linear import AdaptedLinear
+from genlora_lightning.reports.runs import find_runs
 from genlora_lightning.training.callback import AdapterFinetuning
 from tests.models import tiny_bert, tiny_llama
 
@@ -207,6 +208,28 @@ def test_fit_runs_twice_and_keeps_both_runs(config: Path, tmp_path: Path, capsys
         out = capsys.readouterr().out
         assert "step 2/2 (100%) | train_loss" in out
         assert "validation after step 2 | val_loss" in out
+
+
+def test_fit_ends_with_a_report_of_all_its_starts_unless_it_is_told_not_to(config: Path, tmp_path: Path) -> None:
+    main(["fit", "--config", str(config), "--trainer.max_steps", "1", "--report", "false"])
+    main(["fit", "--config", str(config), "--ckpt_path", "auto"])
+    assert [path.parent.name for path in tmp_path.glob("out/logs/*/report.html")] == ["version_1"]
+    (run,) = find_runs(tmp_path / "out")
+    assert [folder.name for folder in run.folders] == ["version_0", "version_1"]
+    assert run.curves["train_loss"].steps == (0, 1)
+    assert (run.steps, run.state, run.seconds_exact) == (2, "finished", True)
+    page = (run.folder / "report.html").read_text()
+    assert all(text in page for text in ("train_loss", "val_loss", "Effective rank", "<dd>finished", "2 starts"))
+
+
+def test_a_report_that_cannot_be_written_is_one_warning(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(folder: str) -> Path:
+        raise RuntimeError("two\nlines")
+
+    monkeypatch.setattr("genlora_lightning.cli.train.write_report", fail)
+    with pytest.warns(UserWarning, match="^No report of the run was written: two lines$"):
+        cli = main(["fit", "--config", str(config)])
+    assert cli.trainer.global_step == 2
 
 
 def test_the_saved_config_of_a_run_repeats_it(config: Path, tmp_path: Path) -> None:

@@ -67,10 +67,6 @@ def test_a_thinned_curve_keeps_its_ends_and_all_extremes_of_its_stretches(count)
     assert list(kept.steps) == sorted(set(kept.steps))
     assert (kept.steps[0], kept.steps[-1]) == (whole.steps[0], whole.steps[-1])
     assert (kept.lowest, kept.highest) == (whole.lowest, whole.highest)
-    stretch = 3 * math.ceil(count / 900)
-    for begin in range(0, 3 * count - 2 * stretch, stretch):  # each holds a whole bucket, whose extremes bound its own
-        inside = [v for s, v in zip(kept.steps, kept.values, strict=True) if begin <= s < begin + 2 * stretch]
-        assert inside
 
 
 def test_a_spike_of_one_step_stays_visible():
