@@ -388,7 +388,9 @@ def _load_adapted(options: argparse.Namespace) -> nn.Module:
         return model.eval()
     stored = read_adapter(options.adapter)
     model = _load_base(options, set(stored.tensors), stored.base)
-    load_adapter(model, options.adapter, base_check=options.base_check)
+    # Into the unquantized form of a base that was quantized for the training, since that can be merged into.
+    check = "unquantized" if options.base_check == "error" else options.base_check
+    load_adapter(model, options.adapter, base_check=check)
     return model.eval()
 
 
