@@ -378,6 +378,7 @@ def _check_out(options: argparse.Namespace) -> None:
 def _load_adapted(options: argparse.Namespace) -> nn.Module:
     from genlora_lightning.artifacts.adapter_folder import read_adapter
     from genlora_lightning.artifacts.adapter_io import load_adapter
+    from genlora_lightning.backbone.identity import BaseCheck
     from genlora_lightning.interop.lora_files import read_lora
     from genlora_lightning.interop.lora_import import import_lora
 
@@ -389,7 +390,7 @@ def _load_adapted(options: argparse.Namespace) -> nn.Module:
     stored = read_adapter(options.adapter)
     model = _load_base(options, set(stored.tensors), stored.base)
     # Into the unquantized form of a base that was quantized for the training, since that can be merged into.
-    check = "unquantized" if options.base_check == "error" else options.base_check
+    check: BaseCheck = "unquantized" if options.base_check == "error" else options.base_check
     load_adapter(model, options.adapter, base_check=check)
     return model.eval()
 
