@@ -378,7 +378,6 @@ def _check_out(options: argparse.Namespace) -> None:
 def _load_adapted(options: argparse.Namespace) -> nn.Module:
     from genlora_lightning.artifacts.adapter_folder import read_adapter
     from genlora_lightning.artifacts.adapter_io import load_adapter
-    from genlora_lightning.backbone.identity import BaseCheck
     from genlora_lightning.interop.lora_files import read_lora
     from genlora_lightning.interop.lora_import import import_lora
 
@@ -389,10 +388,13 @@ def _load_adapted(options: argparse.Namespace) -> nn.Module:
         return model.eval()
     stored = read_adapter(options.adapter)
     model = _load_base(options, set(stored.tensors), stored.base)
-    # Into the unquantized form of a base that was quantized for the training, since that can be merged into.
-    check: BaseCheck = "unquantized" if options.base_check == "error" else options.base_check
-    load_adapter(model, options.adapter, base_check=check)
+    load_adapter(model, options.adapter, base_check=_form_check(options))
     return model.eval()
+
+
+def _form_check(options: argparse.Namespace) -> Any:
+    """The check of the base that takes the unquantized form of a quantized one, too: that can be merged into."""
+    return "unquantized" if options.base_check == "error" else options.base_check
 
 
 def _check_peft_base(options: argparse.Namespace, model: nn.Module | None = None) -> dict[str, Any] | None:
@@ -407,7 +409,7 @@ def _check_peft_base(options: argparse.Namespace, model: nn.Module | None = None
     manifest = read_peft_folder(options.adapter).manifest
     if manifest is not None and model is not None:
         present = base_identity(model, without=manifest["trained_modules"])
-        require_same_base(manifest["base"], present, f"The adapter in {options.adapter}", options.base_check)
+        require_same_base(manifest["base"], present, f"The adapter in {options.adapter}", _form_check(options))
     return None if manifest is None else dict(manifest["base"])
 
 
