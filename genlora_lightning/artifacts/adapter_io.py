@@ -189,6 +189,7 @@ def load_adapter(
             and the base is proved if a run of this library wrote the folder. Or the name of one on the Hugging Face
             Hub (``org/name``, ``org/name@revision``, ``hf://org/name``), of which the adapter's files are fetched.
         base_check: What to do if the base is another one: ``"error"``, ``"warn"``, or ``"off"``: do not look.
+            ``"unquantized"``: an error, but the unquantized form of a quantized base will do: to merge into it.
         replace: Whether adapters that the model has already, and that act, may lose their values.
 
     Returns:

@@ -66,7 +66,8 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
     if getattr(base.config, "quantization_config", None) is not None:
         raise ValueError(
             "The base is quantized, and merging into it would round the update away. Load the original, unquantized "
-            "base model, load the adapter into it and save that, or call the base's `dequantize()` before."
+            "base model and merge into that: `genlora merge ADAPTER ORIGINAL OUT`, or `load_adapter(original, adapter, "
+            'base_check="unquantized")` and this. Or call the base\'s `dequantize()` before.'
         )
     check_replaceable(folder, _is_unchanged_merge, "merged model")
     state, rows = _merged_state(base, dtype)

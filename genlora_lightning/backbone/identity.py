@@ -8,7 +8,9 @@ Values and not a digest of them, because the same weights are loaded as float32 
 values agree if they are equal, or if those of one side are bfloat16 or float16 numbers and those of the other differ
 from them by no more than the rounding to that dtype. No tolerance is given otherwise: two bases of the same dtype that
 differ in the last bit are different ones. Integers and 8-bit floats are codes of quantized weights, not values: a base
-that is quantized here and was not there is another base, since its adapted layers give other outputs.
+that is quantized here and was not there is another base, since its adapted layers give other outputs. What a quantized
+weight counts for is the matrix that it stands for, and its codes as they were loaded, however a kernel has packed them
+since; so the base that was quantized is known in its unquantized form, by all that was not quantized.
 """
 
 from __future__ import annotations
@@ -23,13 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning.backbone.low_memory import WeightSource, weight_source
+from genlora_lightning.backbone.quantization import quantization_of
 from genlora_lightning.errors import WrongBaseError
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.places import adapter_places, base_name
 from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.quantized import codes, is_quantized, matrix_size
 from genlora_lightning.storage.digests import dtype_name, sha256
 
-BaseCheck = Literal["error", "warn", "off"]
+BaseCheck = Literal["error", "unquantized", "warn", "off"]
 
 SAMPLES_PER_TENSOR = 8
 _MOST_TENSORS = 512
@@ -78,7 +82,8 @@ def base_parameters(model: nn.Module, without: Iterable[str] = ()) -> Iterator[t
             tensor = originals.get(id(parameter), parameter)
             if id(parameter) not in own and id(tensor) not in seen:
                 seen.add(id(tensor))
-                yield base_name(name, places), tensor.detach()
+                # What a quantized one knows of itself is lost by `detach`.
+                yield base_name(name, places), tensor if is_quantized(tensor) else tensor.detach()
 
 
 def base_identity(model: nn.Module, without: Iterable[str] = ()) -> dict[str, Any]:
@@ -96,17 +101,19 @@ def base_identity(model: nn.Module, without: Iterable[str] = ()) -> dict[str, An
     rope = getattr(config, "rope_parameters", None)  # transformers 5 has the angle's base there
     if values["rope_theta"] is None and isinstance(rope, dict):
         values["rope_theta"] = rope.get("rope_theta")
+    quantization = quantization_of(config)
     return {
+        **({} if quantization is None else {"quantization": quantization}),
         "name": base_model_name(model),
         "revision": getattr(config, "_commit_hash", None),
         "class": type(model).__name__,
         "config": {key: value for key, value in values.items() if isinstance(value, (str, int, float))},
         "fingerprint": {
             "num_tensors": len(parameters),
-            "num_values": sum(tensor.numel() for _, tensor in parameters),
-            "structure_sha256": _structure((name, tensor.shape) for name, tensor in parameters),
+            "num_values": sum(matrix_size(tensor).numel() for _, tensor in parameters),
+            "structure_sha256": _structure((name, matrix_size(tensor)) for name, tensor in parameters),
             "samples": {
-                name: [dtype_name(tensor.dtype), list(tensor.shape), _sample(tensor, name, source)]
+                name: [_dtype_name(tensor), list(matrix_size(tensor)), _sample(tensor, name, source)]
                 for name, tensor in islice(parameters, 0, None, stride)
             },
         },
@@ -126,6 +133,7 @@ def _is_sample(value: Any) -> bool:
 
 #: What :func:`base_identity` gives, for :func:`~genlora_lightning.storage.documents.check_document`.
 IDENTITY_SHAPE: dict[Any, Any] = {
+    "quantization?": str,
     "name": (str, type(None)),
     "revision": (str, type(None)),
     "class": str,
@@ -134,10 +142,15 @@ IDENTITY_SHAPE: dict[Any, Any] = {
 }
 
 
-def compare_bases(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
+def compare_bases(stored: dict[str, Any], present: dict[str, Any], *, unquantized: bool = False) -> list[str]:
     """How two identities differ, in phrases for a message; empty if they are one base.
 
     Names and revisions are not compared: the same weights lie in many folders.
+
+    Args:
+        stored: Identity of the base that was trained on.
+        present: Identity of the base at hand.
+        unquantized: Whether the base at hand may have numbers where the other one had codes of them.
     """
     problems = [
         f"`{key}` was {value!r} and is {present['config'][key]!r}"
@@ -163,10 +176,14 @@ def compare_bases(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     if None in structures and then["samples"] and not both:
         problems.append("none of its sampled tensors is there under its name and with its shape")
     dtypes = [name for name in both if not _comparable(then["samples"][name][0], now["samples"][name][0])]
+    if unquantized and "quantization" in stored and "quantization" not in present:
+        both = [name for name in both if name not in dtypes or now["samples"][name][0] not in _VALUES]
+        dtypes = [name for name in dtypes if name in both]
     if dtypes:
         was, is_ = (side["samples"][dtypes[0]][0] for side in (then, now))
         problems.append(
             f"{len(dtypes)} of {len(both)} tensors were {was} and are {is_} ({dtypes[0]}): one is quantized or packed"
+            + _remedy(stored, present)
         )
     different = [
         name for name in both if name not in dtypes and not _agree(then["samples"][name], now["samples"][name])
@@ -177,6 +194,18 @@ def compare_bases(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
     return problems
 
 
+def _remedy(stored: dict[str, Any], present: dict[str, Any]) -> str:
+    there, here = stored.get("quantization"), present.get("quantization")
+    if there == here:
+        return ""
+    if here is not None:
+        return f" (`quantization` {there!r} then, {here!r} now)"
+    return (
+        f". Load the base with `quantization={there!r}`, a module's argument, as then; to merge into the unquantized "
+        'one, use `genlora merge`, or give base_check="unquantized"'
+    )
+
+
 def require_same_base(stored: dict[str, Any], present: dict[str, Any], what: str, base_check: BaseCheck) -> bool:
     """Refuse another base than the one that was trained on, or warn of it.
 
@@ -184,18 +213,20 @@ def require_same_base(stored: dict[str, Any], present: dict[str, Any], what: str
         stored: Identity of the base that was trained on.
         present: Identity of the base at hand.
         what: What was trained, for the message: ``"The adapter in runs/a"``.
-        base_check: ``"error"``, ``"warn"``, or ``"off"``: do not look.
+        base_check: ``"error"``, ``"warn"``, or ``"off"``: do not look; ``"unquantized"``: an error, but for the
+            unquantized form of a quantized base.
 
     Returns:
         Whether it is proved to be the same.
 
     Raises:
         WrongBaseError: It is another base; the message names both and how they differ.
-        ValueError: ``base_check`` is none of the three.
+        ValueError: ``base_check`` is none of the four.
     """
-    if base_check not in ("error", "warn", "off"):
-        raise ValueError(f"`base_check` must be 'error', 'warn' or 'off', got {base_check!r}.")
-    problems = [] if base_check == "off" else compare_bases(stored, present)
+    if base_check not in ("error", "unquantized", "warn", "off"):
+        raise ValueError(f"`base_check` must be 'error', 'unquantized', 'warn' or 'off', got {base_check!r}.")
+    is_form = base_check == "unquantized"
+    problems = [] if base_check == "off" else compare_bases(stored, present, unquantized=is_form)
     if not problems:
         return base_check != "off"
     message = (
@@ -238,6 +269,8 @@ def describe_base(identity: dict[str, Any]) -> str:
     """An identity in a few words for messages: ``'name' (class, revision, 272 tensors of 134,515,008 values)``."""
     fingerprint = identity["fingerprint"]
     facts = [identity["class"]]
+    if identity.get("quantization"):
+        facts.append(f"quantized: {identity['quantization']}")
     if identity["revision"]:
         facts.append(f"revision {identity['revision']}")
     facts.append(f"{fingerprint['num_tensors']} tensors of {fingerprint['num_values']:,} values")
@@ -256,11 +289,21 @@ def _structure(shapes: Iterable[tuple[str, Iterable[int]]]) -> str:
     return sha256("".join(f"{name} {tuple(shape)}\n" for name, shape in shapes).encode())
 
 
+def _dtype_name(tensor: Tensor) -> str:
+    stored = codes(tensor) if is_quantized(tensor) else tensor
+    return dtype_name((tensor if stored is None else stored).dtype)
+
+
 def _sample(tensor: Tensor, name: str, source: WeightSource | None) -> str | None:
     """A few values as base64 of little-endian float32; ``None`` if there are none to be had (no memory, or packed).
 
     Values that were not read yet are taken from the file in which they are.
     """
+    if is_quantized(tensor) and not tensor.is_meta:
+        stored_codes = codes(tensor)
+        if stored_codes is None:
+            return None
+        tensor = stored_codes
     size = tensor.numel()
     if not size or (tensor.is_meta and source is None):
         return None

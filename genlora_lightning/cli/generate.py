@@ -148,7 +148,11 @@ class Subject:
         # The commit that the adapter was trained on; another base has other commits.
         revision = options.revision or (self._found.revision if options.base is None else None)
         self.module = CausalLMModule(
-            name, revision=revision, trust_remote_code=options.trust_remote_code, dtype=options.dtype
+            name,
+            revision=revision,
+            trust_remote_code=options.trust_remote_code,
+            dtype=options.dtype,
+            quantization=self._found.quantization,
         )
         self.tokenizer = self._of_base(lambda: self.module.tokenizer)
 
@@ -264,12 +268,14 @@ class _Trained:
         path: Where it lies, but for a model.
         base: Name of the base; of a model itself.
         revision: Commit of the base on the Hub.
+        quantization: What the base was quantized by when it was trained on, if the modules can do that.
     """
 
     def __init__(self, name: str) -> None:
         from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, read_adapter
         from genlora_lightning.artifacts.checkpoint import describe
         from genlora_lightning.artifacts.loading import read_checkpoint
+        from genlora_lightning.backbone.quantization import QUANTIZATIONS
         from genlora_lightning.interop.lora_files import read_lora
 
         self.name = name
@@ -290,6 +296,8 @@ class _Trained:
             base = {"name": name}
         self.base: str | None = base.get("name")
         self.revision: str | None = base.get("revision")
+        quantization = base.get("quantization")
+        self.quantization: Any = quantization if quantization in QUANTIZATIONS else None
         _check_writes_text(name, base.get("class"))
 
 

@@ -396,8 +396,13 @@ def _load_adapted(options: argparse.Namespace) -> nn.Module:
         return model.eval()
     stored = read_adapter(options.adapter)
     model = _load_base(options, set(stored.tensors), stored.base)
-    load_adapter(model, options.adapter, base_check=options.base_check)
+    load_adapter(model, options.adapter, base_check=_form_check(options))
     return model.eval()
+
+
+def _form_check(options: argparse.Namespace) -> Any:
+    """The check of the base that takes the unquantized form of a quantized one, too: that can be merged into."""
+    return "unquantized" if options.base_check == "error" else options.base_check
 
 
 def _check_peft_base(options: argparse.Namespace, model: nn.Module | None = None) -> dict[str, Any] | None:
@@ -412,7 +417,7 @@ def _check_peft_base(options: argparse.Namespace, model: nn.Module | None = None
     manifest = read_peft_folder(options.adapter).manifest
     if manifest is not None and model is not None:
         present = base_identity(model, without=manifest["trained_modules"])
-        require_same_base(manifest["base"], present, f"The adapter in {options.adapter}", options.base_check)
+        require_same_base(manifest["base"], present, f"The adapter in {options.adapter}", _form_check(options))
     return None if manifest is None else dict(manifest["base"])
 
 

@@ -57,6 +57,9 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of the frozen base"
     )
     parser.add_argument(
+        "--quantization", choices=["nf4", "int8", "int8-weight-only", "float8"], help="of the frozen base"
+    )
+    parser.add_argument(
         "--precision", choices=["bf16-mixed", "32-true"], default="bf16-mixed", help="default: %(default)s"
     )
     parser.add_argument("--gradient-checkpointing", action="store_true", help="compute activations again")
@@ -166,7 +169,8 @@ def run_plan(options: argparse.Namespace) -> None:
     config, task = _model(options)
     dtype: torch.dtype | None = None if options.dtype == "auto" else getattr(torch, options.dtype)
     trust = options.trust_remote_code
-    plan = make_plan(config, options.model, task, adapter, setup, dtype=dtype, trust_remote_code=trust)
+    how: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust, "quantization": options.quantization}
+    plan = make_plan(config, options.model, task, adapter, setup, **how)
     print(json.dumps(plan.to_dict(), indent=2) if options.json else plan)
 
 

@@ -25,6 +25,7 @@ from genlora_lightning.injection.report import BESIDE_PARTS, InjectionReport, In
 from genlora_lightning.injection.targets import all_names, configurations, match_modules, select_targets
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
 from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.quantized import is_quantized
 from genlora_lightning.layers.sharing import share_generation, stop_sharing_generation
 from genlora_lightning.layers.sites import adapt, matrix_shape
 from genlora_lightning.overrides import forget, note, noted, put_on, take_off
@@ -227,6 +228,12 @@ def _put_in(
             raise ValueError(
                 f"{error} If it is a new head, name it in `modules_to_train`, and it is trained in full."
             ) from error
+    for name, module in trained.items():
+        if any(is_quantized(parameter) for parameter in module.parameters()):
+            raise ValueError(
+                f"{name} is quantized, and cannot be trained in full: leave it out of `modules_to_train`, or load the "
+                "base with it as it is."
+            )
     model.requires_grad_(False)
     _replace(model, {id(module): adapt(module, config, generator) for module, config in layers.values()})
     train_in_full(model, list(trained.values()))

@@ -36,7 +36,7 @@ def obstacle_in_weight(base: nn.Module, weight: Tensor, shape: torch.Size) -> st
         return (
             f"its weight is stored as {tuple(weight.shape)} {weight.dtype} ({type(weight.data).__name__}); merging "
             f"needs {tuple(shape)} floating point values. The weight is probably quantized or sharded: load the model "
-            "unquantized and whole, then merge."
+            "unquantized and whole, then merge (`genlora merge` with the original base)."
         )
     if weight.is_meta:
         return "its weight has no memory (it is offloaded, or was not loaded yet): load the model whole, then merge."

@@ -18,13 +18,17 @@ from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.artifacts.loading import load_module
 from genlora_lightning.backbone.architectures import enable_gradient_checkpointing
 from genlora_lightning.backbone.pretrained import load_pretrained, load_tokenizer
+from genlora_lightning.backbone.quantization import QUANTIZATIONS, Quantization, quantization_config
 from genlora_lightning.callbacks.reading import is_for_bar
+from genlora_lightning.fields import check_choice
 from genlora_lightning.injection.peft_adapters import AnyConfig, PeftAdapter, PeftConfigLike, read_any_config
+from genlora_lightning.layers.quantized import keep_layout
 from genlora_lightning.modules.limits import InputCheck
 from genlora_lightning.training.callback import AdapterFinetuning
 from genlora_lightning.training.lightning_internals import trainer_or_none
 from genlora_lightning.training.optim import OptimizerConfig, build_optimizer, build_scheduler
 from genlora_lightning.training.precision import cpu_multiplies_bfloat16
+from genlora_lightning.training.strategies import shards_base
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -63,6 +67,8 @@ class GenLoRAModule(LightningModule):
         low_memory: Build the model without weights; each process reads from the safetensors files what it keeps once
             the strategy has sharded the model, so that no process ever holds all of it. For FSDP; with other
             strategies each process reads all, once. Without a trainer the model is loaded as always.
+        quantization: Quantize the frozen base while it is loaded: ``"nf4"`` or ``"int8"`` by bitsandbytes,
+            ``"int8-weight-only"`` or ``"float8"`` by torchao (extra ``quant``).
         model_kwargs: More arguments for ``from_pretrained``; plain values, because checkpoints hold them.
 
     Raises:
@@ -89,6 +95,7 @@ class GenLoRAModule(LightningModule):
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
         low_memory: bool = False,
+        quantization: Quantization | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
@@ -97,6 +104,15 @@ class GenLoRAModule(LightningModule):
         if dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"`dtype` must be 'auto', 'float32', 'bfloat16' or 'float16', got {dtype!r}.")
         check_plain("model_kwargs", model_kwargs)
+        if quantization is not None:
+            check_choice("quantization", quantization, QUANTIZATIONS)
+            if low_memory:
+                raise ValueError(
+                    f"`quantization` is {quantization!r}, and `low_memory` reads weights as they are. Leave one out."
+                )
+            if "quantization_config" in (model_kwargs or {}):
+                raise ValueError("`quantization` and `model_kwargs.quantization_config` say the same thing: give one.")
+        self.quantization = quantization
         self.source = model
         self.adapter: AnyConfig | None = None if adapter is None else read_any_config(adapter)
         if isinstance(optimizer, dict):
@@ -139,6 +155,10 @@ class GenLoRAModule(LightningModule):
         """Load the transformers model; called once."""
         raise NotImplementedError(f"{type(self).__name__} must define `load_backbone`.")
 
+    def kept_whole(self) -> list[str] | None:
+        """Names of the modules that ``quantization`` leaves as they are; transformers' choice if ``None``."""
+        return None
+
     def load_with(self, auto_class: str, **options: Any) -> tuple[Any, list[str]]:
         """Load the model with a class of transformers and the module's options.
 
@@ -148,7 +168,13 @@ class GenLoRAModule(LightningModule):
         # Without a trainer there is no callback either, which has the weights read.
         low_memory = self.low_memory and self._trainer_or_none() is not None
         given = {**self.loading_options, **options}
+        if self.quantization is not None:
+            self._check_unsharded()
+            given["quantization_config"] = quantization_config(self.quantization, self.kept_whole())
+            if given["dtype"] == "auto" and self._is_slow_in_bfloat16():
+                given["dtype"] = torch.float32
         model, missing = load_pretrained(auto_class, self.source, low_memory=low_memory, **given)
+        keep_layout(model)
         is_quantized = getattr(model.config, "quantization_config", None) is not None
         is_free = given["dtype"] == "auto" and not low_memory and not is_quantized
         has_16_bits = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
@@ -156,6 +182,14 @@ class GenLoRAModule(LightningModule):
             model.float()
             rank_zero_info("The base is float32 here: this CPU has no 16-bit arithmetic. Set `dtype` to choose.")
         return model, missing
+
+    def _check_unsharded(self) -> None:
+        trainer = self._trainer_or_none()
+        if trainer is not None and shards_base(trainer.strategy):
+            raise ValueError(
+                f"`quantization` is {self.quantization!r}, and {type(trainer.strategy).__name__} cannot shard a "
+                'quantized base: leave it out, or set `strategy="ddp"`, with which each process has the whole base.'
+            )
 
     def _is_slow_in_bfloat16(self) -> bool:
         """Whether the model would compute in bfloat16 on a CPU that has no arithmetic for it, unasked."""

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.backbone.quantization import Quantization
 from genlora_lightning.injection.peft_adapters import PeftConfigLike
 from genlora_lightning.modules.base import Dtype, GenLoRAModule, check_plain
 from genlora_lightning.modules.metrics import Perplexity, WeightedMean
@@ -46,6 +47,8 @@ class CausalLMModule(GenLoRAModule):
         trust_remote_code: Run the Python code that comes with the model.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         low_memory: Read the weights only once the model is sharded, each process what it keeps; for FSDP.
+        quantization: Quantize the frozen base while it is loaded: ``"nf4"`` or ``"int8"`` by bitsandbytes,
+            ``"int8-weight-only"`` or ``"float8"`` by torchao (extra ``quant``).
         model_kwargs: More arguments for ``from_pretrained``; plain values, because checkpoints hold them.
         generation: Arguments of transformers' ``generate`` for prediction, over ``max_new_tokens: 64`` and
             ``do_sample: false``.
@@ -69,6 +72,7 @@ class CausalLMModule(GenLoRAModule):
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
         low_memory: bool = False,
+        quantization: Quantization | None = None,
         model_kwargs: dict[str, Any] | None = None,
         generation: dict[str, Any] | None = None,
     ) -> None:
@@ -82,6 +86,7 @@ class CausalLMModule(GenLoRAModule):
             trust_remote_code=trust_remote_code,
             gradient_checkpointing=gradient_checkpointing,
             low_memory=low_memory,
+            quantization=quantization,
             model_kwargs=model_kwargs,
         )
         check_plain("generation", generation)

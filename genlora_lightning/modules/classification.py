@@ -13,6 +13,8 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.backbone.architectures import build_on_meta, read_config
+from genlora_lightning.backbone.quantization import Quantization
 from genlora_lightning.data.classification import ProblemType
 from genlora_lightning.fields import check_choice, check_number
 from genlora_lightning.injection.peft_adapters import AnyConfig, PeftAdapter, PeftConfigLike
@@ -60,6 +62,8 @@ class SequenceClassificationModule(GenLoRAModule):
         trust_remote_code: Run the Python code that comes with the model.
         gradient_checkpointing: Compute activations again in the backward pass instead of keeping them.
         low_memory: Read the weights only once the model is sharded, each process what it keeps; for FSDP.
+        quantization: Quantize the frozen base while it is loaded: ``"nf4"`` or ``"int8"`` by bitsandbytes,
+            ``"int8-weight-only"`` or ``"float8"`` by torchao (extra ``quant``).
         model_kwargs: More arguments for ``from_pretrained``; plain values, because checkpoints hold them.
 
     Raises:
@@ -83,6 +87,7 @@ class SequenceClassificationModule(GenLoRAModule):
         trust_remote_code: bool = False,
         gradient_checkpointing: bool = False,
         low_memory: bool = False,
+        quantization: Quantization | None = None,
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
@@ -95,6 +100,7 @@ class SequenceClassificationModule(GenLoRAModule):
             trust_remote_code=trust_remote_code,
             gradient_checkpointing=gradient_checkpointing,
             low_memory=low_memory,
+            quantization=quantization,
             model_kwargs=model_kwargs,
         )
         check_choice("problem_type", problem_type, get_args(ProblemType))
@@ -129,13 +135,17 @@ class SequenceClassificationModule(GenLoRAModule):
         loaded: nn.Module = model
         return loaded
 
+    @override
+    def kept_whole(self) -> list[str] | None:
+        config = read_config(self.source, **self.tokenizer_options)
+        trust = bool(self.tokenizer_options["trust_remote_code"])
+        model = build_on_meta(config, "sequence-classification", trust_remote_code=trust)
+        return _heads(model) or None
+
     def _find_trained_modules(self, model: nn.Module, absent: list[str]) -> list[str]:
         """Note which modules are trained in full; returns those of them that start at random."""
         body = getattr(model, "base_model", model)
-        heads = []
-        if body is not model:
-            beside = {name: child for name, child in model.named_children() if child is not body}
-            heads = [name for name, child in beside.items() if next(child.parameters(), None) is not None]
+        heads = _heads(model)
         in_body = {id(parameter): parameter.numel() for parameter in body.parameters()}
         parameters = dict(model.named_parameters())
         lacking = sum(in_body.get(id(parameters[name]), 0) for name in absent)
@@ -327,6 +337,13 @@ def _checked_weights(weights: list[float] | None, problem_type: ProblemType, num
     for index, weight in enumerate(weights):
         check_number(f"class_weights[{index}]", weight, above=0)
     return torch.tensor(weights, dtype=torch.float32)
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """What a transformers model has beside its body, if that has parameters."""
+    body = getattr(model, "base_model", model)
+    beside = {} if body is model else {name: child for name, child in model.named_children() if child is not body}
+    return [name for name, child in beside.items() if next(child.parameters(), None) is not None]
 
 
 def _checked_names(num_labels: int | None, label_names: list[str] | None, least: int) -> list[str]:

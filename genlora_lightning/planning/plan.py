@@ -51,6 +51,7 @@ import torch
 
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.backbone.architectures import build_on_meta, enable_gradient_checkpointing
+from genlora_lightning.backbone.quantization import Quantization, quantized_bytes, quantized_linears
 from genlora_lightning.injection.inject import inject_adapters
 from genlora_lightning.planning.activations import count_step
 from genlora_lightning.planning.traffic import (
@@ -107,6 +108,7 @@ class Plan:
         traffic: By kind and policy (``"genlora replicate"``, …): what is sent per optimizer step.
         layers: The number of FSDP units beside the root.
         remedy: If it does not fit: what would.
+        quantization: Of the frozen base.
     """
 
     model: str
@@ -120,6 +122,7 @@ class Plan:
     traffic: dict[str, Traffic]
     layers: int
     remedy: str | None = None
+    quantization: Quantization | None = None
 
     @property
     def fits(self) -> bool:
@@ -153,6 +156,7 @@ def make_plan(
     *,
     dtype: torch.dtype | None = None,
     trust_remote_code: bool = False,
+    quantization: Quantization | None = None,
 ) -> Plan:
     """Plan a run; the model is built on the meta device.
 
@@ -164,13 +168,29 @@ def make_plan(
         setup: The GPUs and the step.
         dtype: Of the frozen base; the configuration's if ``None``.
         trust_remote_code: Run the Python code that comes with the model.
+        quantization: Of the frozen base, as the modules' argument. Its linears but the head are counted as they are
+            stored (:func:`~genlora_lightning.backbone.quantization.quantized_bytes`), and not the numbers that one of
+            them is turned into while it computes.
 
     Raises:
-        ValueError: The adapters' configuration does not fit the model.
+        ValueError: The adapters' configuration does not fit the model, or a sharded strategy is to be planned for a
+            quantized base.
     """
+    if quantization is not None and (setup.is_sharded or setup.adapter_sharding == "shard"):
+        raise ValueError(
+            f"`quantization` is {quantization!r}, and {setup.strategy} cannot shard a quantized base: plan for "
+            "`single` or `ddp`, with which each GPU has the whole base."
+        )
     model = build_on_meta(model_config, task, dtype, trust_remote_code=trust_remote_code)
+    linears = {} if quantization is None else quantized_linears(model)
     report = inject_adapters(model, config)
     sizes = model_sizes(model)
+    if quantization is not None:
+        saved = sum(
+            sizes.base_itemsize * shape.out_features * shape.in_features - quantized_bytes(quantization, shape)
+            for shape in linears.values()
+        )
+        sizes = dataclasses.replace(sizes, base_saved=saved)
     labels = model_config.num_labels if task == "sequence-classification" else None
     model.train()
     counts = {}
@@ -184,7 +204,9 @@ def make_plan(
         here, other = (counts[on] for on in (setup.gradient_checkpointing, not setup.gradient_checkpointing))
         return _memory(sizes, setup, here.activations, here.factors, other.activations)
 
-    if setup.strategy == "auto":
+    if setup.strategy == "auto" and quantization is not None:
+        setup = dataclasses.replace(setup, strategy="single" if setup.gpus == 1 else "ddp")
+    elif setup.strategy == "auto":
         setup = _simplest(setup, memory)
     held = memory(setup)
     cases: list[tuple[str, bool, Sharding]] = [
@@ -204,7 +226,8 @@ def make_plan(
         memory=held,
         traffic={label: plan_traffic(sizes, setup, lora=lora, sharding=kind) for label, lora, kind in cases},
         layers=len(sizes.base) - 1,
-        remedy=None if _fits(held, setup) else _remedy(setup, memory),
+        remedy=None if _fits(held, setup) else _remedy(setup, memory, can_shard=quantization is None),
+        quantization=quantization,
     )
 
 
@@ -223,10 +246,11 @@ def _simplest(setup: Setup, memory: Callable[[Setup], Memory]) -> Setup:
     return whole if _fits(memory(whole), whole) else sharded
 
 
-def _remedy(setup: Setup, memory: Callable[[Setup], Memory]) -> str:
+def _remedy(setup: Setup, memory: Callable[[Setup], Memory], *, can_shard: bool = True) -> str:
     """What would fit: the least change of gradient checkpointing, strategy and number of GPUs."""
-    strategies: list[Strategy] = ["fsdp2"] if setup.gpus == 1 else [setup.strategy, "fsdp2"]
-    numbers = [setup.gpus, *(n for n in (2**k for k in range(1, 11)) if n > setup.gpus)]
+    sharded: list[Strategy] = ["fsdp2"] if can_shard else []
+    strategies: list[Strategy] = sharded if setup.gpus == 1 else [setup.strategy, *sharded]
+    numbers = [setup.gpus, *(n for n in (2**k for k in range(1, 11)) if n > setup.gpus and can_shard)]
     for gpus in numbers:
         choices: list[Strategy] = ["single"] if gpus == 1 else [*dict.fromkeys(strategies)]
         for strategy in choices:
@@ -242,6 +266,8 @@ def _remedy(setup: Setup, memory: Callable[[Setup], Memory]) -> str:
                     where = f"{gpus} GPU{'s' * (gpus > 1)}{'' if gpus == 1 else f' under {strategy}'}"
                     how = f", with{'' if checkpointing else 'out'} gradient checkpointing"
                     return f"It would fit on {where}{how}: {held.total / GIB:.1f} GiB on each."
+    if not can_shard:
+        return "A quantized base is whole on each GPU: take fewer tokens, a smaller micro-batch or fewer bits."
     least = min(memory(setup).activations, memory(setup).activations_other_way)
     return (
         f"No number of GPUs changes that: the activations alone take {least / GIB:.1f} GiB. Take fewer tokens or a "
@@ -259,7 +285,7 @@ def _memory(sizes: Sizes, setup: Setup, activations: int, factors: int, other_wa
 
     trainable = share(sizes.num_trainable)
     return Memory(
-        base=size * -(-sizes.num_base // n),
+        base=size * -(-sizes.num_base // n) - sizes.base_saved,
         base_gathered=size * (root + sum(sorted(blocks)[-2:])) if n > 1 else 0,
         adapters=FLOAT32 * share(count_values(sizes.adapters)),
         gradients=FLOAT32 * trainable,
@@ -271,12 +297,18 @@ def _memory(sizes: Sizes, setup: Setup, activations: int, factors: int, other_wa
     )
 
 
+def _how(plan: Plan) -> str:
+    if plan.quantization is not None:
+        return f", quantized: {plan.quantization}"
+    return f", 1/{plan.setup.gpus} of it" if plan.setup.is_sharded and plan.setup.gpus > 1 else ""
+
+
 def _text(plan: Plan) -> str:
     setup, memory = plan.setup, plan.memory
     sharded = setup.is_sharded
     other = "without gradient checkpointing" if setup.gradient_checkpointing else "with gradient checkpointing"
     rows = [
-        (f"base{f', 1/{setup.gpus} of it' if sharded and setup.gpus > 1 else ''}", memory.base),
+        (f"base{_how(plan)}", memory.base),
         ("base, gathered: root and two layers", memory.base_gathered),
         (f"adapters{', sharded' if setup.adapter_sharding == 'shard' else ''}", memory.adapters),
         ("gradients (adapters only)", memory.gradients),

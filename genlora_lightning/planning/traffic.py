@@ -67,13 +67,17 @@ class Setup:
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """The parameter shapes of a model with adapters, by FSDP unit: one list per layer, the root's first."""
+    """The parameter shapes of a model with adapters, by FSDP unit: one list per layer, the root's first.
+
+    ``base_saved`` are the bytes that a quantized base takes less than its shapes say.
+    """
 
     base: list[list[Shape]]
     adapters: list[list[Shape]]
     trainable: list[list[Shape]]
     lora: list[list[Shape]]
     base_itemsize: int
+    base_saved: int = 0
 
     @property
     def num_base(self) -> int:

@@ -39,6 +39,7 @@ from genlora_lightning.injection.peft_adapters import (
 )
 from genlora_lightning.injection.places import has_adapters
 from genlora_lightning.injection.report import InjectionReport
+from genlora_lightning.layers.quantized import keep_layout
 from genlora_lightning.overrides import put_on, state_of, take_off
 from genlora_lightning.storage.paths import local_path
 from genlora_lightning.training.averaging import AveragedTraining
@@ -331,6 +332,7 @@ class AdapterFinetuning(Callback):
         resolve: Callable[[AnyConfig], AnyConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
         config = resolve(self.config) if resolve is not None else self.config
         self._untrained = not has_adapters(pl_module)
+        keep_layout(pl_module)
         self.report = put_adapters(adapter_root(pl_module, config), config)
         waiting = weight_source(pl_module)
         if waiting is not None:

@@ -126,3 +126,26 @@ def test_plan_and_budget_know_lora(model, capsys):
     assert "as many as LoRA of rank 3.00 has" in text
     assert main(["plan", "--model", model, "--kind", "lora", "--num-groups-b", "4"]) == 1
     assert "Unknown LoRAConfig fields ['num_groups_b']" in capsys.readouterr().err
+
+
+def test_plan_counts_a_quantized_base_as_it_is_stored_and_does_not_shard_it(model, capsys):
+    arguments = ["plan", "--model", model, "--kind", "lora", "--seq", "8", "--dtype", "float32", "--gpus", "2"]
+    plans = {}
+    for name in (None, "nf4", "int8", "int8-weight-only", "float8"):
+        assert main([*arguments, "--json", *(["--quantization", name] if name else [])]) == 0
+        plans[name] = json.loads(capsys.readouterr().out)
+        assert plans[name]["setup"]["strategy"] == "ddp"
+        assert plans[name]["trainable_parameters"] == plans[None]["trainable_parameters"]
+    shapes = [(16, 16)] * 2 + [(8, 16)] * 2 + [(24, 16)] * 2 + [(16, 24)]
+    n, rows = 2 * sum(o * i for o, i in shapes), 2 * sum(o for o, _ in shapes)
+    saved = {name: plans[None]["memory"]["base"] - plan["memory"]["base"] for name, plan in plans.items()}
+    assert saved["int8"] == saved["float8"] == 4 * n - n - 4 * rows
+    assert saved["int8-weight-only"] == 4 * n - n - 5 * rows
+    scales = 2 * sum(-(-o * i // 64) for o, i in shapes)
+    assert saved["nf4"] == 4 * n - n // 2 - scales - 14 * (4 + 4 * 273)
+    assert main([*arguments, "--quantization", "nf4"]) == 0
+    assert "base, quantized: nf4" in capsys.readouterr().out
+    assert main([*arguments, "--quantization", "nf4", "--strategy", "fsdp2"]) == 1
+    assert "`quantization` is 'nf4', and fsdp2 cannot shard a quantized base" in capsys.readouterr().err
+    assert main([*arguments, "--quantization", "nf4", "--gpu-memory", "0.00001"]) == 0
+    assert "A quantized base is whole on each GPU" in capsys.readouterr().out
