@@ -25,6 +25,7 @@ from genlora_lightning.artifacts.adapter_folder import (
     MANIFEST_FILE,
     WEIGHTS_FILE,
     StoredAdapter,
+    adapter_place,
     check_layers,
     config_entries,
     manifest_bytes,
@@ -208,8 +209,8 @@ def load_adapter(
             f"{len(merged)} adapters of this model are merged into its weights, {merged[0]} among them, and would "
             "go on to act beside the loaded ones. Call `unmerge_adapters(model)` first, or load into a fresh base."
         )
-    if is_peft_folder(local_path(folder, "adapter folder")):
-        return load_peft_folder(model, folder, base_check=base_check, replace=replace)
+    if is_peft_folder(place := adapter_place(folder)):
+        return load_peft_folder(model, place, base_check=base_check, replace=replace)
     stored = _fitted(read_adapter(folder), model)
     try:
         check_configuration(model, stored.configs)

@@ -275,6 +275,7 @@ class _Trained:
         from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, read_adapter
         from genlora_lightning.artifacts.checkpoint import describe
         from genlora_lightning.artifacts.loading import read_checkpoint
+        from genlora_lightning.artifacts.peft_folder import is_peft_folder
         from genlora_lightning.backbone.quantization import QUANTIZATIONS
         from genlora_lightning.interop.lora_files import read_lora
 
@@ -285,7 +286,7 @@ class _Trained:
             self.kind = "checkpoint"
             described = describe(read_checkpoint(self.path), str(self.path))
             base = described.get("base", {"name": described.get("base_model")})
-        elif (self.path / CONFIG_FILE).is_file() and _is_peft(self.path / CONFIG_FILE):
+        elif is_peft_folder(self.path):
             self.kind = "lora"
             base = {"name": read_lora(self.path).base_model}
         elif (self.path / CONFIG_FILE).is_file():
@@ -310,13 +311,6 @@ def _place_of(name: str) -> Path:
         if name.startswith("hf://"):
             raise
         return Path(name)  # of a base, perhaps, whose loading says what is wrong otherwise
-
-
-def _is_peft(path: Path) -> bool:
-    try:
-        return "peft_type" in json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, RecursionError):
-        return False
 
 
 def _check_writes_text(source: str, class_name: str | None) -> None:

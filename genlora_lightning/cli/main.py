@@ -266,14 +266,16 @@ def _inspect(options: argparse.Namespace) -> None:
     from genlora_lightning.artifacts.inspection import describe_adapter
     from genlora_lightning.interop.peft_report import describe_peft
 
-    description = (describe_peft if _is_peft(options.path) else describe_adapter)(options.path)
+    place = _peft_place(options.path)
+    description = describe_peft(place) if place else describe_adapter(options.path)
     print(json.dumps(description.to_dict(), indent=2) if options.json else description)
 
 
 def _verify(options: argparse.Namespace) -> None:
     from genlora_lightning.artifacts.inspection import verify_adapter
 
-    if _is_peft(options.path):
+    if place := _peft_place(options.path):
+        options.path = place
         _verify_peft(options)
         return
     report = verify_adapter(options.path)
@@ -312,11 +314,13 @@ def _verify_peft(options: argparse.Namespace) -> None:
         print(f"It fits {options.base}, which {proved}.")
 
 
-def _is_peft(path: str) -> bool:
+def _peft_place(path: str) -> str | None:
+    """Where a folder in PEFT's format lies, if it is one."""
+    from genlora_lightning.artifacts.adapter_folder import adapter_place
     from genlora_lightning.artifacts.peft_folder import is_peft_folder
-    from genlora_lightning.storage.paths import local_path
 
-    return is_peft_folder(local_path(path, "adapter folder"))
+    place = adapter_place(path, "checkpoint or adapter folder")
+    return str(place) if is_peft_folder(place) else None
 
 
 def _convert(options: argparse.Namespace) -> None:
@@ -389,7 +393,8 @@ def _load_adapted(options: argparse.Namespace) -> nn.Module:
     from genlora_lightning.interop.lora_files import read_lora
     from genlora_lightning.interop.lora_import import import_lora
 
-    if _is_peft(options.adapter):
+    if place := _peft_place(options.adapter):
+        options.adapter = place
         model = _load_base(options, set(read_lora(options.adapter).saved), _check_peft_base(options))
         _check_peft_base(options, model)
         import_lora(model, options.adapter)

@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.injection.inject import adapter_parameters
 from genlora_lightning.modules import CausalLMModule, GenLoRAModule
-from genlora_lightning.training.callback import GenLoRAFinetuning
+from genlora_lightning.training.callback import AdapterFinetuning, GenLoRAFinetuning
 from genlora_lightning.training.optim import OptimizerConfig
 from tests.conftest import small_config
 from tests.modules.conftest import loader, text_batch
@@ -214,8 +214,8 @@ def test_no_model_is_loaded_before_it_is_needed(model_folders: dict[str, str]) -
 def test_module_brings_its_own_callback_and_uses_the_trainer_s_where_there_is_one(
     make_trainer: MakeTrainer, model_folders: dict[str, str]
 ) -> None:
-    def callbacks(trainer: Trainer) -> list[GenLoRAFinetuning]:
-        return [callback for callback in trainer.callbacks if isinstance(callback, GenLoRAFinetuning)]
+    def callbacks(trainer: Trainer) -> list[AdapterFinetuning]:
+        return [callback for callback in trainer.callbacks if isinstance(callback, AdapterFinetuning)]
 
     module = CausalLMModule(model_folders["llama"], adapter=small_config(rank=2))
     trainer = make_trainer(max_steps=1)
