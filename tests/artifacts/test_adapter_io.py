@@ -362,7 +362,7 @@ def test_adapter_of_another_base_is_an_error_that_names_both_and_can_be_overridd
     load_adapter(other, folder, base_check="off")
     for name, parameter in adapter_parameters(other).items():
         assert torch.equal(parameter, adapter_parameters(model)[name])
-    with pytest.raises(ValueError, match="`base_check` must be 'error', 'warn' or 'off', got 'no'"):
+    with pytest.raises(ValueError, match="`base_check` must be 'error', 'unquantized', 'warn' or 'off', got 'no'"):
         load_adapter(other, folder, base_check="no")
 
 
