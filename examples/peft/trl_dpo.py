@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 
 def main(given: Sequence[str] | None = None) -> None:
     """Train on right answers as chosen and wrong ones as rejected."""
-    options = common.arguments(__doc__, 20, given)
+    options = common.arguments(__doc__, 18, given)
     pairs = [
         {
             "prompt": row["prompt"],

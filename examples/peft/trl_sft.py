@@ -12,7 +12,7 @@ from trl import SFTConfig, SFTTrainer
 
 def main(given: Sequence[str] | None = None) -> None:
     """Train on prompts and completions; the loss is that of the completions."""
-    options = common.arguments(__doc__, 60, given)
+    options = common.arguments(__doc__, 40, given)
     torch.manual_seed(1)
     trainer = SFTTrainer(
         model=options.model,
