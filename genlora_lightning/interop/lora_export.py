@@ -10,11 +10,11 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from genlora_lightning.backbone.identity import base_model_name
 from genlora_lightning.backbone.tasks import class_tasks, is_transformers_model, transformers_base
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_configs, adapter_layers, require_adapters
+from genlora_lightning.interop.lora_files import has_mark
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.linear import is_conv1d
 from genlora_lightning.layers.sites import matrix_shape
@@ -32,6 +33,7 @@ from genlora_lightning.text import text_table
 
 _PREFIX = "base_model.model."
 _MARK = "genlora_export"
+_is_export = partial(has_mark, _MARK)
 # The values that vLLM accepts for `--max-lora-rank`; it serves all ranks up to that.
 _SERVED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # PEFT trains and loads these modules in full whenever it is told the task, named or not.
@@ -322,11 +324,3 @@ def _check_taken_by_peft(base: nn.Module, layers: dict[str, AdaptedLayer]) -> No
             f"{model_type!r}, so nothing was exported. Merge the adapter into the base (`save_merged`), or train it "
             f"with `exclude_modules={sorted({name.rpartition('.')[2] for name in refused})}`."
         )
-
-
-def _is_export(folder: Path) -> bool:
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            return _MARK in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -223,3 +223,12 @@ def _saved_modules(config: dict[str, Any], saved: dict[str, Tensor], folder: Pat
             raise ValueError(f"{folder} holds {name}, which is of no module in its `modules_to_save` {wanted}.")
         modules[own[0]] = None
     return tuple(modules)
+
+
+def has_mark(mark: str, folder: Path) -> bool:
+    """Whether the tensors' file of a folder says that this library wrote it, by an entry of its metadata."""
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            return mark in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        return False

@@ -11,11 +11,12 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -32,6 +33,7 @@ from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
 from genlora_lightning.injection.targets import match_modules
+from genlora_lightning.interop.lora_files import has_mark
 from genlora_lightning.storage.folders import check_replaceable, write_folder
 from genlora_lightning.storage.paths import local_path
 from genlora_lightning.text import natural_key
@@ -40,6 +42,7 @@ PEFT_TYPE = "GENLORA"
 PREFIX = "genlora_"
 _BASE = "base_model.model."
 _MARK = "genlora_peft"
+_is_export = partial(has_mark, _MARK)
 
 # Our names of what PEFT's users know by another.
 _PEFT_NAMES = {"rank": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "modules_to_train": "modules_to_save"}
@@ -281,11 +284,3 @@ def _read_state(folder: Path) -> dict[str, Tensor]:
             raise ValueError(f"{path} holds {key}, which is {'no name of PEFT' if name == key else 'not finite'}.")
         state[re.sub(rf"\.{PREFIX}([AB])\.", r".update.\1.", name)] = tensor
     return state
-
-
-def _is_export(folder: Path) -> bool:
-    try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
-            return _MARK in (file.metadata() or {})
-    except (OSError, SafetensorError):
-        return False
