@@ -275,10 +275,15 @@ def batch_key(factor: Factor, dtype: torch.dtype) -> BatchKey:
     return BatchKey(type(factor), factor.batch_key(), factor.cost, dtype, factor.own_dtype, factor.device)
 
 
+def number_at_once(key: BatchKey) -> int:
+    """How many matrices of one key are made at once, at most."""
+    most = _AT_ONCE_ON_CPU if key.device.type == "cpu" else _AT_ONCE
+    return max(1, most // key.cost)
+
+
 def at_once(key: BatchKey, wanted: list[T]) -> Iterator[list[T]]:
     """Cut a list of what has one key into pieces whose arithmetic takes no more than a little memory."""
-    most = _AT_ONCE_ON_CPU if key.device.type == "cpu" else _AT_ONCE
-    number = max(1, most // key.cost)
+    number = number_at_once(key)
     for start in range(0, len(wanted), number):
         yield wanted[start : start + number]
 

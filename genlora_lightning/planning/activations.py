@@ -11,8 +11,10 @@ the gradients of all matrices go back through the generators, where most is what
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +30,7 @@ from typing_extensions import override
 from genlora_lightning.adapters.base import Factor
 from genlora_lightning.backbone.architectures import repeated_blocks
 from genlora_lightning.injection.inject import adapter_layers
-from genlora_lightning.layers.sharing import generated, sharing_modules
+from genlora_lightning.layers.sharing import batch_key, generated, layers_of, number_at_once, sharing_modules
 
 _FEW = 2
 
@@ -49,12 +51,17 @@ class StepMemory:
 
 
 def count_step(
-    model: nn.Module, batch: int, tokens: int, *, autocast: bool, num_labels: int | None = None
+    model: nn.Module,
+    batch: int,
+    tokens: int,
+    *,
+    autocast: bool,
+    num_labels: int | None = None,
+    generation: StepMemory | None = None,
 ) -> StepMemory:
     """Count the memory of one forward and backward pass of a transformers model.
 
-    Of a model with many equal layers, two and three are counted: each further one adds the same. What is generated for
-    all layers at once is counted for all.
+    Of a model with many equal layers, a few and some more are counted: each further one adds the same.
 
     Args:
         model: On any device, also the meta device; it is not changed. Its mode (training, gradient checkpointing) is
@@ -63,44 +70,59 @@ def count_step(
         tokens: Length of each; all of them are predicted, so that a run that learns from answers only needs less.
         autocast: Whether matrix products are in bfloat16, as under ``precision="bf16-mixed"``.
         num_labels: For a sequence classifier, its number of classes.
+        generation: What :func:`count_generation` gives for the model, if it is known: it is the same in every mode.
     """
-    generation = _count_generation(model, autocast)
+    generation = generation or count_generation(model, autocast)
     own = _count_pass(model, batch, tokens, autocast, num_labels)
     return max(own, generation, key=lambda moment: moment.activations)
 
 
 def _count_pass(model: nn.Module, batch: int, tokens: int, autocast: bool, num_labels: int | None) -> StepMemory:
+    return _by_blocks(model, _FEW, 1, lambda: _count(_Step(model, autocast, num_labels), batch, tokens))
+
+
+def count_generation(model: nn.Module, autocast: bool) -> StepMemory:
+    """Count the memory of making all layers' matrices, and of passing their gradients on.
+
+    Args:
+        model: As :func:`count_step` takes it.
+        autocast: As there.
+    """
     blocks = repeated_blocks(model)
-    count = len(blocks) if blocks is not None else 0
-    if blocks is None or count <= _FEW + 1:
-        return _count(_Step(model, autocast, num_labels), batch, tokens)
-    first, second = (_shortened(model, blocks, n, batch, tokens, autocast, num_labels) for n in (_FEW, _FEW + 1))
-    more = count - _FEW
+    period = 1 if blocks is None or not len(blocks) else _blocks_of_whole_batches(model, blocks[0], autocast)
+    count = 0 if blocks is None else len(blocks)
+    # As many as are left over by whole batches, and one period of those: the last batches are then those of the model.
+    return _by_blocks(model, period + count % period, period, lambda: _count(_Generation(model, autocast), 1, 1))
+
+
+def _blocks_of_whole_batches(model: nn.Module, block: nn.Module, autocast: bool) -> int:
+    """Of how many blocks the matrices fill whole batches, of each kind that is made at once."""
+    dtype = torch.bfloat16 if autocast else torch.float32
+    pairs = [layer.pair for layer in layers_of(block) if layer.pair is not None]
+    keys = Counter(batch_key(factor, dtype)._replace(device=torch.device("cpu")) for pair in pairs for factor in pair)
+    return math.lcm(*(n // math.gcd(n, of_block) for key, of_block in keys.items() for n in (number_at_once(key),)))
+
+
+def _by_blocks(model: nn.Module, few: int, more: int, count: Callable[[], StepMemory]) -> StepMemory:
+    """Count with a few of a model's equal blocks, and with some more, which add what as many others add."""
+    blocks = repeated_blocks(model)
+    if blocks is None or len(blocks) <= few + more:
+        return count()
+    first, second = (_shortened(blocks, n, count) for n in (few, few + more))
+    times = (len(blocks) - few) // more
     return StepMemory(
-        first.activations + more * (second.activations - first.activations),
-        first.factors + more * (second.factors - first.factors),
+        first.activations + times * (second.activations - first.activations),
+        first.factors + times * (second.factors - first.factors),
     )
 
 
-def _shortened(
-    model: nn.Module,
-    blocks: nn.ModuleList,
-    count: int,
-    batch: int,
-    tokens: int,
-    autocast: bool,
-    num_labels: int | None,
-) -> StepMemory:
+def _shortened(blocks: nn.ModuleList, number: int, count: Callable[[], StepMemory]) -> StepMemory:
     whole = blocks._modules
-    blocks._modules = dict(list(whole.items())[:count])
+    blocks._modules = dict(list(whole.items())[:number])
     try:
-        return _count(_Step(model, autocast, num_labels), batch, tokens)
+        return count()
     finally:
         blocks._modules = whole
-
-
-def _count_generation(model: nn.Module, autocast: bool) -> StepMemory:
-    return _count(_Generation(model, autocast), 1, 1)
 
 
 def _count(step: _Step | _Generation, batch: int, tokens: int) -> StepMemory:

@@ -53,7 +53,7 @@ from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.backbone.architectures import build_on_meta, enable_gradient_checkpointing
 from genlora_lightning.backbone.quantization import Quantization, quantized_bytes, quantized_linears
 from genlora_lightning.injection.inject import inject_adapters
-from genlora_lightning.planning.activations import count_step
+from genlora_lightning.planning.activations import count_generation, count_step
 from genlora_lightning.planning.traffic import (
     FLOAT32,
     Setup,
@@ -194,11 +194,13 @@ def make_plan(
     labels = model_config.num_labels if task == "sequence-classification" else None
     model.train()
     counts = {}
+    generation = count_generation(model, setup.autocast)
     for checkpointing in (False, True):
         if checkpointing:
             enable_gradient_checkpointing(model)
-        step = count_step(model, setup.batch, setup.tokens, autocast=setup.autocast, num_labels=labels)
-        counts[checkpointing] = step
+        counts[checkpointing] = count_step(
+            model, setup.batch, setup.tokens, autocast=setup.autocast, num_labels=labels, generation=generation
+        )
 
     def memory(setup: Setup) -> Memory:
         here, other = (counts[on] for on in (setup.gradient_checkpointing, not setup.gradient_checkpointing))

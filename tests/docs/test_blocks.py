@@ -1,0 +1,266 @@
+"""What README.md and the pages of docs/ tell readers to type works: each fenced block is run, page by page.
+
+A page's blocks run in order, in one folder that has what the pages speak of: a small model that chats, its data, a run.
+Real models and long trainings are replaced (`STAND_INS`, `SHORT`); what a test cannot run is named with the reason.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
+
+from genlora_lightning import GenLoRAConfig, GenLoRAFinetuning, inject_adapters, remove_adapters, save_adapter
+from genlora_lightning.cli.main import main
+from genlora_lightning.interop.lora_export import export_lora
+from tests.cli.conftest import word_tokenizer
+from tests.conftest import perturb, small_config
+from tests.hub import Hub
+from tests.models import tiny_llama
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODEL = "data/quickstart/model"
+NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on a Hub that the tests serve
+
+SMOLLM2 = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+# Commands that are not run, by how they begin, and why.
+NOT_RUN = {
+    "make ": "targets of the Makefile, which a test of their own looks up",
+    "pip install": "changes the environment",
+    "vllm ": "a server that needs a GPU",
+    "python -m sglang": "a server that needs a GPU",
+    "docker ": "a server that needs a GPU",
+    "curl ": "asks a server",
+    "export ": "sets a variable for a server",
+    "sbatch ": "asks a cluster; tests/examples runs the script",
+    "MASTER=": "two machines; tests/examples runs the script",
+    "python examples/": "minutes; tests/examples runs the scripts",
+}
+# Only the configuration is read: these want several GPUs.
+ONLY_READ = (
+    "genlora fit --config genlora:llama-70b",
+    "genlora fit --config genlora:llama-8b --config genlora:strategy",
+)
+# What a page's words stand for here.
+STAND_INS = {
+    "BASE": NAME,
+    "ADAPTER": "runs/reviews/adapter",
+    "CKPT": "last.ckpt",
+}
+# Added to each training.
+SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.limit_train_batches=2"]
+
+
+class Block(NamedTuple):
+    """A fenced block: its page, the line it begins at, its language, its text."""
+
+    page: str
+    line: int
+    language: str
+    text: str
+
+
+def blocks(page: Path) -> list[Block]:
+    found: list[Block] = []
+    language, start, lines = None, 0, []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        fence = re.fullmatch(r" *```(\w*)", line)
+        if fence is None:
+            lines.append(line)
+        elif language is None:
+            language, start, lines = fence[1], number, []
+        else:
+            indent = min((len(row) - len(row.lstrip()) for row in lines if row.strip()), default=0)
+            found.append(Block(page.name, start, language, "\n".join(row[indent:] for row in lines)))
+            language = None
+    return found
+
+
+def commands(block: Block) -> Iterator[str]:
+    """The commands of a block; in a console they follow `$`."""
+    text = re.sub(r"\\\n\s*", "", block.text)
+    for line in text.splitlines():
+        if block.language == "sh":
+            if line.strip():
+                yield line
+        elif line.startswith("$ "):
+            yield line[2:]
+
+
+class YourModule(LightningModule):
+    """A reader's own module: a backbone and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)  # a backbone that was trained before
+        self.backbone = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8))
+        self.classifier = nn.Linear(8, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return nn.functional.cross_entropy(self.classifier(self.backbone(batch[0])), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW((p for p in self.parameters() if p.requires_grad), lr=1e-3)
+
+
+class ShortTrainer(Trainer):
+    """A trainer that stops after two steps, whatever the page says."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**{**arguments, "max_steps": 2, "logger": False})
+
+
+def your_data() -> Any:
+    x = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.arange(12) % 3), batch_size=4)
+
+
+def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that pages start from."""
+    root = tmp_path_factory.mktemp("reader")
+    model = tiny_llama(vocab_size=49152, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    model.save_pretrained(root / MODEL)
+    word_tokenizer().save_pretrained(root / MODEL)
+    for name in ("train", "val", "test"):
+        rows = [{"prompt": f"w{n} w{n + 1}", "completion": "w6 w7" if n % 2 else "w8"} for n in range(6, 22)]
+        write_json_lines(root / f"data/quickstart/{name}.jsonl", rows)
+    write_json_lines(root / "questions.jsonl", [{"prompt": "w6 w7"}])
+    chats = [
+        {"messages": [{"role": "user", "content": f"w{n}"}, {"role": "assistant", "content": "w6 w7"}]}
+        for n in range(6, 26)
+    ]
+    write_json_lines(root / "chats.jsonl", chats)
+    own = {
+        "model": {"class_path": "CausalLMModule", "init_args": {"model": MODEL, "gradient_checkpointing": False}},
+        "data": {
+            "class_path": "InstructionDataModule",
+            "init_args": {
+                "train_file": "data/quickstart/train.jsonl",
+                "val_file": None,
+                "test_file": None,
+                "batch_size": 2,
+                "num_workers": 0,
+            },
+        },
+        "trainer": {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "32-true", "strategy": "auto"},
+    }
+    (root / "my_task.yaml").write_text(yaml.safe_dump(own))
+    # What the pages take for granted: a run of the quickstart, an adapter, a LoRA.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(root)
+        fit = ["fit", "--config", "genlora:quickstart", *SHORT, "--data.batch_size=2", "--data.num_workers=0"]
+        main([*fit, "--trainer.callbacks.save_last=true"])
+    shutil.copy(next(root.glob("runs/quickstart/logs/version_0/checkpoints/*.ckpt")), root / "last.ckpt")
+    model.config._name_or_path = model.name_or_path = NAME
+    inject_adapters(model, small_config(exclude_modules=["lm_head"]))
+    perturb(model, 1.0)
+    save_adapter(model, root / "runs/reviews/adapter")
+    export_lora(model, root / "lora")
+    remove_adapters(model)
+    return root
+
+
+@pytest.fixture
+def folder(prepared: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(prepared, tmp_path / "reader")
+    hub.repos[NAME] = {"main": {file.name: file.read_bytes() for file in (prepared / MODEL).iterdir()}}
+    monkeypatch.chdir(tmp_path / "reader")
+    return tmp_path / "reader"
+
+
+def run_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """Run `genlora …` as a reader would, and return what it prints."""
+    words = [STAND_INS.get(word, word) for word in shlex.split(command, comments=True)]
+    assert words.pop(0) == "genlora", f"{command}: neither run nor in NOT_RUN"
+    words = [
+        next(iter(sorted(Path().glob(word.replace("…", "*")))), word) if "/….ckpt" in word else word for word in words
+    ]
+    words = [str(word) for word in words]
+    if any(part in command for part in ONLY_READ):
+        words.append("--print_config")
+    elif words[0] == "fit" and "--print_config" not in words:
+        words += SHORT
+    monkeypatch.setattr("sys.stdin", io.StringIO("w6 w7\n/both\nw8\n/reset\n"))
+    capsys.readouterr()
+    try:
+        code = main(words)
+    except SystemExit as stop:  # as `--print_config` and errors of the command line end
+        code = stop.code  # type: ignore[assignment]
+    shown = capsys.readouterr()
+    assert not code, f"{command}\n{shown.err}"
+    return shown.out
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
+def test_blocks_run(page, folder, monkeypatch, capsys):
+    namespace: dict[str, Any] = {
+        "__name__": "reader",
+        "GenLoRAFinetuning": GenLoRAFinetuning,
+        "Trainer": ShortTrainer,
+        "YourModule": YourModule,
+        "config": GenLoRAConfig(rank=4, modules_to_train=["classifier"]),
+        "your_data": your_data(),
+    }
+    if page.stem == "plan":  # which shows figures of the real model, from its configuration alone
+        (folder / MODEL / "config.json").write_text(json.dumps(SMOLLM2))
+    for block in blocks(page):
+        where = f"{block.page}:{block.line}"
+        if block.language in ("console", "sh"):
+            for command in commands(block):
+                if not command.startswith(tuple(NOT_RUN)):
+                    run_command(command, monkeypatch, capsys)
+        elif block.language == "python":
+            source = re.sub("|".join(map(re.escape, STAND_INS)), lambda word: STAND_INS[word[0]], block.text)
+            exec(compile(source, where, "exec"), namespace)
+        elif block.language == "yaml":
+            name = re.match(r"# ([\w.]+\.yaml)\n", block.text)
+            Path(name[1] if name else "block.yaml").write_text(block.text)
+            if name is None:
+                run_command("genlora fit --config my_task.yaml --config block.yaml --print_config", monkeypatch, capsys)
+        elif block.text.startswith("$ "):  # a command and what it prints
+            command, _, shown = block.text.partition("\n")
+            assert run_command(command[2:], monkeypatch, capsys).strip() == shown.strip(), where
+        else:
+            assert block.language == "text", f"{where}: a block of an unknown language {block.language!r}"
+
+
+@pytest.mark.parametrize("how", sorted(NOT_RUN))
+def test_what_is_not_run_is_in_a_page(how):
+    found = [
+        c for page in PAGES for block in blocks(page) if block.language in ("console", "sh") for c in commands(block)
+    ]
+    assert any(command.startswith(how) for command in found)
+
+
+def test_make_targets_that_pages_name_exist():
+    named = {name for page in PAGES for name in re.findall(r"(?:`|^\$ )make ([a-z-]+)", page.read_text(), re.MULTILINE)}
+    assert "test" in named
+    assert named <= set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
