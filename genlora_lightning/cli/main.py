@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from genlora_lightning.backbone.catalog import TASKS
 from genlora_lightning.cli.chat import add_chat, run_chat
+from genlora_lightning.cli.completion import add_completion, completion_script
 from genlora_lightning.cli.data import add_data, run_data
 from genlora_lightning.cli.generate import add_generate, run_generate
 from genlora_lightning.cli.hub import add_push, run_push
@@ -218,7 +219,15 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights (default: the base's own)"
     )
+    completion = _command(
+        commands, "completion", _completion, "print a script that completes commands, options and files", "bash"
+    )
+    add_completion(completion)
     return parser
+
+
+def _completion(options: argparse.Namespace) -> None:
+    print(completion_script(_parser(), _TRAINING, options.shell))
 
 
 def _command(

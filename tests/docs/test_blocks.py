@@ -10,29 +10,21 @@ import io
 import json
 import re
 import shlex
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from genlora_lightning import GenLoRAConfig, GenLoRAFinetuning, inject_adapters, remove_adapters, save_adapter
+from genlora_lightning import GenLoRAConfig, GenLoRAFinetuning
 from genlora_lightning.cli.main import main
-from genlora_lightning.interop.lora_export import export_lora
-from tests.cli.conftest import word_tokenizer
-from tests.conftest import perturb, small_config
-from tests.hub import Hub
-from tests.models import tiny_llama
+from tests.docs.conftest import MODEL, NAME, SHORT
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODEL = "data/quickstart/model"
-NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on a Hub that the tests serve
 
 SMOLLM2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -69,8 +61,6 @@ STAND_INS = {
     "ADAPTER": "runs/reviews/adapter",
     "CKPT": "last.ckpt",
 }
-# Added to each training.
-SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.limit_train_batches=2"]
 
 
 class Block(NamedTuple):
@@ -137,67 +127,9 @@ def your_data() -> Any:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.arange(12) % 3), batch_size=4)
 
 
-def write_json_lines(file: Path, rows: list[dict[str, Any]]) -> None:
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that pages start from."""
-    root = tmp_path_factory.mktemp("reader")
-    model = tiny_llama(vocab_size=49152, max_position_embeddings=256, pad_token_id=0, eos_token_id=1, bos_token_id=None)
-    model.save_pretrained(root / MODEL)
-    word_tokenizer().save_pretrained(root / MODEL)
-    for name in ("train", "val", "test"):
-        rows = [{"prompt": f"w{n} w{n + 1}", "completion": "w6 w7" if n % 2 else "w8"} for n in range(6, 22)]
-        write_json_lines(root / f"data/quickstart/{name}.jsonl", rows)
-    write_json_lines(root / "questions.jsonl", [{"prompt": "w6 w7"}])
-    chats = [
-        {"messages": [{"role": "user", "content": f"w{n}"}, {"role": "assistant", "content": "w6 w7"}]}
-        for n in range(6, 26)
-    ]
-    write_json_lines(root / "chats.jsonl", chats)
-    own = {
-        "model": {"class_path": "CausalLMModule", "init_args": {"model": MODEL, "gradient_checkpointing": False}},
-        "data": {
-            "class_path": "InstructionDataModule",
-            "init_args": {
-                "train_file": "data/quickstart/train.jsonl",
-                "val_file": None,
-                "test_file": None,
-                "batch_size": 2,
-                "num_workers": 0,
-            },
-        },
-        "trainer": {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "precision": "32-true", "strategy": "auto"},
-    }
-    (root / "my_task.yaml").write_text(yaml.safe_dump(own))
-    # What the pages take for granted: a run of the quickstart, an adapter, a LoRA.
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
-        fit = ["fit", "--config", "genlora:quickstart", *SHORT, "--data.batch_size=2", "--data.num_workers=0"]
-        main([*fit, "--trainer.callbacks.save_last=true"])
-    shutil.copy(next(root.glob("runs/quickstart/logs/version_0/checkpoints/*.ckpt")), root / "last.ckpt")
-    model.config._name_or_path = model.name_or_path = NAME
-    inject_adapters(model, small_config(exclude_modules=["lm_head"]))
-    perturb(model, 1.0)
-    save_adapter(model, root / "runs/reviews/adapter")
-    export_lora(model, root / "lora")
-    remove_adapters(model)
-    return root
-
-
-@pytest.fixture
-def folder(prepared: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(prepared, tmp_path / "reader")
-    hub.repos[NAME] = {"main": {file.name: file.read_bytes() for file in (prepared / MODEL).iterdir()}}
-    monkeypatch.chdir(tmp_path / "reader")
-    return tmp_path / "reader"
-
-
 def run_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
     """Run `genlora …` as a reader would, and return what it prints."""
-    words = [STAND_INS.get(word, word) for word in shlex.split(command, comments=True)]
+    words = [STAND_INS.get(word, word) for word in shlex.split(command.split(" | ")[0], comments=True)]
     assert words.pop(0) == "genlora", f"{command}: neither run nor in NOT_RUN"
     words = [
         next(iter(sorted(Path().glob(word.replace("…", "*")))), word) if "/….ckpt" in word else word for word in words
