@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from genlora_lightning.adapters.config import AdapterConfig
 
 # The kinds and their sizes, here in plain words: importing the configurations would take a second of torch.
-_KINDS = ("genlora", "lora")
+_KINDS = ("genlora", "lora", "polar", "compacter")
 _SIZES = {
     "rank": "rank",
     "num_latents_a": "GenLoRA: latents of A",
@@ -182,7 +182,7 @@ def run_budget(options: argparse.Namespace) -> None:
 
     # The smallest adapter fits wherever one does: what is asked here is which linears there are.
     kind = _config(options, {})
-    smallest = _config(options, {name: 1 for name in _SIZES if hasattr(kind, name)})
+    smallest = _config(options, {name: 1 for name in _SIZES if hasattr(kind, name)} | {"rank": kind.rank_unit})
     model = build_on_meta(*_model(options), trust_remote_code=options.trust_remote_code)
     inject_adapters(model, smallest)
     shapes = [layer.shape for layer in adapter_layers(model).values()]
