@@ -172,7 +172,7 @@ class OutputVectors(KroneckerFactor):
         dtype: torch.dtype | None,
         when_differentiated: Callable[[], None] | None = None,
     ) -> Sequence[Tensor]:
-        matrices = [factor.matrices.matrices for factor in factors]
+        matrices: list[Tensor] = [factor.matrices.matrices for factor in factors]
         is_one = all(one is matrices[0] for one in matrices)
         left = matrices[0] if is_one else torch.stack(matrices)
         return _products(left, torch.stack([factor.vectors for factor in factors]), dtype).unbind()
@@ -261,11 +261,11 @@ class CompacterConfig(AdapterConfig):
     def check_shape(self, shape: MatrixShape, name: str) -> None:
         if shape.out_features % self.num_products or shape.in_features % self.num_products:
             both = math.gcd(*shape)
-            allowed = [number for number in range(2, min(both, 16) + 1) if both % number == 0]
-            fitting = f"`num_products` to {' or '.join(map(str, allowed))}" if allowed else "another kind for it"
+            allowed = [str(number) for number in range(2, min(both, 16) + 1) if both % number == 0]
+            lower = f"Set `num_products` to {' or '.join(allowed)}, or" if allowed else "No other number does:"
             raise ValueError(
                 f"`num_products` is {self.num_products}, which does not divide both the {shape.out_features} outputs "
-                f"and the {shape.in_features} inputs of {name}. Set {fitting}, or add {name!r} to `exclude_modules`."
+                f"and the {shape.in_features} inputs of {name}. {lower} add {name!r} to `exclude_modules`."
             )
 
     @override

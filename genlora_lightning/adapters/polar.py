@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -184,10 +184,10 @@ class PoLARConfig(AdapterConfig):
         self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
     ) -> FactorPair:
         self.check_shape(shape, "the matrix")
-        sizes = {"rank": self.rank, "landing": self.landing}
+        same: dict[str, Any] = {"rank": self.rank, "landing": self.landing, "device": device, "generator": generator}
         return FactorPair(
-            Directions(shape.in_features, **sizes, device=device, generator=generator),
-            ScaledDirections(shape.out_features, **sizes, device=device, generator=generator),
+            Directions(shape.in_features, **same),
+            ScaledDirections(shape.out_features, **same),
             self.scaling_factor,
         )
 
