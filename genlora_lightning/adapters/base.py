@@ -79,16 +79,18 @@ class AdapterModule(nn.Module):
         """Draw new initial values. On the meta device there are none to draw."""
         raise NotImplementedError(f"{type(self).__name__} must define `reset_parameters`.")
 
-    def direction(self, name: str, gradient: Tensor) -> Tensor:
-        """Say what the optimizer is given in place of a parameter's gradient; here the gradient itself.
+    @classmethod
+    def directions(cls, modules: Sequence[Self], name: str, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Say what the optimizer is given in place of parameters' gradients; here the gradients themselves.
 
         :func:`~genlora_lightning.adapters.steps.hook_steps` asks, just before the optimizer's own step.
 
         Args:
-            name: The parameter's.
-            gradient: As it is after the backward, the averaging between ranks, unscaling and clipping.
+            modules: Modules whose parameters of that name have one shape.
+            name: The parameters' name.
+            gradients: As they are after the backward, the averaging between ranks, unscaling and clipping.
         """
-        return gradient
+        return gradients
 
     def diagnostics(self) -> Mapping[str, Tensor]:
         """Figures of the parameters' state that are worth a look, by name: of all modules the largest is logged."""

@@ -24,7 +24,7 @@ DIRECTIONS, CORE = "polar_directions", "polar_core"
 ORTHOGONALITY = "orthogonality_gap"
 
 
-def landing_field(matrix: Tensor, gradient: Tensor, landing: float) -> Tensor:
+def landing_field(matrix: Tensor, gradient: Tensor, landing: float | Tensor) -> Tensor:
     r"""Compute the landing field, which leads along matrices with orthonormal rows and back to them.
 
     .. math:: \Gamma(X) = (G X^\top - X G^\top) X + \lambda X (X^\top X - I)
@@ -32,12 +32,12 @@ def landing_field(matrix: Tensor, gradient: Tensor, landing: float) -> Tensor:
     computed in O(n R²), without an n × n matrix, as ``G (XᵀX) − X (GᵀX) + λ X (XᵀX − I)``.
 
     Args:
-        matrix: ``Xᵀ (R, n)``.
-        gradient: ``Gᵀ (R, n)``.
+        matrix: ``Xᵀ (…, R, n)``.
+        gradient: ``Gᵀ (…, R, n)``.
         landing: λ.
 
     Returns:
-        ``Γ(X)ᵀ (R, n)``.
+        ``Γ(X)ᵀ (…, R, n)``.
     """
     gram = matrix @ matrix.mT
     return gram @ gradient + (landing * _minus_identity(gram) - matrix @ gradient.mT) @ matrix
@@ -79,9 +79,17 @@ class Directions(StoredFactor):
         q, r = torch.linalg.qr(normal.normal_(generator=generator))
         self.matrix.copy_((q * r.diagonal().sign()).T)  # with the signs they are uniformly distributed
 
+    @classmethod
     @override
-    def direction(self, name: str, gradient: Tensor) -> Tensor:
-        return landing_field(self.matrix, gradient, self.landing) if name == "matrix" else gradient
+    def directions(cls, modules: Sequence[Self], name: str, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        if name != "matrix":
+            return gradients
+        landings = {module.landing for module in modules}
+        landing = (
+            torch.tensor([[[m.landing]] for m in modules]).to(gradients[0]) if len(landings) > 1 else max(landings)
+        )
+        matrices = torch.stack([module.matrix for module in modules])
+        return landing_field(matrices, torch.stack([*gradients]), landing).unbind()
 
     @override
     def diagnostics(self) -> Mapping[str, Tensor]:

@@ -26,7 +26,7 @@ def hook_steps(model: nn.Module, optimizer: Optimizer) -> None:
         model: A model with adapters.
         optimizer: Any torch optimizer; of the model's parameters those that it holds are its matter.
     """
-    modules = [m for m in adapter_modules(model) if type(m).direction is not AdapterModule.direction]
+    modules = [m for m in adapter_modules(model) if _says_directions(m)]
     hooked: set[int] = noted(optimizer, _HOOKED, set())
     modules = [m for m in modules if id(m) not in hooked]
     if not modules:
@@ -51,6 +51,10 @@ def hook_steps(model: nn.Module, optimizer: Optimizer) -> None:
     optimizer.register_step_pre_hook(before_step)
 
 
+def _says_directions(module: AdapterModule) -> bool:
+    return type(module).directions.__func__ is not AdapterModule.directions.__func__  # type: ignore[attr-defined]
+
+
 @torch.no_grad()
 def largest_diagnostics(model: nn.Module) -> dict[str, Tensor]:
     """For each figure that a model's adapters give of themselves, by name, the largest one; it stays on the device."""
@@ -66,14 +70,20 @@ def _turn(modules: list[AdapterModule], optimizer: Optimizer) -> None:
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     # Optimizers that unscale by themselves (fused ones, with a gradient scaler) have the scale, and scaled gradients.
     scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+    alike: dict[tuple[Any, ...], list[tuple[AdapterModule, Tensor]]] = {}
     for module in modules:
-        for name, parameter in module.named_parameters(recurse=False):
-            gradient = parameter.grad
-            if gradient is None or id(parameter) not in held:
-                continue
-            with torch.autocast(gradient.device.type, enabled=False):
-                if scale is None:
-                    gradient.copy_(module.direction(name, gradient))
-                else:
-                    here = scale.to(gradient.device)
-                    gradient.copy_(here * module.direction(name, gradient / here))
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.grad is not None and id(parameter) in held:
+                key = type(module), name, parameter.shape, parameter.device, parameter.dtype
+                alike.setdefault(key, []).append((module, parameter.grad))
+    for (cls, name, _, device, _), members in alike.items():
+        owners, gradients = [module for module, _ in members], [gradient for _, gradient in members]
+        with torch.autocast(device.type, enabled=False):
+            if scale is None:
+                found = cls.directions(owners, name, gradients)
+            else:
+                here = scale.to(device)
+                found = [here * one for one in cls.directions(owners, name, [g / here for g in gradients])]
+        for gradient, direction in zip(gradients, found, strict=True):
+            if direction is not gradient:
+                gradient.copy_(direction)
