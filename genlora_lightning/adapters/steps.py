@@ -44,9 +44,9 @@ def hook_steps(model: nn.Module, optimizer: Optimizer) -> None:
             _turn(modules, optimizer)
             return result
 
-        return (args[0], then_turn, *args[2:]) if len(args) > 1 else args, (
-            {**kwargs, "closure": then_turn} if "closure" in kwargs else kwargs
-        )
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": then_turn}
+        return (args[0], then_turn, *args[2:]), kwargs
 
     optimizer.register_step_pre_hook(before_step)
 

@@ -95,16 +95,28 @@ def adamw(parameters: list[Tensor]) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("make_optimizer", [sgd, adamw])
-def test_twenty_steps_equal_the_papers_update_in_float64(make_optimizer):
+@pytest.mark.parametrize("closure", ["none", "by position", "by name"])
+def test_twenty_steps_equal_the_papers_update_in_float64(make_optimizer, closure):
     module = adapted().double()
     oracle = Oracle(module, make_optimizer)
     optimizer = make_optimizer([p for p in module.parameters() if p.requires_grad])
     hook_steps(module, optimizer)
     x, y = next(iter(mlp_loader()))
-    for _ in range(20):
+
+    def compute() -> Tensor:
         optimizer.zero_grad()
-        module.step([x.double(), y.double()]).backward()
-        optimizer.step()
+        loss = module.step([x.double(), y.double()])
+        loss.backward()
+        return loss
+
+    for _ in range(20):
+        if closure == "none":
+            compute()
+            optimizer.step()
+        elif closure == "by position":
+            optimizer.step(compute)
+        else:
+            optimizer.step(closure=compute)
         oracle.step([oracle.loss(x, y)])
     oracle.compare(1e-12)
 
