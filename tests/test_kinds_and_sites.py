@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -326,7 +325,7 @@ def test_every_kind_trains_and_resumes_the_same_under_every_strategy_and_policy(
                 if name == "lora":  # the others are here for the strategies
                     resumed = run(place, tmp_path, config, ckpt_path=tmp_path / "lora.ckpt")
                 found.append((name, place, whole.losses, whole.state, resumed.state))
-        for place, (name, why) in itertools.product([p for p in PLACES if p[1] == "shard"], WHOLE.items()):
+        for place, (name, why) in zip([p for p in PLACES if p[1] == "shard"], WHOLE.items(), strict=True):
             with pytest.raises(ValueError, match=rf'cannot be sharded: .*{why}. Set `adapter_sharding="replicate"`'):
                 run(place, tmp_path, ALL[name])
         return found
