@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 from genlora_lightning._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from genlora_lightning.adapters.compacter import CompacterConfig as CompacterConfig
     from genlora_lightning.adapters.genlora.config import GenLoRAConfig as GenLoRAConfig
     from genlora_lightning.adapters.lora import LoRAConfig as LoRAConfig
+    from genlora_lightning.adapters.polar import PoLARConfig as PoLARConfig
     from genlora_lightning.artifacts.adapter_io import load_adapter as load_adapter
     from genlora_lightning.artifacts.adapter_io import save_adapter as save_adapter
     from genlora_lightning.artifacts.inspection import describe_adapter as describe_adapter
@@ -42,12 +44,14 @@ if TYPE_CHECKING:
 _HOME = {
     "AdapterFinetuning": "training.callback",
     "CausalLMModule": "modules",
+    "CompacterConfig": "adapters.compacter",
     "GenLoRAConfig": "adapters.genlora.config",
     "GenLoRAFinetuning": "training.callback",
     "GenLoRAModule": "modules",
     "InstructionDataModule": "data",
     "LoRAConfig": "adapters.lora",
     "OptimizerConfig": "training.optim",
+    "PoLARConfig": "adapters.polar",
     "SequenceClassificationModule": "modules",
     "TextClassificationDataModule": "data",
     "adapters_disabled": "injection.inject",

@@ -16,10 +16,12 @@ from torch.nn import functional as F
 from typing_extensions import Self
 
 from genlora_lightning import (
+    CompacterConfig,
     GenLoRAConfig,
     GenLoRAFinetuning,
     LoRAConfig,
     OptimizerConfig,
+    PoLARConfig,
     adapters_disabled,
     convert_checkpoint,
     describe_adapter,
@@ -157,6 +159,8 @@ class OuterConfig(AdapterConfig):
 ALL = {
     "genlora": small_config(modules_to_train=["lm_head"]),
     "lora": LoRAConfig(rank=3, alpha=5.0, modules_to_train=["lm_head"]),
+    "polar": PoLARConfig(rank=3, alpha=5.0, landing=0.5, modules_to_train=["lm_head"]),
+    "compacter": CompacterConfig(rank=4, alpha=3.0, num_products=2, modules_to_train=["lm_head"]),
     "sinh": SinhConfig(modules_to_train=["lm_head"]),
     "outer": OuterConfig(modules_to_train=["lm_head"]),
 }
@@ -197,7 +201,8 @@ def test_new_adapter_changes_nothing_and_counts_what_it_trains(config):
     report = inject_adapters(model, config)
     assert torch.equal(logits(model), before)
     trained = sum(p.numel() for p in adapter_parameters(model).values() if p.requires_grad)
-    assert trained == sum(config.count_parameters(layer.shape) for layer in adapter_layers(model).values())
+    own = sum(config.count_parameters(layer.shape) for layer in adapter_layers(model).values())
+    assert trained == own + config.count_shared()
     assert report.adapter_parameters == trained
     assert report.summary().startswith(f"{config.title} adapts 14 linears")
     groups = parameter_groups(model, OptimizerConfig())
@@ -239,6 +244,9 @@ def test_merging_saving_loading_and_exporting_give_the_same_model(config, tmp_pa
     verify_adapter(tmp_path / "adapter")
     described = describe_adapter(tmp_path / "adapter")
     assert described.config == config.to_dict()
+    assert sum(layer.parameters + layer.fixed for layer in described.layers) == sum(
+        p.numel() for p in adapter_parameters(model).values()
+    )
     assert str(described).splitlines()[-1].startswith(f"{config.title} adapter for")
     again = llama()
     load_adapter(again, tmp_path / "adapter")
@@ -287,31 +295,43 @@ def run(place: tuple[str, str], folder: Path, config: AdapterConfig, *callbacks:
 
 PLACES = [("ddp", "replicate"), *((kind, policy) for kind in ("fsdp1", "fsdp2") for policy in POLICIES)]
 SINGLE = ("single", "replicate")
+# Kinds that cannot lie in pieces, and what of them can.
+WHOLE = {"polar": "field needs its matrices whole", "compacter": "share the matrices of its Kronecker products"}
+IN_PIECES = {"compacter": dataclasses.replace(ALL["compacter"], shared=False)}
+
+
+def cases(place: tuple[str, str]) -> dict[str, AdapterConfig]:
+    """The kinds that a strategy and a policy take, but GenLoRA, which has a file of its own."""
+    found = {name: config for name, config in ALL.items() if name != "genlora"}
+    return found if place[1] == "replicate" else {k: c for k, c in found.items() if k not in WHOLE} | IN_PIECES
 
 
 @pytest.mark.timeout(280)
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 @pytest.mark.filterwarnings("ignore:.* has both parameters with requires_grad=True and False:UserWarning")
 def test_every_kind_trains_and_resumes_the_same_under_every_strategy_and_policy(tmp_path):
-    configs = [config for name, config in ALL.items() if name != "genlora"]  # which has a file of its own
-    expected = {}
-    for config in configs:
-        run(SINGLE, tmp_path, config, SaveAt(tmp_path / f"{config.kind}.ckpt", 2))
-        expected[config.kind] = run(SINGLE, tmp_path, config)
+    run(SINGLE, tmp_path, ALL["lora"], SaveAt(tmp_path / "lora.ckpt", 2))
+    expected: dict[str, list[Any]] = {name: [] for name in cases(SINGLE)}
+    for name in expected:
+        for config in {id(c[name]): c[name] for p in PLACES if name in (c := cases(p))}.values():
+            expected[name].append((config, run(SINGLE, tmp_path, config)))
 
     def all_places() -> list[Any]:
         found = []
-        for config in configs:
-            for place in PLACES:
-                whole = run(place, tmp_path, config, SaveAt(tmp_path / f"{config.kind}-{'-'.join(place)}.ckpt", 2))
+        for place in PLACES:
+            for name, config in cases(place).items():
+                whole = run(place, tmp_path, config, SaveAt(tmp_path / f"{name}-{'-'.join(place)}.ckpt", 2))
                 resumed = whole
-                if config.kind == "lora":  # the toys are here for the strategies
-                    resumed = run(place, tmp_path, config, ckpt_path=tmp_path / f"{config.kind}.ckpt")
-                found.append((config.kind, place, whole.losses, whole.state, resumed.state))
+                if name == "lora":  # the others are here for the strategies
+                    resumed = run(place, tmp_path, config, ckpt_path=tmp_path / "lora.ckpt")
+                found.append((name, place, whole.losses, whole.state, resumed.state))
+        for place, (name, why) in zip([p for p in PLACES if p[1] == "shard"], WHOLE.items(), strict=True):
+            with pytest.raises(ValueError, match=rf'cannot be sharded: .*{why}. Set `adapter_sharding="replicate"`'):
+                run(place, tmp_path, ALL[name])
         return found
 
     for kind, place, losses, state, resumed in on_ranks(all_places, seconds=240)[0]:
-        one = expected[kind]
+        one = next(record for config, record in expected[kind] if config is cases(place)[kind])
         torch.testing.assert_close(losses, one.losses, rtol=0, atol=1e-6, msg=lambda m, at=(kind, place): f"{at} {m}")
         assert state.keys() == one.state.keys() == resumed.keys()
         for name, tensor in one.state.items():
@@ -459,7 +479,7 @@ def test_configuration_goes_through_a_dictionary_and_is_told_from_other_kinds(co
 
 
 def test_kind_that_nobody_knows_is_an_error():
-    with pytest.raises(ValueError, match=r"no kind of adapter 'loha'\. The kinds are 'genlora', 'lora', .*'sinh'"):
+    with pytest.raises(ValueError, match=r"no kind of adapter 'loha'\. The kinds are 'genlora', .*'lora', .*'sinh'"):
         GenLoRAFinetuning({"kind": "loha"})
     with pytest.raises(ValueError, match=r"Unknown SinhConfig fields \['r'\]\. PEFT's `r` is `rank` here"):
         GenLoRAFinetuning({"kind": "sinh", "r": 3})
@@ -518,7 +538,18 @@ def with_table() -> nn.Module:
 
 
 @pytest.mark.usefixtures("site")
-@pytest.mark.parametrize("config", [small_config(), LoRAConfig(rank=2), SinhConfig(), OuterConfig()], ids=ALL)
+@pytest.mark.parametrize(
+    "config",
+    [
+        small_config(),
+        LoRAConfig(rank=2),
+        PoLARConfig(rank=2),
+        CompacterConfig(rank=4, num_products=2),
+        SinhConfig(),
+        OuterConfig(),
+    ],
+    ids=ALL,
+)
 def test_site_takes_every_kind(config, tmp_path):
     model, ids = with_table(), torch.tensor([1, 3, 3, 9])
     before = model(ids)

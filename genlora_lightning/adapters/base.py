@@ -55,6 +55,11 @@ class AdapterModule(nn.Module):
     """
 
     ROLES: ClassVar[Mapping[str, Role]] = {}
+    #: Modules of one key are one module in a model's adapter (:func:`~genlora_lightning.layers.ties.tie_modules`); one
+    #: without is its layer's own.
+    tie_key: Hashable = None
+    #: Why the parameters must lie whole on each rank, if they must.
+    must_be_whole: str | None = None
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,6 +78,23 @@ class AdapterModule(nn.Module):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw new initial values. On the meta device there are none to draw."""
         raise NotImplementedError(f"{type(self).__name__} must define `reset_parameters`.")
+
+    @classmethod
+    def directions(cls, modules: Sequence[Self], name: str, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Say what the optimizer is given in place of parameters' gradients; here the gradients themselves.
+
+        :func:`~genlora_lightning.adapters.steps.hook_steps` asks, just before the optimizer's own step.
+
+        Args:
+            modules: Modules whose parameters of that name have one shape.
+            name: The parameters' name.
+            gradients: As they are after the backward, the averaging between ranks, unscaling and clipping.
+        """
+        return gradients
+
+    def diagnostics(self) -> Mapping[str, Tensor]:
+        """Figures of the parameters' state that are worth a look, by name: of all modules the largest is logged."""
+        return {}
 
     @torch.no_grad()
     def hand_over(self) -> None:

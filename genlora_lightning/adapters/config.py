@@ -183,6 +183,15 @@ class AdapterConfig(ABC):
     def count_parameters(self, shape: MatrixShape) -> int:
         """Count the trainable parameters of the update of one matrix."""
 
+    def count_shared(self) -> int:
+        """Count the trainable parameters that all matrices of an adapter have together, beside their own."""
+        return 0
+
+    @property
+    def rank_unit(self) -> int:
+        """What each rank must be a multiple of."""
+        return 1
+
     def check_shape(self, shape: MatrixShape, name: str) -> None:
         """Check that a matrix can be adapted, before anything is changed.
 

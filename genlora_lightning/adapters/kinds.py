@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from genlora_lightning.adapters.compacter import CompacterConfig
 from genlora_lightning.adapters.config import KINDS, AdapterConfig
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.adapters.lora import LoRAConfig
+from genlora_lightning.adapters.polar import PoLARConfig
 from genlora_lightning.fields import shown
 
 # Importing them has put them into KINDS, too.
-BUILT_IN = (GenLoRAConfig, LoRAConfig)
+BUILT_IN = (GenLoRAConfig, LoRAConfig, PoLARConfig, CompacterConfig)
 DEFAULT_KIND = GenLoRAConfig
 
 

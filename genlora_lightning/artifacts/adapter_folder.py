@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.sites import adapt
+from genlora_lightning.layers.ties import Ties
 from genlora_lightning.storage.atomic import find_folder
 from genlora_lightning.storage.digests import sha256
 from genlora_lightning.storage.documents import check_document, is_matrix_shape
@@ -96,31 +97,56 @@ class StoredAdapter:
     versions: dict[str, str]
     created: str
 
-    def layer(self, name: str) -> AdaptedLayer:
-        """The adapter of one linear, on a base layer without memory.
+    def adapted(self) -> Iterator[tuple[str, AdaptedLayer, list[str]]]:
+        """Make the adapters of the linears, one after another, as :class:`StoredLayers` does: name, layer, own ones.
 
         Raises:
-            DamagedFileError: Its tensors are not all there, or do not fit its shape.
+            DamagedFileError: The tensors of one are not all there, or do not fit its shape.
         """
-        try:
-            return stored_layer(name, self.layers[name], self.configs[name], self.tensors)
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise DamagedFileError(
-                f"The tensors of {name} in {self.folder} are incomplete or do not fit together ({error!r})."
-            ) from error
+        stored = StoredLayers(self.configs, self.tensors)
+        for name, shape in self.layers.items():
+            try:
+                yield name, *stored.make(name, shape)
+            except (KeyError, RuntimeError, ValueError) as error:
+                raise DamagedFileError(
+                    f"The tensors of {name} in {self.folder} are incomplete or do not fit together ({error!r})."
+                ) from error
 
 
-def stored_layer(name: str, shape: MatrixShape, config: AdapterConfig, tensors: Mapping[str, Tensor]) -> AdaptedLayer:
-    """The adapter of a linear of a shape out of stored tensors, on a base layer without memory.
+class StoredLayers:
+    """Makes the adapters of linears out of stored tensors, on base layers without memory.
 
-    Raises:
-        KeyError: A tensor is missing.
-        RuntimeError: One has another shape.
+    Args:
+        configs: The configuration of each linear.
+        tensors: The stored tensors.
     """
-    layer = adapt(nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta"), config)
-    state = {own: tensors[f"{name}.{own}"] for own in layer.adapter_parameters()}
-    layer.load_state_dict(state, strict=False, assign=True)
-    return layer
+
+    def __init__(self, configs: Mapping[str, AdapterConfig], tensors: Mapping[str, Tensor]) -> None:
+        self._configs = configs
+        self._tensors = tensors
+        self._ties = Ties(tensors)
+
+    def without_values(self, name: str, shape: MatrixShape) -> AdaptedLayer:
+        """Make the adapter of a linear, tied to those before it."""
+        base = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
+        layer = adapt(base, self._configs[name])
+        self._ties.tie(name, layer)
+        return layer
+
+    def make(self, name: str, shape: MatrixShape) -> tuple[AdaptedLayer, list[str]]:
+        """Make the adapter of a linear with its values.
+
+        Returns:
+            The layer, and which of its parameters are stored with it, and not with a linear before it.
+
+        Raises:
+            KeyError: A tensor is missing.
+            RuntimeError: One has another shape.
+        """
+        layer = self.without_values(name, shape)
+        own = [own for own, parameter in layer.adapter_parameters().items() if parameter.is_meta]
+        layer.load_state_dict({key: self._tensors[f"{name}.{key}"] for key in own}, strict=False, assign=True)
+        return layer, own
 
 
 def check_layers(
@@ -128,7 +154,7 @@ def check_layers(
     configs: Mapping[str, AdapterConfig],
     trained_modules: Mapping[str, list[str]],
     tensors: Mapping[str, Tensor],
-) -> None:
+) -> int:
     """Check that tensors are those that configurations make for linears of some shapes: that they will load.
 
     Args:
@@ -137,18 +163,25 @@ def check_layers(
         trained_modules: Modules trained in full, with the names of their tensors.
         tensors: The tensors.
 
+    Returns:
+        How many of the adapters' values are trained.
+
     Raises:
         ValueError: One is missing, left over or of another shape; the message names it.
     """
     expected: dict[str, Any] = {name: None for names in trained_modules.values() for name in names}
+    named: dict[nn.Parameter, str] = {}
+    stored = StoredLayers(configs, tensors)
     for name, shape in layers.items():
-        layer = adapt(nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta"), configs[name])
-        expected |= {f"{name}.{own}": p.shape for own, p in layer.adapter_parameters().items()}
+        for own, parameter in stored.without_values(name, shape).adapter_parameters().items():
+            named.setdefault(parameter, f"{name}.{own}")
+    expected |= {name: parameter.shape for parameter, name in named.items()}
     missing, unexpected = [n for n in expected if n not in tensors], [n for n in tensors if n not in expected]
     shapes = [n for n, shape in expected.items() if shape is not None and n in tensors and tensors[n].shape != shape]
     for names, what in ((missing, "is missing"), (unexpected, "belongs to none"), (shapes, "has another shape")):
         if names:
             raise ValueError(f"The configuration disagrees with {len(names)} tensors: {names[0]} {what}.")
+    return sum(parameter.numel() for parameter in named if parameter.requires_grad)
 
 
 def manifest_bytes(values: Mapping[str, Any]) -> bytes:

@@ -157,7 +157,7 @@ def write_adapter(
     folder = local_path(folder, "adapter folder")
     state = checked_tensors(content.state, folder)
     try:
-        check_layers(
+        num_trained = check_layers(
             {name: MatrixShape(*shape) for name, shape in content.layers.items()},
             content.configs,
             content.trained_modules,
@@ -169,7 +169,7 @@ def write_adapter(
             "was changed after the injection."
         ) from error
     with new_folder(folder, state, training) as (staging, facts):
-        _write(staging, content, state, facts)
+        _write(staging, content, state, facts, num_trained)
     return folder
 
 
@@ -230,7 +230,7 @@ def load_adapter(
     with restored_after_error(model):
         try:
             if is_proved or several:
-                report = inject_layers(model, stored.configs, stored.trained_modules)
+                report = inject_layers(model, stored.configs, stored.trained_modules, stored.tensors)
             else:  # that the configuration chooses the same modules is all that speaks for this base
                 report = inject_adapters(model, stored.config)
         except (ValueError, RuntimeError) as error:  # the latter: no memory for the sizes that it claims
@@ -290,7 +290,9 @@ def _warn_of_unsaved(model: nn.Module) -> None:
         )
 
 
-def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], training: dict[str, Any]) -> None:
+def _write(
+    staging: Path, content: AdapterRecord, state: dict[str, Tensor], training: dict[str, Any], num_trained: int
+) -> None:
     base = content.base
     description = {
         "format": FORMAT,
@@ -306,8 +308,7 @@ def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], trai
     for name, data in files.items():
         (staging / name).write_bytes(data)
     versions = library_versions()
-    trained = sum(content.configs[name].count_parameters(MatrixShape(*shape)) for name, shape in content.layers.items())
-    trained += sum(state[own].numel() for names in content.trained_modules.values() for own in names)
+    trained = num_trained + sum(state[own].numel() for names in content.trained_modules.values() for own in names)
     card = model_card(
         configs=list({id(config): config for config in content.configs.values()}.values()),
         base=base,

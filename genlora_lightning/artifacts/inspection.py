@@ -14,7 +14,7 @@ from torch import Tensor
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.adapters.low_rank import effective_rank
-from genlora_lightning.artifacts.adapter_folder import StoredAdapter, adapter_place, read_adapter, stored_layer
+from genlora_lightning.artifacts.adapter_folder import StoredAdapter, StoredLayers, adapter_place, read_adapter
 from genlora_lightning.artifacts.adapter_io import adapter_bytes
 from genlora_lightning.artifacts.checkpoint import describe, stored_configs
 from genlora_lightning.artifacts.loading import read_checkpoint
@@ -162,8 +162,8 @@ def verify_adapter(folder: str | os.PathLike[str]) -> VerificationReport:
         ValueError: The folder is of another library, or of a newer release.
     """
     stored = read_adapter(folder)
-    for name in stored.layers:
-        stored.layer(name)
+    for _ in stored.adapted():
+        pass
     _full_sizes(stored)
     return VerificationReport(
         folder=str(folder),
@@ -196,7 +196,7 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
         versions=stored.versions,
         created=stored.created,
         num_bytes=adapter_bytes(Path(stored.folder)),
-        layers=tuple(_describe_layer(name, stored.layer(name), stored.folder) for name in stored.layers),
+        layers=tuple(_describe_layer(*adapted, stored.folder) for adapted in stored.adapted()),
         trained_modules=_full_sizes(stored),
         other_tensors={},
     )
@@ -225,11 +225,12 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     trained: dict[str, int] = {}
     name = ""
     try:
+        stored = StoredLayers(configs, dict(tensors))
         for name, shape in described["layers"].items():
-            layer = stored_layer(name, MatrixShape(*shape), configs[name], tensors)
-            layers.append(_describe_layer(name, layer, path))
-            for own in layer.adapter_parameters():
-                del tensors[f"{name}.{own}"]
+            layer, own = stored.make(name, MatrixShape(*shape))
+            layers.append(_describe_layer(name, layer, own, path))
+            for own_name in own:
+                del tensors[f"{name}.{own_name}"]
         for name, names in described["trained_modules"].items():
             trained[name] = sum(tensors.pop(own).numel() for own in names)
     except (KeyError, IndexError, TypeError, AttributeError, RuntimeError, ValueError) as error:
@@ -255,13 +256,14 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     )
 
 
-def _describe_layer(name: str, layer: AdaptedLayer, source: Path) -> LayerDescription:
+def _describe_layer(name: str, layer: AdaptedLayer, own: list[str], source: Path) -> LayerDescription:
     try:
         rank = effective_rank(*layer.factors())
     except RuntimeError as error:  # no singular values of infinite ones
         raise DamagedFileError(f"{source} is damaged: the values of {name} overflow.") from error
-    stored = sum(parameter.numel() for parameter in layer.adapter_parameters().values())
-    trained = layer.config.count_parameters(layer.shape)
+    parameters = layer.adapter_parameters()
+    stored = sum(parameters[own_name].numel() for own_name in own)
+    trained = sum(parameters[own_name].numel() for own_name in own if parameters[own_name].requires_grad)
     return LayerDescription(
         module=name,
         out_features=layer.out_features,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -135,7 +135,8 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
             check_checkpoint(module, checkpoint, source)
         else:
             root = adapter_root(module, read_any_config(describe(checkpoint, source)["config"]))
-            _inject_described(root, describe(checkpoint, source), prefix_of(root, module), source)
+            described = describe(checkpoint, source)
+            _inject_described(root, described, checkpoint["state_dict"], prefix_of(root, module), source)
         expected = checkpoint_state(module)
         stored: dict[str, Tensor] = checkpoint["state_dict"]
         # Parameters beside the adapters that the run trained; `requires_grad` of a new module does not tell which.
@@ -148,7 +149,9 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         tensor.copy_(stored[name])
 
 
-def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str, source: str) -> None:
+def _inject_described(
+    model: nn.Module, described: dict[str, Any], stored: Iterable[str], prefix: str, source: str
+) -> None:
     """Put adapters where a checkpoint says that they were, or, in a model of other linears, where its rule says."""
     config = read_any_config(described["config"])
     names = [name.removeprefix(prefix) for name in described.get("layers", {}) if name.startswith(prefix)]
@@ -159,7 +162,8 @@ def _inject_described(model: nn.Module, described: dict[str, Any], prefix: str, 
         if is_listed and not isinstance(config, PeftAdapter):
             trained = [name.removeprefix(prefix) for name in described["trained_modules"]]
             configs = stored_configs(described)
-            inject_layers(model, {name: configs[prefix + name] for name in names}, trained)
+            own = {name.removeprefix(prefix) for name in stored}
+            inject_layers(model, {name: configs[prefix + name] for name in names}, trained, own)
         elif described.get("other_configs"):
             raise ValueError("It has other linears, and the checkpoint lists configurations linear by linear.")
         else:
@@ -246,7 +250,7 @@ def convert_checkpoint(
         )
     stored: dict[str, Tensor] = content["state_dict"]
     with restored_after_error(base_model):
-        _inject_described(base_model, described, _prefix_in(described, base_model), str(checkpoint))
+        _inject_described(base_model, described, stored, _prefix_in(described, base_model), str(checkpoint))
         adapter = adapter_record(base_model)
         expected = adapter.state
         first = next(iter(expected))

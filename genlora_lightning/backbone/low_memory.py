@@ -185,7 +185,7 @@ class WeightSource:
         """
         for own in adapter_modules(self.model):
             if own.is_meta:
-                own.to_empty(device=device)
+                own.to_empty(device=device, recurse=False)  # one inside of it may have its values already
                 own.reset_parameters()
         for trained in trained_modules(self.model).values():
             for module in trained.modules():

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from genlora_lightning.adapters.steps import largest_diagnostics
 from genlora_lightning.callbacks.reading import is_reading_step
 from genlora_lightning.distributed.collectives import gradient_norm
 
@@ -40,7 +41,8 @@ def peak_memory_gib(device: torch.device) -> float | None:
 def log_figures(trainer: Trainer, module: LightningModule, optimizer: Optimizer) -> None:
     """Log ``lr``, ``grad_norm`` (before clipping) and ``memory_gib`` of the first step and those after which is logged.
 
-    To be called with the true gradients. On the steps in between it does nothing; on all ranks.
+    Beside them the figures that the adapters' modules give of themselves (``diagnostics``). To be called with the true
+    gradients. On the steps in between it does nothing; on all ranks.
     """
     if trainer.global_step and not is_reading_step(trainer):
         return
@@ -50,6 +52,7 @@ def log_figures(trainer: Trainer, module: LightningModule, optimizer: Optimizer)
         (LEARNING_RATE, learning_rate(optimizer)),
         (GRADIENT_NORM, gradient_norm(parameters)),
         (MEMORY, memory),
+        *largest_diagnostics(module).items(),
     ]
     for name, value in figures:
         if value is not None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from genlora_lightning.adapters.config import AdapterConfig
 
 # The kinds and their sizes, here in plain words: importing the configurations would take a second of torch.
-_KINDS = ("genlora", "lora")
+_KINDS = ("genlora", "lora", "polar", "compacter")
 _SIZES = {
     "rank": "rank",
     "num_latents_a": "GenLoRA: latents of A",
@@ -24,6 +24,7 @@ _SIZES = {
     "num_groups_a": "GenLoRA: groups of A",
     "num_groups_b": "GenLoRA: groups of B",
     "num_centers": "GenLoRA: centres",
+    "num_products": "Compacter: Kronecker products",
 }
 
 
@@ -182,22 +183,23 @@ def run_budget(options: argparse.Namespace) -> None:
 
     # The smallest adapter fits wherever one does: what is asked here is which linears there are.
     kind = _config(options, {})
-    smallest = _config(options, {name: 1 for name in _SIZES if hasattr(kind, name)})
+    sizes = {name: 1 for name in _SIZES if hasattr(kind, name) and name != "num_products"}
+    smallest = _config(options, sizes | {"rank": kind.rank_unit})
     model = build_on_meta(*_model(options), trust_remote_code=options.trust_remote_code)
     inject_adapters(model, smallest)
     shapes = [layer.shape for layer in adapter_layers(model).values()]
     wanted = options.parameters or round(options.like_lora_rank * sum(map(sum, shapes)))
     found = fit_budget(kind, shapes, wanted)
-    sizes: dict[str, Any] = {"kind": kind.kind} if options.kind != _KINDS[0] else {}
-    sizes |= {name: getattr(found.config, name) for name in _SIZES if hasattr(kind, name)}
+    chosen: dict[str, Any] = {"kind": kind.kind} if options.kind != _KINDS[0] else {}
+    chosen |= {name: getattr(found.config, name) for name in _SIZES if hasattr(kind, name)}
     if found.config.alpha != kind.alpha:
-        sizes["alpha"] = found.config.alpha
+        chosen["alpha"] = found.config.alpha
     if options.json:
         facts = {"linears": len(shapes), "parameters": found.parameters, "wanted": wanted}
-        print(json.dumps({**sizes, **facts, "like_lora_rank": found.lora_rank}, indent=2))
+        print(json.dumps({**chosen, **facts, "like_lora_rank": found.lora_rank}, indent=2))
         return
     print("adapter:")
-    for name, value in sizes.items():
+    for name, value in chosen.items():
         print(f"  {name}: {value}")
     print(
         f"# {found.parameters:,} parameters on {len(shapes)} linears, {found.parameters / wanted:.3f} of the "

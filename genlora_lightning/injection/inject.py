@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -28,6 +28,7 @@ from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.quantized import is_quantized
 from genlora_lightning.layers.sharing import share_generation, stop_sharing_generation
 from genlora_lightning.layers.sites import adapt, matrix_shape
+from genlora_lightning.layers.ties import tie_modules
 from genlora_lightning.overrides import forget, note, noted, put_on, take_off
 
 # What torch's transformer layers are to be without their fused inference paths.
@@ -173,13 +174,16 @@ def inject_adapters(
     return _put_in(model, layers, trained, skipped, generator)
 
 
-def inject_layers(model: nn.Module, configs: Mapping[str, AdapterConfig], trained: Iterable[str]) -> InjectionReport:
+def inject_layers(
+    model: nn.Module, configs: Mapping[str, AdapterConfig], trained: Iterable[str], stored: Collection[str] = ()
+) -> InjectionReport:
     """Put adapters on exactly the named layers, as a file lists them, whatever their configurations would choose.
 
     Args:
         model: A model, with the same adapters or without.
         configs: The configuration of each layer, by its name.
         trained: Names of the modules that are trained in full.
+        stored: Names of the tensors that the file has: which layers share what (:mod:`~genlora_lightning.layers.ties`).
 
     Returns:
         What was adapted and trained in full.
@@ -198,7 +202,7 @@ def inject_layers(model: nn.Module, configs: Mapping[str, AdapterConfig], traine
     if absent:
         raise ValueError(f"It has no place for {len(absent)} of the modules, {absent[0]} among them.")
     layers = {name: (modules[name], config) for name, config in configs.items()}
-    return _put_in(model, layers, {name: modules[name] for name in trained}, {}, None)
+    return _put_in(model, layers, {name: modules[name] for name in trained}, {}, None, stored)
 
 
 def _check_initialized(model: nn.Module) -> None:
@@ -216,6 +220,7 @@ def _put_in(
     trained: dict[str, nn.Module],
     skipped: dict[str, str],
     generator: torch.Generator | None,
+    stored: Collection[str] = (),
 ) -> InjectionReport:
     for name, (module, config) in layers.items():
         shape = matrix_shape(module)
@@ -235,7 +240,9 @@ def _put_in(
                 "base with it as it is."
             )
     model.requires_grad_(False)
-    _replace(model, {id(module): adapt(module, config, generator) for module, config in layers.values()})
+    adapted = {name: adapt(module, config, generator) for name, (module, config) in layers.items()}
+    tie_modules(adapted, stored)
+    _replace(model, {id(module): adapted[name] for name, (module, _) in layers.items()})
     train_in_full(model, list(trained.values()))
     _disable_fast_paths(model)
     share_generation(model)
@@ -363,12 +370,18 @@ def _possible_head(model: nn.Module) -> str | None:
 
 
 def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
+    owners: dict[nn.Parameter, str] = {}  # what layers share counts at the first of them
+    for name, layer in adapter_layers(model).items():
+        for parameter in layer.adapter_parameters().values():
+            owners.setdefault(parameter, name)
     adapted = tuple(
         InjectionRow(
             module=name,
             kind=type(layer.base_layer).__name__,
             shape=f"({layer.out_features}, {layer.in_features})",
-            trainable_parameters=sum(p.numel() for p in layer.adapter_parameters().values() if p.requires_grad),
+            trainable_parameters=sum(
+                p.numel() for p in layer.adapter_parameters().values() if p.requires_grad and owners[p] == name
+            ),
             lora_parameters=layer.config.rank * (layer.in_features + layer.out_features),
             rank=layer.config.rank,
         )

@@ -200,7 +200,7 @@ def write_stored_lora(stored: StoredAdapter, folder: Path) -> None:
             f"The adapter in {stored.folder} has the names of a {stored.base['class']}, which is no model of "
             "transformers. `genlora export-lora` finds those of the base, and writes what servers load."
         )
-    state, rows, settings = _lora_tensors({name: stored.layer(name) for name in stored.layers}, None)
+    state, rows, settings = _lora_tensors({name: layer for name, layer, _ in stored.adapted()}, None)
     alphas = {name: config.alpha for name, config in stored.configs.items()} if settings else None
     tasks = class_tasks(stored.base["class"])
     config = _peft_config(

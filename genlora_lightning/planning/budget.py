@@ -1,4 +1,4 @@
-"""Find the adapter that meets a number of parameters: of GenLoRA latents, rank and groups, of LoRA the rank."""
+"""Find the adapter that meets a number of parameters: of GenLoRA latents, rank and groups, of others the rank."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from genlora_lightning.adapters.base import MatrixShape
+from genlora_lightning.adapters.compacter import CompacterConfig
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.adapters.lora import LoRAConfig
+from genlora_lightning.adapters.polar import PoLARConfig
 
 ALLOWANCE = 1.05
 _RANK, _HIGHEST_RANK, _GROUPS = 64, 128, 8
@@ -77,22 +79,26 @@ def genlora_ladder(config: GenLoRAConfig, shapes: Sequence[MatrixShape], paramet
         yield replace(base, rank=highest, num_groups_b=number)
 
 
-def lora_ladder(config: LoRAConfig, shapes: Sequence[MatrixShape], parameters: int) -> Iterator[LoRAConfig]:
-    """LoRA configurations of growing rank, with the scaling of the given one."""
-    for rank in range(1, max(min(shape) for shape in shapes) + 1):
+def rank_ladder(config: AdapterConfig, shapes: Sequence[MatrixShape], parameters: int) -> Iterator[AdapterConfig]:
+    """Configurations of growing rank, with the scaling of the given one."""
+    sides = [min(shape) for shape in shapes]
+    highest = min(sides) if isinstance(config, PoLARConfig) else max(sides)
+    for rank in range(config.rank_unit, highest + 1, config.rank_unit):
         alpha = config.alpha * rank / config.rank if config.scaling == "rank" else config.alpha
         yield replace(config, rank=rank, alpha=alpha)
 
 
 _LADDERS: dict[type[AdapterConfig], Callable[..., Iterator[AdapterConfig]]] = {
     GenLoRAConfig: genlora_ladder,
-    LoRAConfig: lora_ladder,
+    LoRAConfig: rank_ladder,
+    PoLARConfig: rank_ladder,
+    CompacterConfig: rank_ladder,
 }
 
 
 def count(config: AdapterConfig, shapes: Iterable[MatrixShape]) -> int:
     """Count the parameters that a configuration trains on some matrices."""
-    return sum(config.count_parameters(shape) for shape in shapes)
+    return sum(config.count_parameters(shape) for shape in shapes) + config.count_shared()
 
 
 def fit_budget(config: AdapterConfig, shapes: Sequence[MatrixShape], parameters: int) -> Budget:

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.adapters.steps import hook_steps
 from genlora_lightning.artifacts.checkpoint import (
     CHECKPOINT_KEY,
     adapter_root,
@@ -311,6 +312,8 @@ class AdapterFinetuning(Callback):
             pruned = prune_frozen(trainer.optimizers)
             if pruned:
                 rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
+            for optimizer in trainer.optimizers:
+                hook_steps(pl_module, optimizer)
             if self.train_mode:
                 set_train_mode(pl_module)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from genlora_lightning.adapters.base import Role, trained_by_role
+from genlora_lightning.adapters.steps import hook_steps
 from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number, shown
 from genlora_lightning.injection.places import adapter_places
 from genlora_lightning.layers.adapted import AdaptedLayer
@@ -38,7 +39,8 @@ class OptimizerConfig:
         eps: AdamW's term for numerical stability.
         lr_factors: Factors on ``lr`` for groups of the adapter's parameters, by name; 1 for those that are not named.
             GenLoRA has ``latents``, ``rbf_weights`` and ``rbf_shapes`` (centres and widths), LoRA ``lora_a`` and
-            ``lora_b`` (``{"lora_b": 16}`` is LoRA+).
+            ``lora_b`` (``{"lora_b": 16}`` is LoRA+), PoLAR ``polar_directions`` and ``polar_core``, Compacter
+            ``compacter_factors`` and ``compacter_shared``.
         head_lr_factor: Factor on ``lr`` for all else that is trained: the modules in ``modules_to_train``.
         schedule: Shape of the decay: ``"cosine"``, ``"linear"``, or ``"constant"`` for none.
         warmup_steps: Length of the warm-up in optimizer steps.
@@ -184,7 +186,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, fused: bool | 
     groups = parameter_groups(model, config)
     if fused is None and _fused_applies(parameter for group in groups for parameter in group["params"]):
         fused = True
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=fused)
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=0.0, fused=fused
+    )
+    hook_steps(model, optimizer)
+    return optimizer
 
 
 def schedule_factor(step: int, config: OptimizerConfig, total_steps: int | float | None = None) -> float:

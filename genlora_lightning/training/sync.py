@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from genlora_lightning.adapters.base import adapter_modules
 from genlora_lightning.artifacts.adapter_io import AdapterRecord, adapter_record
 from genlora_lightning.artifacts.checkpoint import adapter_root, base_of, prefix_of
 from genlora_lightning.artifacts.peft_folder import PeftRecord
@@ -67,9 +68,9 @@ class AdapterSync:
         """After the adapters are injected: make them equal on all ranks, and shard what is to be sharded.
 
         Raises:
-            ValueError: Adapters sharded by FSDP1 are to be optimized manually; or the base is quantized or differs
-                between the ranks, or the module is sharded already, by its own code or by an earlier run, in a way that
-                does not fit.
+            ValueError: Adapters sharded by FSDP1 are to be optimized manually, or what is to be sharded must lie whole;
+                or the base is quantized or differs between the ranks, or the module is sharded already, by its own code
+                or by an earlier run, in a way that does not fit.
         """
         self._trainable = _trainable(module)
         if not self.base_is_sharded:
@@ -82,6 +83,8 @@ class AdapterSync:
                 f"{type(module).__name__} optimizes manually, with which FSDP1 leaves gradients of sharded adapters "
                 'unfinished: set `adapter_sharding="replicate"`, or use ModelParallelStrategy.'
             )
+        if self.shards_adapters:
+            _check_shardable(module)
         _check_unquantized(module, type(strategy).__name__)
         earlier = _policy_of(module)
         if earlier is not None and earlier != self.policy:
@@ -194,6 +197,15 @@ def _check_sharding(strategy: GenLoRAFSDPStrategy, inside: bool) -> None:
             f'`adapter_sharding="shard"` needs `sharding_strategy` FULL_SHARD or SHARD_GRAD_OP, got {kind}: set '
             '`adapter_sharding="replicate"`.'
         )
+
+
+def _check_shardable(module: nn.Module) -> None:
+    for own in adapter_modules(module):
+        if own.must_be_whole is not None:
+            raise ValueError(
+                f"The adapters of this {type(module).__name__} cannot be sharded: {own.must_be_whole}. Set "
+                '`adapter_sharding="replicate"`.'
+            )
 
 
 def _check_unquantized(module: nn.Module, strategy: str) -> None:

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from genlora_lightning.adapters.compacter import CompacterConfig
 from genlora_lightning.backbone.identity import base_identity, compare_bases
 from genlora_lightning.backbone.low_memory import build_without_weights, check_none_on_meta, weight_source
 from genlora_lightning.errors import DamagedFileError
-from genlora_lightning.injection.inject import inject_adapters
+from genlora_lightning.injection.inject import adapter_layers, inject_adapters
 from tests.conftest import small_config
 from tests.models import tiny_bert, tiny_gpt2, tiny_llama
 
@@ -75,6 +76,15 @@ def test_model_is_the_one_that_from_pretrained_gives_with_the_same_adapters(tmp_
     assert model.config.to_dict() == reference.config.to_dict()
     assert model.generation_config.to_dict() == reference.generation_config.to_dict()
     assert weight_source(model) is None  # nothing is left to be read
+
+
+def test_what_all_layers_share_is_drawn_once_with_the_rest(tmp_path):
+    model = loaded(CAUSAL, saved(tiny_llama(), tmp_path), config=CompacterConfig(rank=16, num_products=4))
+    shared = {layer.update.B.matrices for layer in adapter_layers(model).values()}
+    assert len(shared) == 1
+    for values in (shared.pop().matrices, *(layer.update.B.vectors for layer in adapter_layers(model).values())):
+        assert 0.1 < values.std() < 1.5  # memory that nobody has filled has zeros, or anything
+    assert not any(layer.delta_weight().any() for layer in adapter_layers(model).values())
 
 
 def test_tied_weights_stay_tied(tmp_path):

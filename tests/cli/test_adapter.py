@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 from jsonargparse import ArgumentParser
 
+from genlora_lightning.adapters.compacter import CompacterConfig
 from genlora_lightning.adapters.lora import LoRAConfig
+from genlora_lightning.adapters.polar import PoLARConfig
 from genlora_lightning.cli.adapter import AdapterOptions, config_of
 from genlora_lightning.injection.peft_adapters import PeftAdapter
 
@@ -23,6 +25,14 @@ def test_kind_peft_takes_peft_s_own_fields():
     assert config.values["r"] == 8
     assert config.values["target_modules"] == ["q_proj"]
     assert parsed("--adapter.kind=lora", "--adapter.rank=4") == LoRAConfig(rank=4)
+
+
+def test_each_kind_has_its_fields():
+    assert parsed("--adapter.kind=polar", "--adapter.landing=1") == PoLARConfig(landing=1.0)
+    given = parsed("--adapter.kind=compacter", "--adapter.num_products=2", "--adapter.shared=false")
+    assert given == CompacterConfig(num_products=2, shared=False)
+    with pytest.raises(ValueError, match=r"Unknown LoRAConfig fields \['landing'\]"):
+        parsed("--adapter.kind=lora", "--adapter.landing=1")
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,18 @@ def test_plan_and_budget_know_lora(model, capsys):
     assert "Unknown LoRAConfig fields ['num_groups_b']" in capsys.readouterr().err
 
 
+def test_budget_knows_polar_and_compacter(model, capsys):
+    found = {}
+    for kind in ("polar", "compacter"):
+        assert main(["budget", "--model", model, "--kind", kind, "--parameters", "1600"]) == 0
+        found[kind] = yaml.safe_load(capsys.readouterr().out)["adapter"]
+    assert found["polar"] == {"kind": "polar", "rank": 3, "alpha": 6.0}
+    assert found["compacter"] == {"kind": "compacter", "rank": 16, "num_products": 4}
+    sizes = ["--rank", "8", "--num-products", "2", "--seq", "8", "--json"]
+    assert main(["plan", "--model", model, "--kind", "compacter", *sizes]) == 0
+    assert json.loads(capsys.readouterr().out)["trainable_parameters"] == 2 * 464 + 8
+
+
 def test_plan_counts_a_quantized_base_as_it_is_stored_and_does_not_shard_it(model, capsys):
     arguments = ["plan", "--model", model, "--kind", "lora", "--seq", "8", "--dtype", "float32", "--gpus", "2"]
     plans = {}

@@ -3,8 +3,10 @@ from __future__ import annotations
 import pytest
 
 from genlora_lightning.adapters.base import MatrixShape
+from genlora_lightning.adapters.compacter import CompacterConfig
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.adapters.lora import LoRAConfig
+from genlora_lightning.adapters.polar import PoLARConfig
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters, inject_adapters
 from genlora_lightning.planning.budget import ALLOWANCE, count, fit_budget, genlora_ladder
 from tests.models import tiny_llama
@@ -81,9 +83,29 @@ def test_budget_of_lora_is_the_nearest_rank_with_the_same_scaling(scaling, alpha
     assert (found.config.rank, found.config.alpha, found.parameters) == (5, alpha, 5 * unit)
 
 
+@pytest.mark.parametrize(
+    ("config", "rank", "parameters"),
+    [
+        (PoLARConfig(rank=16), 5, 5 * sum(sum(shape) + 5 for shape in SMOLLM2)),
+        (CompacterConfig(rank=16), 80, 5 * sum(map(sum, SMOLLM2)) + 4**3),
+    ],
+)
+def test_budget_of_other_kinds_is_the_nearest_of_their_ranks(config, rank, parameters):
+    found = fit_budget(config, SMOLLM2, round(5.1 * sum(map(sum, SMOLLM2))))
+    assert (found.config.rank, found.parameters) == (rank, parameters)
+    assert found.config.scaling_factor == config.scaling_factor
+
+
+def test_polar_grows_no_further_than_the_narrowest_matrix():
+    shapes = [MatrixShape(8, 30), MatrixShape(40, 30)]
+    assert fit_budget(PoLARConfig(), shapes, 10_000).config.rank == 8
+
+
 def test_kind_without_sizes_to_choose_from_is_an_error():
     class Other(LoRAConfig):
         pass
 
-    with pytest.raises(ValueError, match="decides the sizes of GenLoRAConfig, LoRAConfig, and knows none for Other"):
+    with pytest.raises(
+        ValueError, match=r"decides the sizes of GenLoRAConfig, LoRAConfig, .*, and knows none for Other"
+    ):
         fit_budget(Other(), SMOLLM2, 1000)
