@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from genlora_lightning.adapters.autograd import in_transform
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, WeightUpdate
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.layers.factors import FactorLayer, FactorStore
+from genlora_lightning.layers.fused import compute_dtype
 from genlora_lightning.layers.obstacles import obstacle_in_hooks, obstacle_in_weight
 from genlora_lightning.layers.pretrained import save_by_base_names
 
@@ -31,6 +33,11 @@ class AdaptedLayer(FactorLayer):
         TypeError: ``base_layer`` is no layer of this site.
         ValueError: The configuration does not fit the matrix.
     """
+
+    #: Whether ``"all-linear"`` leaves the site out, so that only what a configuration names is adapted.
+    named_only: ClassVar[bool] = False
+    #: What a layer of the site is called in files.
+    noun: ClassVar[str] = "linear"
 
     def __init__(self, base_layer: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -57,6 +64,11 @@ class AdaptedLayer(FactorLayer):
     def matrix_shape(cls, module: nn.Module) -> MatrixShape | None:
         """The sizes of the matrix of a module that can be adapted; ``None`` for any other module."""
 
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        """Why a module of this site cannot be adapted all the same; ``None`` if it can."""
+        return None
+
     @abstractmethod
     def to_stored(self, delta: Tensor) -> Tensor:
         """Lay out ``ΔW (out_features, in_features)`` as the base layer stores its weight."""
@@ -75,6 +87,30 @@ class AdaptedLayer(FactorLayer):
         if not isinstance(update, FactorPair):
             return None
         return update._modules["A"], update._modules["B"]  # type: ignore[return-value]
+
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype in which a forward computes with A and B: that in which the base layer does with its weight."""
+        weight = self.weight
+        if weight.is_floating_point() and weight.dtype.itemsize >= 2:
+            return compute_dtype(weight)
+        pair = self.pair  # a quantized weight says nothing of the input
+        return torch.float32 if pair is None else pair[0].own_dtype
+
+    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """``A (rank, in_features)`` and ``B (rank, out_features)`` for a forward; ``None`` if there are no such."""
+        pair = self.pair
+        if pair is None:
+            return None
+        if not self.fused or in_transform():
+            return pair[0](plain=True).to(dtype), pair[1](plain=True).to(dtype)
+        return self.store.matrices(*pair, dtype)
+
+    @override
+    def wanted_dtype(self) -> torch.dtype | None:
+        pair = self.pair
+        if not self.is_active or not self.fused or pair is None or self.update.is_stored or in_transform():
+            return None
+        return self.factor_dtype()
 
     @property
     def scaling(self) -> float:
@@ -208,7 +244,8 @@ class AdaptedLayer(FactorLayer):
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # By the names that they have in a base without adapters, too.
-        for name in (*self.base_layer._parameters, *self.base_layer._buffers):
+        base = self.base_layer
+        for name in [name for tensors in (base.named_parameters(), base.named_buffers()) for name, _ in tensors]:
             if f"{prefix}{name}" in state_dict:
                 state_dict.setdefault(f"{prefix}base_layer.{name}", state_dict.pop(f"{prefix}{name}"))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
