@@ -270,6 +270,7 @@ def test_gradients_of_one_generation_per_step_are_those_of_one_per_micro_batch(c
 
 @each
 def test_plan_counts_the_kind(config):
+    config = dataclasses.replace(config, target_modules=r".*(_proj|embed_tokens)")
     plan = make_plan(llama().config, "tiny", "causal-lm", config, Setup(gpus=2, strategy="ddp", batch=1, tokens=8))
     model = llama()
     inject_adapters(model, config)
@@ -293,7 +294,9 @@ SINGLE = ("single", "replicate")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 @pytest.mark.filterwarnings("ignore:.* has both parameters with requires_grad=True and False:UserWarning")
 def test_every_kind_trains_and_resumes_the_same_under_every_strategy_and_policy(tmp_path):
-    configs = [config for name, config in ALL.items() if name != "genlora"]  # which has a file of its own
+    targets = r".*(_proj|embed_tokens)"  # the linears, and a layer of another site
+    others = [config for name, config in ALL.items() if name != "genlora"]  # which has a file of its own
+    configs = [dataclasses.replace(config, target_modules=targets) for config in others]
     expected = {}
     for config in configs:
         run(SINGLE, tmp_path, config, SaveAt(tmp_path / f"{config.kind}.ckpt", 2))
@@ -314,6 +317,7 @@ def test_every_kind_trains_and_resumes_the_same_under_every_strategy_and_policy(
         one = expected[kind]
         torch.testing.assert_close(losses, one.losses, rtol=0, atol=1e-6, msg=lambda m, at=(kind, place): f"{at} {m}")
         assert state.keys() == one.state.keys() == resumed.keys()
+        assert any("embed_tokens.update" in name for name in state)
         for name, tensor in one.state.items():
             torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-6, msg=lambda m, at=place: f"{at} {m}")
             torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6, msg=lambda m, at=place: f"{at} {m}")
@@ -324,13 +328,15 @@ def test_every_kind_trains_and_resumes_the_same_under_every_strategy_and_policy(
         if kind != "lora":
             continue
         # A checkpoint of any place goes on in one process.
-        back = run(SINGLE, tmp_path, ALL[kind], ckpt_path=tmp_path / f"{kind}-{'-'.join(place)}.ckpt")
+        lora = next(config for config in configs if config.kind == kind)
+        back = run(SINGLE, tmp_path, lora, ckpt_path=tmp_path / f"{kind}-{'-'.join(place)}.ckpt")
         for name, tensor in one.state.items():
             torch.testing.assert_close(back.state[name], tensor, rtol=0, atol=1e-6)
 
 
 @each
 def test_resumed_run_equals_an_uninterrupted_one_in_every_bit(config, tmp_path):
+    config = dataclasses.replace(config, target_modules=r".*(_proj|embed_tokens)")
     file = tmp_path / "half.ckpt"
     whole = run(SINGLE, tmp_path, config, SaveAt(file, 3), accumulate_grad_batches=2, loader=llama_loader(32))
     resumed = run(SINGLE, tmp_path, config, ckpt_path=file, accumulate_grad_batches=2, loader=llama_loader(32))
@@ -517,13 +523,38 @@ def with_table() -> nn.Module:
     return nn.Sequential(Table(10, 6), nn.Linear(6, 4))
 
 
+def with_layer(layer: Callable[[], nn.Module], *around: nn.Module) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(layer(), *around, nn.Linear(6, 4))
+
+    return make
+
+
+ROWS = torch.tensor([1, 3, 3, 9])
+IMAGE = torch.arange(4 * 5 * 5.0).view(1, 4, 5, 5).sin()
+TO_ROWS = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+OF_SITES = {
+    "AdaptedTable": (with_table, ROWS),
+    "AdaptedEmbedding": (with_layer(lambda: nn.Embedding(10, 6, padding_idx=3)), ROWS),
+    "AdaptedConv": (with_layer(lambda: nn.Conv2d(4, 6, 3, padding=1), TO_ROWS), IMAGE),
+    "AdaptedConv, groups": (with_layer(lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2), TO_ROWS), IMAGE),
+}
+
+
 @pytest.mark.usefixtures("site")
+@pytest.mark.parametrize("name", OF_SITES)
 @pytest.mark.parametrize("config", [small_config(), LoRAConfig(rank=2), SinhConfig(), OuterConfig()], ids=ALL)
-def test_site_takes_every_kind(config, tmp_path):
-    model, ids = with_table(), torch.tensor([1, 3, 3, 9])
+def test_site_takes_every_kind(config, name, tmp_path):
+    make, ids = OF_SITES[name]
+    model = make()
+    config = dataclasses.replace(config, target_modules=["0", "1" if len(model) == 2 else "2"])
     before = model(ids)
-    inject_adapters(model, config)
-    assert [type(layer).__name__ for layer in adapter_layers(model).values()] == ["AdaptedTable", "AdaptedLinear"]
+    report = inject_adapters(model, config)
+    layers = adapter_layers(model).values()
+    assert [type(layer).__name__ for layer in layers] == [name.partition(",")[0], "AdaptedLinear"]
+    trained = sum(config.count_parameters(layer.shape) for layer in layers)
+    assert report.adapter_parameters == report.trainable_parameters == trained
     assert torch.equal(model(ids), before)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     start = float((model(ids).detach() - 1).square().mean())
@@ -535,8 +566,14 @@ def test_site_takes_every_kind(config, tmp_path):
     assert float(loss.detach()) < 0.7 * start
     wanted = model(ids)
     save_adapter(model, tmp_path / "adapter")
-    again = with_table()
+    verify_adapter(tmp_path / "adapter")
+    assert describe_adapter(tmp_path / "adapter").parameters == trained
+    again = make()
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(again(ids), wanted)
     merge_adapters(model)
     torch.testing.assert_close(model(ids), wanted, rtol=1e-4, atol=1e-5)
+    unmerge_adapters(model)
+    assert torch.equal(model(ids), wanted)
+    remove_adapters(model)
+    assert torch.equal(model(ids), before)

@@ -50,6 +50,8 @@ class AdaptedEmbedding(AdaptedByName):
             return (
                 "its `scale_grad_by_freq` scales gradients of single rows, which the factors of an update do not have"
             )
+        if has_own_forward(module) and "weight" not in module._parameters:
+            return f"the forward of {type(module).__name__} is its own, and its weight is computed from others"
         if has_own_forward(module) and not _takes_rows(module):
             return f"the forward of {type(module).__name__} does more with its weight than to take and to scale rows"
         return None
