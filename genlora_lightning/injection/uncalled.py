@@ -27,7 +27,7 @@ def uncalled_layers(model: nn.Module) -> dict[int, str]:
     found: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
-            found |= {id(child): "nn.MultiheadAttention" for child in module.modules()}
+            found |= {id(child): "nn.MultiheadAttention" for child in module.modules() if child is not module}
             continue
         layers = {name: child for name, child in module.named_children() if matrix_shape(child) is not None}
         if layers:

@@ -67,7 +67,7 @@ def _check_sites(model: nn.Module, files: LoRAFiles, folder: str | os.PathLike[s
         reason = unlike_peft(module)
         padding = getattr(module, "padding_idx", None) if layer.site == "embedding" else None
         if site.noun != layer.site:
-            reason = f"it is a {site.noun} here, and the LoRA is for a {layer.site}"
+            reason = f"it is of the kind {site.noun} here, and the LoRA is for the kind {layer.site}"
         elif padding is not None and bool(layer.B[padding : padding + 1].any()):
             reason = f"it updates the row of `padding_idx` ({padding}), which is fixed here"
         elif name in files.bases and not torch.equal(files.bases[name].to(module.weight), module.weight):

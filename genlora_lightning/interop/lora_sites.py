@@ -57,6 +57,8 @@ def unlike_peft(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding):
         if not _scales_as_peft(module):
             return f"the forward of {type(module).__name__} gives other rows than PEFT takes"
+    elif isinstance(module, nn.MultiheadAttention):
+        return "PEFT's LoRA of an nn.MultiheadAttention adapts its `out_proj`, too"
     elif isinstance(module, _ConvNd):
         if module.groups != 1:
             return f"PEFT's LoRA of a convolution with groups ({module.groups}) has another A"

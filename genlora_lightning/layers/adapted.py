@@ -38,6 +38,8 @@ class AdaptedLayer(FactorLayer):
     named_only: ClassVar[bool] = False
     #: What a layer of the site is called in files.
     noun: ClassVar[str] = "linear"
+    #: The base layer's parameter that is adapted.
+    parameter: ClassVar[str] = "weight"
 
     def __init__(self, base_layer: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -119,8 +121,8 @@ class AdaptedLayer(FactorLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for code that reads a linear's dtype or device; merged if the layer is merged."""
-        weight = self.base_layer.weight
+        """The base layer's parameter, for code that reads a linear's dtype or device; merged if the layer is merged."""
+        weight = getattr(self.base_layer, self.parameter)
         assert isinstance(weight, Tensor)
         return weight
 
@@ -190,7 +192,9 @@ class AdaptedLayer(FactorLayer):
         """
         weight = self.base_weight
         shape = self.to_stored(torch.empty(self.shape, device="meta")).shape
-        obstacle = obstacle_in_weight(self.base_layer, weight, shape) or obstacle_in_hooks(self.base_layer)
+        obstacle = obstacle_in_weight(self.base_layer, weight, shape, self.parameter) or obstacle_in_hooks(
+            self.base_layer
+        )
         if obstacle is not None:
             raise ValueError(f"Cannot merge into this {type(self.base_layer).__name__}: {obstacle}")
         delta = self.stored_delta()
@@ -224,10 +228,12 @@ class AdaptedLayer(FactorLayer):
         if self.merged:
             return
         merged = self.merged_weight(dtype)
-        if not isinstance(self.base_layer.weight, nn.Parameter):  # a buffer, as `remove_parametrizations` leaves it
-            self.base_layer.weight = nn.Parameter(self.weight, requires_grad=False)
-        self._unmerged_weight = (self.base_layer.weight,)
-        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        original = self.weight
+        if not isinstance(original, nn.Parameter):  # a buffer, as `remove_parametrizations` leaves it
+            original = nn.Parameter(original, requires_grad=False)
+            setattr(self.base_layer, self.parameter, original)
+        self._unmerged_weight = (original,)
+        setattr(self.base_layer, self.parameter, nn.Parameter(merged, requires_grad=False))
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -238,7 +244,7 @@ class AdaptedLayer(FactorLayer):
         current = self.weight
         if (weight.device, weight.dtype) != (current.device, current.dtype):  # moved or cast while merged
             weight = nn.Parameter(weight.to(current.device, current.dtype), requires_grad=weight.requires_grad)
-        self.base_layer.weight = weight
+        setattr(self.base_layer, self.parameter, weight)
         self._unmerged_weight = ()
 
     @override

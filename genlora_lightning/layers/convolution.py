@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from typing_extensions import override
 
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.layers.by_name import AdaptedByName
+from genlora_lightning.layers.swapped import call_with
 
 _OF_POINTS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
 _PLAIN = {(cls.forward, cls._conv_forward) for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
@@ -82,7 +82,7 @@ class AdaptedConv(AdaptedByName):
         if has_own_forward(base):
             weight = self.weight
             changed = (weight + self.to_stored(self.update())).to(weight.dtype)
-            return functional_call(base, {"weight": changed}, (x, *args), kwargs)  # type: ignore[no-any-return]
+            return call_with(base, "weight", changed, base, (x, *args), kwargs)  # type: ignore[no-any-return]
         assert isinstance(base, _ConvNd)
         output = base(x)
         x, dtype = self.dropout(x), self.factor_dtype()

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.layers.by_name import AdaptedByName
+from genlora_lightning.layers.swapped import call_with
 
 
 class AdaptedEmbedding(AdaptedByName):
@@ -111,21 +111,9 @@ def has_own_forward(module: nn.Module) -> bool:
     return type(module).forward is not nn.Embedding.forward or "forward" in vars(module)
 
 
-class _Bare(nn.Module):
-    """A module's forward without its hooks, which act once."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    @override
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.module.forward(*args, **kwargs)
-
-
 def rows_by(module: nn.Module, table: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a module's forward gives with another weight, without its hooks."""
-    rows: Tensor = functional_call(_Bare(module), {"module.weight": table}, args, kwargs)
+    rows: Tensor = call_with(module, "weight", table, module.forward, args, kwargs)
     return rows
 
 

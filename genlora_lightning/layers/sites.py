@@ -8,12 +8,13 @@ from torch import nn
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.attention import AdaptedAttention
 from genlora_lightning.layers.convolution import AdaptedConv
 from genlora_lightning.layers.embedding import AdaptedEmbedding
 from genlora_lightning.layers.linear import AdaptedLinear
 
 # The first one that knows a module adapts it.
-SITES: list[type[AdaptedLayer]] = [AdaptedLinear, AdaptedEmbedding, AdaptedConv]
+SITES: list[type[AdaptedLayer]] = [AdaptedLinear, AdaptedEmbedding, AdaptedConv, AdaptedAttention]
 
 
 def site_of(module: nn.Module) -> type[AdaptedLayer] | None:

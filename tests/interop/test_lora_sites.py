@@ -149,7 +149,10 @@ def test_lora_of_another_site_or_with_a_row_for_padding_is_refused(tmp_path):
         key = "base_model.model.table.lora_embedding_A"
         if name == "padding":
             save_file({**load_file(file), key: torch.ones(2, 9)}, file, metadata={"format": "pt"})
-        said = {"site": "conv: it is a linear here, and the LoRA is for a conv", "padding": "table: it updates the row"}
+        said = {
+            "site": "conv: it is of the kind linear here, and the LoRA is for the kind conv",
+            "padding": "table: it updates the row",
+        }
         with pytest.raises(ValueError, match=said[name]):
             import_lora(other, tmp_path / name)
 
