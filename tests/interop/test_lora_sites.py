@@ -10,10 +10,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from genlora_lightning import LoRAConfig, export_lora, import_lora, inject_adapters, save_adapter
+from genlora_lightning import LoRAConfig, export_lora, import_lora, inject_adapters, save_adapter, save_merged
 from genlora_lightning.artifacts.adapter_folder import read_adapter
 from genlora_lightning.interop.lora_export import write_stored_lora
 from genlora_lightning.interop.lora_sites import unlike_peft
+from genlora_lightning.interop.peft_folders import export_peft
 from tests.conftest import perturb, small_config
 from tests.layers.test_convolution import CASES, Standardised
 from tests.layers.test_embedding import Scaled, Shifted
@@ -110,6 +111,47 @@ def test_embedding_that_peft_has_saved_itself_is_compared_with_the_base(tmp_path
     save_file({**tensors, key: tensors[key] + 1}, file, metadata={"format": "pt"})
     with pytest.raises(ValueError, match=r"embed_tokens: PEFT saved the embedding itself, too, and its values are"):
         import_lora(tiny_llama(), tmp_path)
+
+
+def tiny_gemma() -> nn.Module:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "head_dim": 8}
+    return Gemma3ForCausalLM(Gemma3TextConfig(num_attention_heads=2, num_key_value_heads=1, **sizes)).eval()
+
+
+def tiny_vit() -> nn.Module:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return ViTForImageClassification(ViTConfig(image_size=6, patch_size=3, num_channels=4, **sizes)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:.*`ensure_weight_tying` is not set to True")
+@pytest.mark.parametrize(
+    ("make", "target", "given"),
+    [(tiny_gemma, "embed_tokens", {"input_ids": IDS}), (tiny_vit, "projection", {"pixel_values": IMAGE})],
+    ids=["gemma", "vit"],
+)
+@torch.no_grad()
+def test_model_of_transformers_with_another_site_goes_to_peft_and_is_merged(make, target, given, tmp_path):
+    model = make()
+    before = model(**given).logits
+    inject_adapters(model, small_config(target_modules=[target, "q_proj"]))
+    perturb(model)
+    wanted = model(**given).logits
+    assert not torch.allclose(wanted, before, atol=1e-3)
+    export_lora(model, tmp_path / "lora")
+    theirs = PeftModel.from_pretrained(make(), tmp_path / "lora").eval()
+    torch.testing.assert_close(theirs(**given).logits, wanted, rtol=1e-4, atol=1e-5)
+    save_merged(model, tmp_path / "merged")
+    merged = type(model).from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(merged(**given).logits, wanted, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=rf"{target} is no linear, and the GENLORA of PEFT adapts linears alone"):
+        export_peft(model, tmp_path / "genlora")
+    assert not (tmp_path / "genlora").exists()
 
 
 @pytest.mark.parametrize(
