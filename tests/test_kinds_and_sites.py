@@ -531,13 +531,28 @@ def with_layer(layer: Callable[[], nn.Module], *around: nn.Module) -> Callable[[
     return make
 
 
+class First(nn.Module):
+    """Gives the first of several outputs."""
+
+    def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        return outputs[0]
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """Takes its input for queries, keys and values."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x, x, x)
+
+
 ROWS = torch.tensor([1, 3, 3, 9])
 IMAGE = torch.arange(4 * 5 * 5.0).view(1, 4, 5, 5).sin()
 TO_ROWS = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-OF_SITES = {
+OF_SITES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     "AdaptedTable": (with_table, ROWS),
     "AdaptedEmbedding": (with_layer(lambda: nn.Embedding(10, 6, padding_idx=3)), ROWS),
     "AdaptedConv": (with_layer(lambda: nn.Conv2d(4, 6, 3, padding=1), TO_ROWS), IMAGE),
+    "AdaptedAttention": (with_layer(lambda: SelfAttention(6, 2), First()), IMAGE[..., :3].reshape(5, 2, 6)),
     "AdaptedConv, groups": (with_layer(lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2), TO_ROWS), IMAGE),
 }
 
@@ -556,9 +571,9 @@ def test_site_takes_every_kind(config, name, tmp_path):
     trained = sum(config.count_parameters(layer.shape) for layer in layers)
     assert report.adapter_parameters == report.trainable_parameters == trained
     assert torch.equal(model(ids), before)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     start = float((model(ids).detach() - 1).square().mean())
-    for _ in range(20):
+    for _ in range(40):
         optimizer.zero_grad()
         loss = (model(ids) - 1).square().mean()
         loss.backward()

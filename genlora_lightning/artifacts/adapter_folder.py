@@ -6,8 +6,8 @@
                                 where linears have several (ranks of their own, parts adapted one by one), further
                                 ones with the names of their linears
 ``README.md``                   a model card, free to be edited
-``manifest.json``               size and SHA-256 of the first two, the base's identity, the adapted linears, versions,
-                                facts of the training, and the SHA-256 of all that
+``manifest.json``               size and SHA-256 of the first two, the base's identity, the adapted layers and which of
+                                them are no linears, versions, facts of the training, and the SHA-256 of all that
 ==============================  ==========================================================================
 """
 
