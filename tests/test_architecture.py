@@ -142,7 +142,14 @@ OTHER_INTERNALS = {
     "_version",
 }
 # Where an object of somebody else gets an attribute that is a parameter of its own, or that is our own object.
-SETS_ATTRIBUTES = {"overrides.py", "injection/full_training.py", "layers/sharing.py", "__init__.py"}
+SETS_ATTRIBUTES = {
+    "overrides.py",
+    "injection/full_training.py",
+    "layers/adapted.py",
+    "layers/sharing.py",
+    "layers/swapped.py",
+    "__init__.py",
+}
 
 
 @each_file

@@ -278,6 +278,7 @@ def test_gradients_of_one_generation_per_step_are_those_of_one_per_micro_batch(c
 
 @each
 def test_plan_counts_the_kind(config):
+    config = dataclasses.replace(config, target_modules=r".*(_proj|embed_tokens)")
     plan = make_plan(llama().config, "tiny", "causal-lm", config, Setup(gpus=2, strategy="ddp", batch=1, tokens=8))
     model = llama()
     inject_adapters(model, config)
@@ -295,22 +296,27 @@ def run(place: tuple[str, str], folder: Path, config: AdapterConfig, *callbacks:
 
 PLACES = [("ddp", "replicate"), *((kind, policy) for kind in ("fsdp1", "fsdp2") for policy in POLICIES)]
 SINGLE = ("single", "replicate")
+# GenLoRA has a file of its own. The linears, and a layer of another site.
+PLACED = {
+    name: dataclasses.replace(config, target_modules=r".*(_proj|embed_tokens)")
+    for name, config in ALL.items()
+    if name != "genlora"
+}
 # Kinds that cannot lie in pieces, and what of them can.
 WHOLE = {"polar": "field needs its matrices whole", "compacter": "share the matrices of its Kronecker products"}
-IN_PIECES = {"compacter": dataclasses.replace(ALL["compacter"], shared=False)}
+IN_PIECES = {"compacter": dataclasses.replace(PLACED["compacter"], shared=False)}
 
 
 def cases(place: tuple[str, str]) -> dict[str, AdapterConfig]:
-    """The kinds that a strategy and a policy take, but GenLoRA, which has a file of its own."""
-    found = {name: config for name, config in ALL.items() if name != "genlora"}
-    return found if place[1] == "replicate" else {k: c for k, c in found.items() if k not in WHOLE} | IN_PIECES
+    """The kinds that a strategy and a policy take."""
+    return PLACED if place[1] == "replicate" else {k: c for k, c in PLACED.items() if k not in WHOLE} | IN_PIECES
 
 
 @pytest.mark.timeout(280)
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
 @pytest.mark.filterwarnings("ignore:.* has both parameters with requires_grad=True and False:UserWarning")
 def test_every_kind_trains_and_resumes_the_same_under_every_strategy_and_policy(tmp_path):
-    run(SINGLE, tmp_path, ALL["lora"], SaveAt(tmp_path / "lora.ckpt", 2))
+    run(SINGLE, tmp_path, PLACED["lora"], SaveAt(tmp_path / "lora.ckpt", 2))
     expected: dict[str, list[Any]] = {name: [] for name in cases(SINGLE)}
     for name in expected:
         for config in {id(c[name]): c[name] for p in PLACES if name in (c := cases(p))}.values():
@@ -327,13 +333,14 @@ def test_every_kind_trains_and_resumes_the_same_under_every_strategy_and_policy(
                 found.append((name, place, whole.losses, whole.state, resumed.state))
         for place, (name, why) in zip([p for p in PLACES if p[1] == "shard"], WHOLE.items(), strict=True):
             with pytest.raises(ValueError, match=rf'cannot be sharded: .*{why}. Set `adapter_sharding="replicate"`'):
-                run(place, tmp_path, ALL[name])
+                run(place, tmp_path, PLACED[name])
         return found
 
     for kind, place, losses, state, resumed in on_ranks(all_places, seconds=240)[0]:
         one = next(record for config, record in expected[kind] if config is cases(place)[kind])
         torch.testing.assert_close(losses, one.losses, rtol=0, atol=1e-6, msg=lambda m, at=(kind, place): f"{at} {m}")
         assert state.keys() == one.state.keys() == resumed.keys()
+        assert any("embed_tokens.update" in name for name in state)
         for name, tensor in one.state.items():
             torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-6, msg=lambda m, at=place: f"{at} {m}")
             torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6, msg=lambda m, at=place: f"{at} {m}")
@@ -344,13 +351,14 @@ def test_every_kind_trains_and_resumes_the_same_under_every_strategy_and_policy(
         if kind != "lora":
             continue
         # A checkpoint of any place goes on in one process.
-        back = run(SINGLE, tmp_path, ALL[kind], ckpt_path=tmp_path / f"{kind}-{'-'.join(place)}.ckpt")
+        back = run(SINGLE, tmp_path, PLACED[kind], ckpt_path=tmp_path / f"{kind}-{'-'.join(place)}.ckpt")
         for name, tensor in one.state.items():
             torch.testing.assert_close(back.state[name], tensor, rtol=0, atol=1e-6)
 
 
 @each
 def test_resumed_run_equals_an_uninterrupted_one_in_every_bit(config, tmp_path):
+    config = dataclasses.replace(config, target_modules=r".*(_proj|embed_tokens)")
     file = tmp_path / "half.ckpt"
     whole = run(SINGLE, tmp_path, config, SaveAt(file, 3), accumulate_grad_batches=2, loader=llama_loader(32))
     resumed = run(SINGLE, tmp_path, config, ckpt_path=file, accumulate_grad_batches=2, loader=llama_loader(32))
@@ -537,7 +545,42 @@ def with_table() -> nn.Module:
     return nn.Sequential(Table(10, 6), nn.Linear(6, 4))
 
 
+def with_layer(layer: Callable[[], nn.Module], *around: nn.Module) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(layer(), *around, nn.Linear(6, 4))
+
+    return make
+
+
+class First(nn.Module):
+    """Gives the first of several outputs."""
+
+    def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
+        return outputs[0]
+
+
+class SelfAttention(nn.MultiheadAttention):
+    """Takes its input for queries, keys and values."""
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x, x, x)
+
+
+ROWS = torch.tensor([1, 3, 3, 9])
+IMAGE = torch.arange(4 * 5 * 5.0).view(1, 4, 5, 5).sin()
+TO_ROWS = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+OF_SITES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
+    "AdaptedTable": (with_table, ROWS),
+    "AdaptedEmbedding": (with_layer(lambda: nn.Embedding(10, 6, padding_idx=3)), ROWS),
+    "AdaptedConv": (with_layer(lambda: nn.Conv2d(4, 6, 3, padding=1), TO_ROWS), IMAGE),
+    "AdaptedAttention": (with_layer(lambda: SelfAttention(6, 2), First()), IMAGE[..., :3].reshape(5, 2, 6)),
+    "AdaptedConv, groups": (with_layer(lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2), TO_ROWS), IMAGE),
+}
+
+
 @pytest.mark.usefixtures("site")
+@pytest.mark.parametrize("name", OF_SITES)
 @pytest.mark.parametrize(
     "config",
     [
@@ -550,15 +593,20 @@ def with_table() -> nn.Module:
     ],
     ids=ALL,
 )
-def test_site_takes_every_kind(config, tmp_path):
-    model, ids = with_table(), torch.tensor([1, 3, 3, 9])
+def test_site_takes_every_kind(config, name, tmp_path):
+    make, ids = OF_SITES[name]
+    model = make()
+    config = dataclasses.replace(config, target_modules=["0", "1" if len(model) == 2 else "2"])
     before = model(ids)
-    inject_adapters(model, config)
-    assert [type(layer).__name__ for layer in adapter_layers(model).values()] == ["AdaptedTable", "AdaptedLinear"]
+    report = inject_adapters(model, config)
+    layers = adapter_layers(model).values()
+    assert [type(layer).__name__ for layer in layers] == [name.partition(",")[0], "AdaptedLinear"]
+    trained = sum(config.count_parameters(layer.shape) for layer in layers)
+    assert report.adapter_parameters == report.trainable_parameters == trained
     assert torch.equal(model(ids), before)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
     start = float((model(ids).detach() - 1).square().mean())
-    for _ in range(20):
+    for _ in range(40):
         optimizer.zero_grad()
         loss = (model(ids) - 1).square().mean()
         loss.backward()
@@ -566,8 +614,14 @@ def test_site_takes_every_kind(config, tmp_path):
     assert float(loss.detach()) < 0.7 * start
     wanted = model(ids)
     save_adapter(model, tmp_path / "adapter")
-    again = with_table()
+    verify_adapter(tmp_path / "adapter")
+    assert describe_adapter(tmp_path / "adapter").parameters == trained
+    again = make()
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(again(ids), wanted)
     merge_adapters(model)
     torch.testing.assert_close(model(ids), wanted, rtol=1e-4, atol=1e-5)
+    unmerge_adapters(model)
+    assert torch.equal(model(ids), wanted)
+    remove_adapters(model)
+    assert torch.equal(model(ids), before)

@@ -52,6 +52,7 @@ class AdapterConfig(ABC):
         dropout: Probability of dropping an entry of the adapter's input while training.
         target_modules: Layers to adapt: ``"all-linear"`` (each linear but the output head), a list of module names or
             their last parts (``["q_proj", "v_proj"]``), or a regular expression that must match the whole module name.
+            Embeddings, convolutions and ``nn.MultiheadAttention`` are adapted where they are named.
         exclude_modules: Names, or last parts of names, of layers not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.

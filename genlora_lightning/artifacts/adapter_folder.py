@@ -6,8 +6,8 @@
                                 where linears have several (ranks of their own, parts adapted one by one), further
                                 ones with the names of their linears
 ``README.md``                   a model card, free to be edited
-``manifest.json``               size and SHA-256 of the first two, the base's identity, the adapted linears, versions,
-                                facts of the training, and the SHA-256 of all that
+``manifest.json``               size and SHA-256 of the first two, the base's identity, the adapted layers and which of
+                                them are no linears, versions, facts of the training, and the SHA-256 of all that
 ==============================  ==========================================================================
 """
 
@@ -60,6 +60,7 @@ _MANIFEST_SHAPE: dict[Any, Any] = {
     "training": dict,
     "base": IDENTITY_SHAPE,
     "layers": {str: is_matrix_shape},
+    "sites?": {str: str},
     "trained_modules": {str: [str]},
     "files": {
         CONFIG_FILE: {"bytes": int, "sha256": str},
@@ -78,7 +79,8 @@ class StoredAdapter:
         config: Its kind, and how its matrices are made; where there are several, the first.
         configs: That of each adapted linear.
         tensors: Its tensors, by their names in the model's state dict.
-        layers: Shape of each adapted linear.
+        layers: Shape of each adapted layer.
+        sites: What those of them are that are no linears: ``"embedding"``, ``"convolution"``.
         trained_modules: Modules trained in full, with the names of their tensors.
         base: Identity of the base; see :func:`~genlora_lightning.backbone.identity.base_identity`.
         training: Facts of the training, such as steps and metrics.
@@ -91,6 +93,7 @@ class StoredAdapter:
     configs: dict[str, AdapterConfig]
     tensors: dict[str, Tensor]
     layers: dict[str, MatrixShape]
+    sites: dict[str, str]
     trained_modules: dict[str, list[str]]
     base: dict[str, Any]
     training: dict[str, Any]
@@ -255,6 +258,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
         configs={name: others.get(name, config) for name in manifest["layers"]},
         tensors=format1.upgraded_names(tensors) if is_format1 else tensors,
         layers={name: MatrixShape(*shape) for name, shape in manifest["layers"].items()},
+        sites=manifest.get("sites", {}),
         trained_modules=manifest["trained_modules"],
         base=manifest["base"],
         training=manifest["training"],

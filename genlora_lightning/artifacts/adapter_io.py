@@ -76,7 +76,8 @@ class AdapterRecord:
         state: The adapter's tensors by name.
         configs: The configuration of each adapted linear.
         base: The base's identity (:func:`~genlora_lightning.backbone.identity.base_identity`).
-        layers: ``[out_features, in_features]`` of each adapted linear.
+        layers: ``[out_features, in_features]`` of each adapted layer.
+        sites: What those of them are that are no linears.
         trained_modules: The names of the tensors of each module trained in full.
         base_is_transformers: Whether the base is one of transformers' models.
     """
@@ -85,6 +86,7 @@ class AdapterRecord:
     configs: dict[str, AdapterConfig]
     base: dict[str, Any]
     layers: dict[str, list[int]]
+    sites: dict[str, str]
     trained_modules: dict[str, list[str]]
     base_is_transformers: bool
 
@@ -114,6 +116,7 @@ def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> Adap
         configs=adapter_configs(model),
         base=base_identity(model) if base is None else base,
         layers={name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
+        sites={name: layer.noun for name, layer in layers.items() if layer.named_only},
         trained_modules={
             name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()
         },
@@ -328,6 +331,7 @@ def _write(
         "training": training,
         "base": base,
         "layers": content.layers,
+        **({"sites": content.sites} if content.sites else {}),
         "trained_modules": content.trained_modules,
         "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()},
     }
@@ -355,6 +359,7 @@ def _fitted(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
         stored,
         tensors={name.removeprefix(prefix): tensor for name, tensor in stored.tensors.items()},
         layers={name.removeprefix(prefix): shape for name, shape in stored.layers.items()},
+        sites={name.removeprefix(prefix): site for name, site in stored.sites.items()},
         configs={name.removeprefix(prefix): config for name, config in stored.configs.items()},
         trained_modules={
             name.removeprefix(prefix): [own.removeprefix(prefix) for own in tensors]

@@ -146,7 +146,7 @@ class AdapterDescription:
                 text_table(header, rows, left=2),
                 f"{read_config(self.config).title} adapter for {self.base}, written {self.created}: "
                 f"{counted_values(self.parameters, self.fixed)} in {self.num_bytes:,} bytes; {len(self.layers)} "
-                f"linears, mean effective rank {mean:.2f} of {max((layer.rank for layer in self.layers), default=0)}.",
+                f"layers, mean effective rank {mean:.2f} of {max((layer.rank for layer in self.layers), default=0)}.",
             ]
         )
 

@@ -132,7 +132,7 @@ def _merged_state(base: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str,
             continue
         parent = next((place for place in places if name.startswith(f"{place}.")), None)
         key = name if parent is None else parent + name.removeprefix(f"{parent}.base_layer")
-        if parent is not None and name == f"{parent}.base_layer.weight":
+        if parent is not None and name == f"{parent}.base_layer.{places[parent].parameter}":
             state[key] = merged[id(places[parent])]
             continue
         if id(tensor) not in cast:

@@ -55,7 +55,7 @@ def model_card(
             "",
             f"# {configs[0].title} adapter",
             "",
-            f"A low-rank adapter: {counted_values(num_trained, num_fixed)} for {num_layers} linear layers.",
+            f"A low-rank adapter: {counted_values(num_trained, num_fixed)} for {num_layers} layers.",
             "",
             f"- **Base**: {describe_base(dict(base))}",
             f"- **Licence**: not stated by who trained it; that of the base applies{known}.",

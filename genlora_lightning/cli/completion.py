@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable
+from typing import Any
 
 SHELLS = ("bash", "zsh", "fish", "tcsh", "powershell")
 # Of the training commands, which have a parser of their own with hundreds of settings.
@@ -40,12 +41,12 @@ def completion_script(tool: argparse.ArgumentParser, training: Iterable[str], sh
     commands = next(action for action in tool._actions if isinstance(action, argparse._SubParsersAction))
     for name in training:
         for option, what in _TRAINING_OPTIONS.items():
-            flag = {"action": "store_true"} if option in ("--print_config", "--help") else {}
-            commands.choices[name].add_argument(option, help=what, **flag)  # type: ignore[arg-type]
+            flag: Any = {"action": "store_true"} if option in ("--print_config", "--help") else {}
+            commands.choices[name].add_argument(option, help=what, **flag)
     for command in commands.choices.values():
         for action in command._actions:
             takes_word = action.nargs != 0 and action.type is None and not action.choices
             if takes_word and not isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)):
-                action.complete = shtab.FILE  # type: ignore[attr-defined]
+                action.complete = shtab.FILE
     script: str = shtab.complete(tool, shell=shell)
     return script

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning.layers.sites import matrix_shape
+from genlora_lightning.layers.sites import is_linear
 
 # Reasons for leaving a linear alone that its user should know of.
 NEW_HEAD = "output head; if it is new, name it in `modules_to_train`"
@@ -18,6 +18,7 @@ UNTIED = (
     "one, name both in `modules_to_train`"
 )
 TIED_HEAD = "output head, tied to an embedding"
+TIED_TO_ADAPTED = "tied to an embedding that is adapted, and goes on with the base's weight"
 _SAMPLE = 4096
 
 
@@ -27,7 +28,7 @@ def output_heads(model: nn.Module) -> dict[int, str]:
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     in_transformers: set[int] = set()
     for module in model.modules():
-        if matrix_shape(module) is not None and id(module.weight) in embeddings:
+        if is_linear(module) and id(module.weight) in embeddings:
             heads[id(module)] = TIED_HEAD
         # A transformers model says by itself what its body is; asked by attribute, so that we need not import it.
         if not hasattr(module, "base_model_prefix"):
@@ -77,4 +78,4 @@ def _new_among(model: nn.Module, linears: list[nn.Module]) -> Iterable[nn.Module
 
 
 def _linears(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if matrix_shape(module) is not None]
+    return [module for module in model.modules() if is_linear(module)]

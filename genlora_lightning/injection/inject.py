@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
 from genlora_lightning.adapters.base import adapter_modules
-from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.adapters.low_rank import RankKind, effective_rank
 from genlora_lightning.injection.foreign import check_no_foreign_adapters
@@ -27,7 +27,7 @@ from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.quantized import is_quantized
 from genlora_lightning.layers.sharing import share_generation, stop_sharing_generation
-from genlora_lightning.layers.sites import adapt, matrix_shape
+from genlora_lightning.layers.sites import adapt, is_linear, matrix_shape, obstacle
 from genlora_lightning.layers.ties import tie_modules
 from genlora_lightning.overrides import forget, note, noted, put_on, take_off
 
@@ -45,8 +45,8 @@ def adapter_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
 
 
 def count_linears(model: nn.Module) -> int:
-    """How many modules of a model could be adapted, or are: what tells it from a larger one of the same kind."""
-    return sum(matrix_shape(module) is not None for module in model.modules())
+    """How many linears a model has, adapted or not: what tells it from a larger one of the same kind."""
+    return sum(is_linear(module) for module in model.modules())
 
 
 def adapter_config(model: nn.Module) -> AdapterConfig:
@@ -123,14 +123,15 @@ def effective_ranks(model: nn.Module, kind: RankKind = "entropy") -> dict[str, f
 def inject_adapters(
     model: nn.Module, config: AdapterConfig | Mapping[str, Any], *, generator: torch.Generator | None = None
 ) -> InjectionReport:
-    """Freeze a model and put an adapter on each linear that the configuration names, in place.
+    """Freeze a model and put an adapter on each layer that the configuration names, in place.
 
     Nothing is changed if an error is raised. A second call with an equal configuration changes nothing and reports
     again. A linear that stands in several places gets one adapter; weights that are tied stay tied. Parts of a model
     may be adapted one by one, each with a configuration of its own.
 
     Args:
-        model: Any module whose linears are ``nn.Linear`` or transformers' ``Conv1D``.
+        model: Any module whose linears are ``nn.Linear`` or transformers' ``Conv1D``. ``nn.Embedding`` and convolutions
+            are adapted where ``target_modules`` names them.
         config: Which linears are adapted, and how; also as a dictionary. ``"all-linear"`` leaves out output heads (what
             a transformers model has outside its ``base_model``, linears beside such a model or tied to an embedding,
             and linears with the values that they were made with while most others were trained), modules trained in
@@ -143,8 +144,8 @@ def inject_adapters(
 
     Raises:
         ValueError: A name matches nothing (the message lists names that are near), the model has no linear at all, a
-            named module is no linear, there are more groups than entries, or other adapters are already there, ours
-            or another library's.
+            named module cannot be adapted, there are more groups than entries, or other adapters are already there,
+            ours or another library's.
 
     Note:
         In a process group, every rank must start from the same values: use the same seed, or broadcast afterwards
@@ -156,15 +157,17 @@ def inject_adapters(
         check_configuration(model, config)
         return _go_on(model, dict.fromkeys(existing, config))
     if matrix_shape(model) is not None:
-        raise ValueError("The model is itself a linear layer, which cannot be replaced in place: put it into a module.")
+        what = "a linear layer" if is_linear(model) else f"a layer ({type(model).__name__})"
+        raise ValueError(f"The model is itself {what}, which cannot be replaced in place: put it into a module.")
 
     _check_initialized(model)
     check_no_foreign_adapters(model)
-    linears = {name: module for name, module in model.named_modules() if matrix_shape(module) is not None}
+    can_be_adapted = is_linear if config.target_modules == ALL_LINEAR else matrix_shape
+    linears = {name: module for name, module in model.named_modules() if can_be_adapted(module)}
     if not linears:
         raise ValueError(
-            f"This {type(model).__name__} has no nn.Linear or Conv1D to adapt. If its backbone is built later "
-            "(`configure_model`), inject after that."
+            f"This {type(model).__name__} has no nn.Linear or Conv1D to adapt{_other_sites(model)}. If its backbone is "
+            "built later (`configure_model`), inject after that."
         )
     trained = match_modules(model, config.modules_to_train, "modules_to_train")
     targets, skipped = select_targets(model, linears, config, trained)
@@ -205,6 +208,11 @@ def inject_layers(
     return _put_in(model, layers, {name: modules[name] for name in trained}, {}, None, stored)
 
 
+def _other_sites(model: nn.Module) -> str:
+    names = [name for name, module in model.named_modules() if matrix_shape(module) is not None]
+    return f"; name its other layers in `target_modules` ({', '.join(names[:3])})" if names else ""
+
+
 def _check_initialized(model: nn.Module) -> None:
     lazy = next((name for name, p in model.named_parameters() if isinstance(p, UninitializedParameter)), None)
     if lazy is not None:
@@ -223,8 +231,10 @@ def _put_in(
     stored: Collection[str] = (),
 ) -> InjectionReport:
     for name, (module, config) in layers.items():
-        shape = matrix_shape(module)
+        shape, reason = matrix_shape(module), obstacle(module)
         assert shape is not None
+        if reason is not None:
+            raise ValueError(f"{name} cannot be adapted: {reason}.")
         try:
             config.check_shape(shape, name)
         except ValueError as error:
@@ -263,7 +273,7 @@ def _go_on(model: nn.Module, configs: Mapping[str, AdapterConfig]) -> InjectionR
     if skipped is None:  # a part of it was adapted, or each of some
         taken = {id(layer.base_layer) for layer in adapter_layers(model).values()}
         taken |= {id(inner) for module in trained_modules(model).values() for inner in module.modules()}
-        linears = {name: m for name, m in model.named_modules() if matrix_shape(m) is not None}
+        linears = {name: m for name, m in model.named_modules() if is_linear(m)}
         skipped = {name: BESIDE_PARTS for name, module in linears.items() if id(module) not in taken}
     return _report(model, skipped)
 
@@ -384,6 +394,7 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
             ),
             lora_parameters=layer.config.rank * (layer.in_features + layer.out_features),
             rank=layer.config.rank,
+            is_linear=not layer.named_only,
         )
         for name, layer in adapter_layers(model).items()
     )

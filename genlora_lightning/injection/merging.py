@@ -66,7 +66,7 @@ class MergeReport:
             for row in self.rows
         ]
         text = [text_table(("module", "dtype", "relative error of ΔW", "unchanged weights"), rows)]
-        text.append(f"Merged {len(rows)} linears; the largest error is {self.worst.relative_error:.2e}.")
+        text.append(f"Merged {len(rows)} layers; the largest error is {self.worst.relative_error:.2e}.")
         if self.folder is not None:
             tokenizer = f", with the tokenizer ({', '.join(self.copied)})" if self.copied else ", without a tokenizer"
             text.append(f"The merged model is in {self.folder}{tokenizer}.")
@@ -166,7 +166,7 @@ def measure_drift(name: str, layer: AdaptedLayer, merged: Tensor) -> MergeRow:
     weight, delta = layer.base_weight.to(merged.device), layer.stored_delta()
     lost = total = 0.0
     unchanged = 0
-    step = max(1, _CHUNK // weight.shape[1])  # in parts, because float64 copies of a large weight are large
+    step = max(1, _CHUNK // weight[0].numel())  # in parts, because float64 copies of a large weight are large
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         exact, before, after = delta[rows].double(), weight[rows].double(), merged[rows].double()
@@ -184,7 +184,7 @@ def warn_of_losses(report: MergeReport) -> None:
         worst = report.worst
         warnings.warn(
             f"Rounding to {str(worst.dtype).removeprefix('torch.')} changed the update of {len(lossy)} of "
-            f"{len(report.rows)} linears by more than {_LOST:.0%} ({worst.module}: {worst.relative_error:.0%}). Merge "
+            f"{len(report.rows)} layers by more than {_LOST:.0%} ({worst.module}: {worst.relative_error:.0%}). Merge "
             "with `dtype=torch.float32`, or keep the adapter separate.",
             MergeRoundingWarning,
             stacklevel=4,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from genlora_lightning.injection.heads import NEW_HEAD, NEW_LINEAR, UNTIED
+from genlora_lightning.injection.heads import NEW_HEAD, NEW_LINEAR, TIED_TO_ADAPTED, UNTIED
 from genlora_lightning.injection.targets import STACK
 from genlora_lightning.text import text_table
 
 # Why modules were left alone, where the summary says it.
 BESIDE_PARTS = "adapters were put into a part of the model before, and not here"
-_IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, UNTIED, STACK, BESIDE_PARTS)
+_IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, UNTIED, TIED_TO_ADAPTED, STACK, BESIDE_PARTS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class InjectionRow:
-    """One line of a :class:`InjectionReport`: an adapted linear or a module trained in full."""
+    """One line of a :class:`InjectionReport`: an adapted layer or a module trained in full."""
 
     module: str
     kind: str
@@ -24,6 +24,7 @@ class InjectionRow:
     trainable_parameters: int
     lora_parameters: int
     rank: int | None = None
+    is_linear: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +57,18 @@ class InjectionReport:
         return sum(row.trainable_parameters for row in self.adapted)
 
     @property
+    def noun(self) -> str:
+        """What the adapted layers are."""
+        return "linears" if all(row.is_linear for row in self.adapted) else "layers"
+
+    @property
     def _ranks(self) -> list[int]:
         return sorted({row.rank for row in self.adapted if row.rank is not None})
 
     def summary(self) -> str:
         """The report in one or two lines."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
-        text = f"{self.title} adapts {len(self.adapted)} linears with {self.adapter_parameters:,} parameters"
+        text = f"{self.title} adapts {len(self.adapted)} {self.noun} with {self.adapter_parameters:,} parameters"
         if len(self._ranks) > 1:
             text += f", of ranks {', '.join(map(str, self._ranks))}"
         if self.adapter_parameters != self.lora_parameters:

@@ -10,8 +10,9 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig, matches
-from genlora_lightning.injection.heads import UNTIED, output_heads
-from genlora_lightning.injection.uncalled import uncalled_linears
+from genlora_lightning.injection.heads import TIED_TO_ADAPTED, UNTIED, output_heads
+from genlora_lightning.injection.uncalled import uncalled_layers
+from genlora_lightning.layers.sites import obstacle
 
 # A reason for leaving a module alone that its user should know of.
 STACK = "several matrices in one parameter, as in a mixture of experts, are no nn.Linear"
@@ -55,11 +56,11 @@ def match_modules(model: nn.Module, patterns: list[str], field: str) -> dict[str
 def select_targets(
     model: nn.Module, linears: dict[str, nn.Module], config: AdapterConfig, trained: dict[str, nn.Module]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """Choose the linears to adapt; what "all-linear" leaves out comes back with the reason."""
+    """Choose the linears (and other layers that are named) to adapt; what is left out comes back with the reason."""
     excluded = match_modules(model, config.exclude_modules, "exclude_modules")
     inside_excluded = {id(m) for module in excluded.values() for m in module.modules()}
     inside_trained = {id(m) for module in trained.values() for m in module.modules()}
-    uncalled = uncalled_linears(model)
+    uncalled = uncalled_layers(model)
     names = all_names(model)
     numbers = _layer_numbers(linears, config)
     candidates: dict[str, nn.Module] = {}
@@ -72,6 +73,8 @@ def select_targets(
             skipped[name] = "in `exclude_modules`"
         elif id(module) in uncalled:
             skipped[name] = f"{uncalled[id(module)]} reads its weight without calling it"
+        elif (reason := obstacle(module)) is not None:
+            skipped[name] = reason
         elif id(module) in heads:
             skipped[name] = heads[id(module)]
         elif numbers is not None and not any(_layer_number(alias) in numbers for alias in names[id(module)]):
@@ -103,11 +106,11 @@ def select_targets(
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ValueError(
-            f"`target_modules` {config.target_modules!r} matches none of the {len(linears)} linears."
+            f"`target_modules` {config.target_modules!r} matches none of the {len(linears)} layers that can be adapted."
             + (f" Left out were {reasons}." if reasons else "")
             + f" {_near(str(config.target_modules), linears)}"
         )
-    return targets, skipped | _untied(model, inside_trained)
+    return targets, skipped | _untied(model, inside_trained) | _tied_to(model, targets)
 
 
 def configurations(
@@ -196,6 +199,17 @@ def _untied(model: nn.Module, trained: set[int]) -> dict[str, str]:
         name: UNTIED
         for name, module in model.named_modules()
         if id(module) not in trained and any(id(p) in weights for p in module.parameters(recurse=False))
+    }
+
+
+def _tied_to(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, str]:
+    """Modules that share the weight of an adapted embedding, of which they see no update."""
+    weights = {id(m.weight) for m in targets.values() if isinstance(m, nn.Embedding)}
+    taken = {id(m) for m in targets.values()}
+    return {
+        name: TIED_TO_ADAPTED
+        for name, module in model.named_modules()
+        if id(module) not in taken and id(getattr(module, "weight", None)) in weights
     }
 
 

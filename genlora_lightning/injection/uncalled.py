@@ -1,4 +1,4 @@
-"""Find linears whose weight their module reads without calling them: an adapter on one would never act."""
+"""Find layers whose weight their module reads in place of calling them: an adapter on one would not act there."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import textwrap
 from types import FunctionType
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from genlora_lightning.layers.sites import matrix_shape
 
@@ -16,27 +17,32 @@ from genlora_lightning.layers.sites import matrix_shape
 _FACTS = {"dtype", "device", "shape", "requires_grad", "is_cuda", "ndim", "size", "dim", "numel"}
 
 
-def uncalled_linears(model: nn.Module) -> dict[int, str]:
-    """The linears (by id) whose ``weight`` a module's forward reads and which it never calls, with the module's class.
+def uncalled_layers(model: nn.Module) -> dict[int, str]:
+    """The layers (by id) whose ``weight`` a module's forward reads and which it never calls, with the module's class.
 
-    As in ``F.linear(x, self.proj.weight)``. It is read off the source of the module's class, where there is one;
+    As in ``F.linear(x, self.proj.weight)``. A convolution that is also called counts: Mamba's is read by its kernels
+    and called where there are none. It is read off the source of the module's class, where there is one;
     ``nn.MultiheadAttention`` hands all of its parts to one function.
     """
     found: dict[int, str] = {}
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention):
-            found |= {id(child): "nn.MultiheadAttention" for child in module.modules()}
+            found |= {id(child): "nn.MultiheadAttention" for child in module.modules() if child is not module}
             continue
-        linears = {name: child for name, child in module.named_children() if matrix_shape(child) is not None}
-        if linears:
-            read = _read_and_not_called(type(module), frozenset(linears))  # type: ignore[arg-type]
-            found |= {id(child): type(module).__name__ for name, child in linears.items() if name in read}
+        layers = {name: child for name, child in module.named_children() if matrix_shape(child) is not None}
+        if layers:
+            read, used = _read_and_used(type(module), frozenset(layers))  # type: ignore[arg-type]
+            found |= {
+                id(child): type(module).__name__
+                for name, child in layers.items()
+                if name in read and (name not in used or isinstance(child, _ConvNd))
+            }
     return found
 
 
 @functools.cache
-def _read_and_not_called(cls: type, children: frozenset[str]) -> frozenset[str]:
-    """Those children of a class's modules of which the forward reads the weight, and that are used in no other way."""
+def _read_and_used(cls: type, children: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
+    """Those children of a class's modules of which the forward reads the weight, and those used in another way."""
     methods: dict[str, FunctionType] = {}
     for base in reversed(cls.__mro__):
         if base.__module__.partition(".")[0] != "torch":
@@ -49,7 +55,7 @@ def _read_and_not_called(cls: type, children: frozenset[str]) -> frozenset[str]:
         waiting = {n for name in waiting for n in methods[name].__code__.co_names if n in methods} - reached
     # Most classes are done with here, because reading and parsing sources takes long.
     if not any("weight" in f.__code__.co_names for name, f in methods.items() if name in reached):
-        return frozenset()
+        return frozenset(), frozenset()
     read: set[str] = set()
     used: set[str] = set()
     for name, function in methods.items():
@@ -57,11 +63,11 @@ def _read_and_not_called(cls: type, children: frozenset[str]) -> frozenset[str]:
             try:
                 tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
             except (OSError, SyntaxError):  # made without a file
-                return frozenset()
+                return frozenset(), frozenset()
             of_weight, of_others = _uses(tree)
             used |= of_others
             read |= of_weight if name in reached else set()
-    return frozenset((read - used) & children)
+    return frozenset(read & children), frozenset(used & children)
 
 
 def _uses(tree: ast.AST) -> tuple[set[str], set[str]]:

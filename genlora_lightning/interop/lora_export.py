@@ -25,6 +25,7 @@ from genlora_lightning.backbone.tasks import class_tasks, is_transformers_model,
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_configs, adapter_layers, require_adapters
 from genlora_lightning.interop.lora_files import has_mark
+from genlora_lightning.interop.lora_sites import to_peft, unlike_peft
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.linear import is_conv1d
 from genlora_lightning.layers.sites import matrix_shape
@@ -67,6 +68,7 @@ class LoRAExport:
         rows: The adapted linears.
         modules_to_save: Modules that were trained in full and are saved with the adapter.
         task_type: PEFT's name of the task, if it is known.
+        named_only: Of the layers those that are no linears: embeddings and convolutions.
     """
 
     folder: Path
@@ -74,6 +76,7 @@ class LoRAExport:
     rows: tuple[ExportRow, ...]
     modules_to_save: tuple[str, ...]
     task_type: str | None
+    named_only: tuple[str, ...] = ()
 
     @property
     def served_rank(self) -> int | None:
@@ -82,6 +85,8 @@ class LoRAExport:
 
     def server_hint(self) -> str:
         """What a LoRA server must be told for this adapter."""
+        if self.named_only:
+            return f"LoRA servers take linears, and not {self.named_only[0]}: load it with PEFT, or merge it."
         if self.modules_to_save:
             names = ", ".join(self.modules_to_save)
             return (
@@ -102,7 +107,7 @@ class LoRAExport:
         return "\n".join(
             [
                 text_table(("module", "rank", "energy kept", "bytes"), rows),
-                f"LoRA adapter of rank {self.rank} for {len(self.rows)} linears, {total:,} bytes, in {self.folder}."
+                f"LoRA adapter of rank {self.rank} for {len(self.rows)} layers, {total:,} bytes, in {self.folder}."
                 + saved,
                 self.server_hint(),
             ]
@@ -128,8 +133,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
 
     Raises:
         ValueError: The model has no adapters, ``rank`` is not in 1 … the adapter's rank, a value is not finite, an
-            adapted linear stands in several places of the model, which the format cannot say, or PEFT is known to
-            refuse a LoRA on it.
+            adapted layer stands in several places of the model, which the format cannot say, or PEFT is known to
+            refuse a LoRA on it or to compute another one.
         FileExistsError: ``folder`` exists and is not an export of ours.
         OSError: It cannot be written; then nothing is left behind.
     """
@@ -170,7 +175,14 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         modules_to_save=list(trained) or None,
     )
     path = write_folder(folder, lambda staging: _write(staging, state, config), _is_export, "LoRA adapter")
-    return LoRAExport(folder=path, rank=config["r"], rows=tuple(rows), modules_to_save=tuple(trained), task_type=task)
+    return LoRAExport(
+        folder=path,
+        rank=config["r"],
+        rows=tuple(rows),
+        modules_to_save=tuple(trained),
+        task_type=task,
+        named_only=tuple(name for name, layer in layers.items() if layer.named_only),
+    )
 
 
 @torch.no_grad()
@@ -189,6 +201,12 @@ def write_stored_lora(stored: StoredAdapter, folder: Path) -> None:
     """
     import transformers
 
+    if stored.sites:
+        name, site = next(iter(stored.sites.items()))
+        raise ValueError(
+            f"The adapter in {stored.folder} has layers that LoRA servers do not take: {name} is no linear, but of the "
+            f"kind {site}. `genlora export-lora` writes it for PEFT; or merge it into its base (`genlora merge`)."
+        )
     names = ", ".join(stored.trained_modules)
     if names:
         raise ValueError(
@@ -221,8 +239,7 @@ def _lora_tensors(
         A, B, energy = _exported_factors(layer, own if rank is None else min(rank, own), 1.0 if settings else None)
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"The update of {name} holds NaN or infinite values; nothing was exported.")
-        state[f"{_PREFIX}{name}.lora_A.weight"] = A
-        state[f"{_PREFIX}{name}.lora_B.weight"] = B
+        state |= {f"{_PREFIX}{own}": tensor for own, tensor in to_peft(name, layer, A, B).items()}
         rows.append(ExportRow(module=name, rank=A.shape[0], energy_kept=energy, bytes=4 * (A.numel() + B.numel())))
     return state, rows, settings
 
@@ -316,6 +333,13 @@ def _check_places(base: nn.Module) -> None:
 
 
 def _check_taken_by_peft(base: nn.Module, layers: dict[str, AdaptedLayer]) -> None:
+    for name, layer in layers.items():
+        reason = unlike_peft(layer.base_layer)
+        if reason is not None:
+            raise ValueError(
+                f"A LoRA cannot say what the adapter of {name} does: {reason}. Nothing was exported. Merge the adapter "
+                "into the base instead."
+            )
     model_type = getattr(getattr(base, "config", None), "model_type", None)
     refused = [name for name in layers if name.rpartition(".")[2] in _REFUSED_BY_PEFT]
     if model_type in _MAMBA_TYPES and refused:

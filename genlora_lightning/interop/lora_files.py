@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from genlora_lightning.interop.lora_sites import from_peft
 from genlora_lightning.storage.documents import check_document
 from genlora_lightning.storage.paths import local_path
 from genlora_lightning.text import natural_key
@@ -69,19 +70,21 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoRALayer(NamedTuple):
-    """The LoRA of one linear: ``ΔW = scaling · B @ A``.
+    """The LoRA of one layer: ``ΔW = scaling · B @ A``, with A and B as they are in this library.
 
     Args:
         A: ``(r, in)``, in float32.
         B: ``(out, r)``, in float32.
         alpha: PEFT's ``lora_alpha`` for this layer.
         scaling: ``alpha / r``, or ``alpha / √r`` where it is rank-stabilised.
+        site: ``"linear"``, ``"embedding"`` or ``"convolution"``.
     """
 
     A: Tensor
     B: Tensor
     alpha: float
     scaling: float
+    site: str = "linear"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +98,7 @@ class LoRAFiles:
         saved: Tensors of the modules that are saved in full, by their names in the base model.
         modules_to_save: The names of those modules.
         base_model: Name or folder of the base model.
+        bases: Weights of the base that PEFT has saved beside adapted embeddings, by the embeddings' names.
     """
 
     layers: dict[str, LoRALayer]
@@ -103,6 +107,7 @@ class LoRAFiles:
     saved: dict[str, Tensor]
     modules_to_save: tuple[str, ...]
     base_model: str | None
+    bases: dict[str, Tensor]
 
 
 def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
@@ -119,14 +124,23 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} is damaged or incomplete: {error!s:.500}.") from error
     factors: dict[str, dict[str, Tensor]] = {}
+    sites: dict[str, str] = {}
+    bases: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
-        found = re.fullmatch(r"(.+)\.lora_([AB])\.weight", name)
-        if found and name != key and tensor.dim() == 2:
-            factors.setdefault(found[1], {})[found[2]] = tensor.float()
+        found = from_peft(name, tensor)
+        if found is not None and name != key:
+            layer, site, letter, matrix = found
+            if sites.setdefault(layer, site) != site:
+                raise ValueError(f"{folder} holds tensors of {layer} as of a {sites[layer]} and of a {site}.")
+            factors.setdefault(layer, {})[letter] = matrix.float().contiguous()
         elif name == key or "lora_" in name:
-            raise ValueError(f"{folder} holds {key} {tuple(tensor.shape)}, which is no LoRA of a linear layer.")
+            raise ValueError(
+                f"{folder} holds {key} {tuple(tensor.shape)}, which is no LoRA of a linear, embedding or convolution."
+            )
+        elif name.endswith(".base_layer.weight"):
+            bases[name.removesuffix(".base_layer.weight")] = tensor
         else:
             saved[name] = tensor.float() if tensor.is_floating_point() else tensor
     layers = {}
@@ -139,9 +153,9 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
         alpha, scaling = _alpha(config, name), lora_scaling(config, name, A.shape[0])
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"The LoRA of {name} in {folder} holds NaN or infinite values.")
-        layers[name] = LoRALayer(A, B, alpha, scaling)
+        layers[name] = LoRALayer(A, B, alpha, scaling, sites[name])
     if not layers:
-        raise ValueError(f"{folder} holds no LoRA of any linear layer.")
+        raise ValueError(f"{folder} holds no LoRA of any layer.")
     return LoRAFiles(
         layers=layers,
         use_rslora=bool(config.get("use_rslora")),
@@ -149,6 +163,7 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
         saved=saved,
         modules_to_save=_saved_modules(config, saved, folder),
         base_model=config.get("base_model_name_or_path") or None,
+        bases={name: tensor for name, tensor in bases.items() if name in layers},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 from torch import Tensor, nn
 
 from genlora_lightning.adapters.lora import LoRAConfig
@@ -13,6 +14,8 @@ from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import load_adapter_state
 from genlora_lightning.injection.targets import match_modules
 from genlora_lightning.interop.lora_files import LoRAFiles, read_lora
+from genlora_lightning.interop.lora_sites import unlike_peft
+from genlora_lightning.layers.sites import site_of
 
 
 def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionReport:
@@ -32,14 +35,15 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
     Raises:
         FileNotFoundError: There is no such adapter.
         ValueError: It is damaged, no LoRA, or a kind of LoRA that is more than ``ΔW = s·B·A`` (DoRA, trained biases,
-            adapted embeddings or convolutions), or the model is not its base or has adapters already. Then the model is
-            as it was.
+            convolutions that it takes for others), or the model is not its base or has adapters already. Then the model
+            is as it was.
     """
     if adapter_layers(model):
         raise ValueError("The model already has adapters. Call `remove_adapters(model)` first.")
     files = read_lora(folder)
     configs = _configs(files)
     (config, *others) = {id(config): config for config in configs.values()}.values()
+    _check_sites(model, files, folder)
     with restored_after_error(model):
         try:
             if others:
@@ -53,8 +57,27 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
     return report
 
 
+def _check_sites(model: nn.Module, files: LoRAFiles, folder: str | os.PathLike[str]) -> None:
+    modules = dict(model.named_modules())
+    for name, layer in files.layers.items():
+        module = modules.get(name)
+        site = None if module is None else site_of(module)
+        if module is None or site is None:
+            continue  # which the injection tells
+        reason = unlike_peft(module)
+        padding = getattr(module, "padding_idx", None) if layer.site == "embedding" else None
+        if site.noun != layer.site:
+            reason = f"it is of the kind {site.noun} here, and the LoRA is for the kind {layer.site}"
+        elif padding is not None and bool(layer.B[padding : padding + 1].any()):
+            reason = f"it updates the row of `padding_idx` ({padding}), which is fixed here"
+        elif name in files.bases and not torch.equal(files.bases[name].to(module.weight), module.weight):
+            reason = "PEFT saved the embedding itself, too, and its values are others: it was resized or trained"
+        if reason is not None:
+            raise ValueError(f"The LoRA in {folder} does not fit this {type(model).__name__}: {name}: {reason}.")
+
+
 def _configs(files: LoRAFiles) -> dict[str, LoRAConfig]:
-    """The configuration of each linear: one object for all that have the same rank and alpha."""
+    """The configuration of each layer: one object for all that have the same rank and alpha."""
     made: dict[tuple[int, float], LoRAConfig] = {}
     for layer in files.layers.values():
         rank = layer.A.shape[0]

@@ -141,8 +141,8 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         The folder.
 
     Raises:
-        ValueError: The model has no adapters, they are of another kind, or parts were adapted with several
-            configurations, which such a folder cannot say.
+        ValueError: The model has no adapters, they are of another kind, one is on no linear, or parts were adapted with
+            several configurations, which such a folder cannot say.
         FileExistsError: ``folder`` exists and holds something else.
         OSError: It cannot be written; then nothing is left behind.
     """
@@ -151,6 +151,12 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
     # Which linears are adapted is listed below.
     config = dataclasses.replace(_one_config(adapter_configs(base)), layers_to_transform=None)
     check_replaceable(folder, _is_export, "PEFT folder")
+    other = next((name for name, layer in adapter_layers(base).items() if layer.named_only), None)
+    if other is not None:
+        raise ValueError(
+            f"{other} is no linear, and the GENLORA of PEFT adapts linears alone; nothing was written. `export_lora` "
+            "writes what PEFT's LoRA takes."
+        )
     layers = list(adapter_layers(base))
     trained = list(trained_modules(base))
     state = {

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from genlora_lightning.adapters.autograd import in_transform
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, WeightUpdate
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.layers.factors import FactorLayer, FactorStore
+from genlora_lightning.layers.fused import compute_dtype
 from genlora_lightning.layers.obstacles import obstacle_in_hooks, obstacle_in_weight
 from genlora_lightning.layers.pretrained import save_by_base_names
 
@@ -31,6 +33,13 @@ class AdaptedLayer(FactorLayer):
         TypeError: ``base_layer`` is no layer of this site.
         ValueError: The configuration does not fit the matrix.
     """
+
+    #: Whether ``"all-linear"`` leaves the site out, so that only what a configuration names is adapted.
+    named_only: ClassVar[bool] = False
+    #: What a layer of the site is called in files.
+    noun: ClassVar[str] = "linear"
+    #: The base layer's parameter that is adapted.
+    parameter: ClassVar[str] = "weight"
 
     def __init__(self, base_layer: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -57,6 +66,11 @@ class AdaptedLayer(FactorLayer):
     def matrix_shape(cls, module: nn.Module) -> MatrixShape | None:
         """The sizes of the matrix of a module that can be adapted; ``None`` for any other module."""
 
+    @classmethod
+    def obstacle(cls, module: nn.Module) -> str | None:
+        """Why a module of this site cannot be adapted all the same; ``None`` if it can."""
+        return None
+
     @abstractmethod
     def to_stored(self, delta: Tensor) -> Tensor:
         """Lay out ``ΔW (out_features, in_features)`` as the base layer stores its weight."""
@@ -76,6 +90,30 @@ class AdaptedLayer(FactorLayer):
             return None
         return update._modules["A"], update._modules["B"]  # type: ignore[return-value]
 
+    def factor_dtype(self) -> torch.dtype:
+        """The dtype in which a forward computes with A and B: that in which the base layer does with its weight."""
+        weight = self.weight
+        if weight.is_floating_point() and weight.dtype.itemsize >= 2:
+            return compute_dtype(weight)
+        pair = self.pair  # a quantized weight says nothing of the input
+        return torch.float32 if pair is None else pair[0].own_dtype
+
+    def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """``A (rank, in_features)`` and ``B (rank, out_features)`` for a forward; ``None`` if there are no such."""
+        pair = self.pair
+        if pair is None:
+            return None
+        if not self.fused or in_transform():
+            return pair[0](plain=True).to(dtype), pair[1](plain=True).to(dtype)
+        return self.store.matrices(*pair, dtype)
+
+    @override
+    def wanted_dtype(self) -> torch.dtype | None:
+        pair = self.pair
+        if not self.is_active or not self.fused or pair is None or self.update.is_stored or in_transform():
+            return None
+        return self.factor_dtype()
+
     @property
     def scaling(self) -> float:
         """The factor s in ``ΔW = s · B @ A``."""
@@ -83,8 +121,8 @@ class AdaptedLayer(FactorLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, for code that reads a linear's dtype or device; merged if the layer is merged."""
-        weight = self.base_layer.weight
+        """The base layer's parameter, for code that reads a linear's dtype or device; merged if the layer is merged."""
+        weight = getattr(self.base_layer, self.parameter)
         assert isinstance(weight, Tensor)
         return weight
 
@@ -154,7 +192,9 @@ class AdaptedLayer(FactorLayer):
         """
         weight = self.base_weight
         shape = self.to_stored(torch.empty(self.shape, device="meta")).shape
-        obstacle = obstacle_in_weight(self.base_layer, weight, shape) or obstacle_in_hooks(self.base_layer)
+        obstacle = obstacle_in_weight(self.base_layer, weight, shape, self.parameter) or obstacle_in_hooks(
+            self.base_layer
+        )
         if obstacle is not None:
             raise ValueError(f"Cannot merge into this {type(self.base_layer).__name__}: {obstacle}")
         delta = self.stored_delta()
@@ -188,10 +228,12 @@ class AdaptedLayer(FactorLayer):
         if self.merged:
             return
         merged = self.merged_weight(dtype)
-        if not isinstance(self.base_layer.weight, nn.Parameter):  # a buffer, as `remove_parametrizations` leaves it
-            self.base_layer.weight = nn.Parameter(self.weight, requires_grad=False)
-        self._unmerged_weight = (self.base_layer.weight,)
-        self.base_layer.weight = nn.Parameter(merged, requires_grad=False)
+        original = self.weight
+        if not isinstance(original, nn.Parameter):  # a buffer, as `remove_parametrizations` leaves it
+            original = nn.Parameter(original, requires_grad=False)
+            setattr(self.base_layer, self.parameter, original)
+        self._unmerged_weight = (original,)
+        setattr(self.base_layer, self.parameter, nn.Parameter(merged, requires_grad=False))
 
     @torch.no_grad()
     def unmerge(self) -> None:
@@ -202,13 +244,14 @@ class AdaptedLayer(FactorLayer):
         current = self.weight
         if (weight.device, weight.dtype) != (current.device, current.dtype):  # moved or cast while merged
             weight = nn.Parameter(weight.to(current.device, current.dtype), requires_grad=weight.requires_grad)
-        self.base_layer.weight = weight
+        setattr(self.base_layer, self.parameter, weight)
         self._unmerged_weight = ()
 
     @override
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         # By the names that they have in a base without adapters, too.
-        for name in (*self.base_layer._parameters, *self.base_layer._buffers):
+        base = self.base_layer
+        for name in [name for tensors in (base.named_parameters(), base.named_buffers()) for name, _ in tensors]:
             if f"{prefix}{name}" in state_dict:
                 state_dict.setdefault(f"{prefix}base_layer.{name}", state_dict.pop(f"{prefix}{name}"))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

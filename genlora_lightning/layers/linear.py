@@ -138,12 +138,3 @@ class AdaptedLinear(AdaptedLayer):
             return False
         error = (given.double() - expected.double()).norm()
         return bool(error <= 8 * torch.finfo(weight.dtype).eps * expected.double().norm())
-
-    @override
-    def wanted_dtype(self) -> torch.dtype | None:
-        pair = self.pair
-        if not self.is_active or not self.fused or pair is None or self.update.is_stored or in_transform():
-            return None
-        weight = self.weight
-        is_narrow = not weight.is_floating_point() or weight.dtype.itemsize < 2  # a quantized one says nothing of x
-        return pair[0].own_dtype if is_narrow else compute_dtype(weight)

@@ -8,19 +8,36 @@ from torch import nn
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.attention import AdaptedAttention
+from genlora_lightning.layers.convolution import AdaptedConv
+from genlora_lightning.layers.embedding import AdaptedEmbedding
 from genlora_lightning.layers.linear import AdaptedLinear
 
 # The first one that knows a module adapts it.
-SITES: list[type[AdaptedLayer]] = [AdaptedLinear]
+SITES: list[type[AdaptedLayer]] = [AdaptedLinear, AdaptedEmbedding, AdaptedConv, AdaptedAttention]
+
+
+def site_of(module: nn.Module) -> type[AdaptedLayer] | None:
+    """The class that adapts a module; ``None`` for one that nobody knows."""
+    return next((site for site in SITES if site.matrix_shape(module) is not None), None)
 
 
 def matrix_shape(module: nn.Module) -> MatrixShape | None:
     """The sizes of the matrix of a module that can be adapted; ``None`` for any other module."""
-    for site in SITES:
-        shape = site.matrix_shape(module)
-        if shape is not None:
-            return shape
-    return None
+    site = site_of(module)
+    return None if site is None else site.matrix_shape(module)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one of those that ``"all-linear"`` means."""
+    site = site_of(module)
+    return site is not None and not site.named_only
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why a module of a site cannot be adapted all the same; ``None`` if it can."""
+    site = site_of(module)
+    return None if site is None else site.obstacle(module)
 
 
 def adapt(module: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> AdaptedLayer:
@@ -35,7 +52,8 @@ def adapt(module: nn.Module, config: AdapterConfig, generator: torch.Generator |
         TypeError: No site knows the module.
         ValueError: The configuration does not fit the matrix.
     """
-    for site in SITES:
-        if site.matrix_shape(module) is not None:
-            return site(module, config, generator)
-    raise TypeError(f"A {type(module).__name__} cannot be adapted; {', '.join(s.__name__ for s in SITES)} know none.")
+    site = site_of(module)
+    if site is None:
+        known = ", ".join(s.__name__ for s in SITES)
+        raise TypeError(f"A {type(module).__name__} cannot be adapted; {known} know none.")
+    return site(module, config, generator)

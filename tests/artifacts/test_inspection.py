@@ -48,7 +48,7 @@ def test_description_agrees_with_the_model_that_was_saved(tmp_path, make):
     assert values["fixed"] == sum(layer.fixed for layer in described.layers)
     counted = f"{values['parameters']:,} trained values and {values['fixed']:,} fixed ones"
     assert f": {counted} in " in str(described)
-    assert f": {counted} for {len(layers)} linear layers." in (folder / "README.md").read_text()
+    assert f": {counted} for {len(layers)} layers." in (folder / "README.md").read_text()
 
 
 def test_description_prints_a_line_per_layer_and_module_trained_in_full(tmp_path):
@@ -60,7 +60,7 @@ def test_description_prints_a_line_per_layer_and_module_trained_in_full(tmp_path
     assert lines[2].split() == ["model.layers.0.self_attn.q_proj", "(16,", "16)", "4", "0.00", "48"]
     assert lines[4].split() == ["model.norm", "trained", "in", "full", "-", "-", "16"]
     assert "112 trained values and 32 fixed ones in" in lines[5]
-    assert "2 linears, mean effective rank 0.00 of 4." in lines[5]
+    assert "2 layers, mean effective rank 0.00 of 4." in lines[5]
 
 
 def test_verification_says_what_was_proved(tmp_path):

@@ -64,7 +64,7 @@ def test_exported_lora_computes_what_the_adapter_computes(files, capsys):
     loaded = load_with_peft(tiny_llama().eval(), folder / "lora")
     assert (logits(loaded) - logits(model)).abs().max() <= 1e-5
     assert run("export-lora", folder / "adapter", folder / "base", folder / "lora", "--rank", 2) == 0
-    assert "LoRA adapter of rank 2 for 14 linears" in capsys.readouterr().out
+    assert "LoRA adapter of rank 2 for 14 layers" in capsys.readouterr().out
 
 
 def test_merged_folder_computes_what_the_adapter_computes(files, capsys):
@@ -72,7 +72,7 @@ def test_merged_folder_computes_what_the_adapter_computes(files, capsys):
 
     folder, model = files
     assert run("merge", folder / "adapter", folder / "base", folder / "merged") == 0
-    assert "Merged 14 linears" in capsys.readouterr().out
+    assert "Merged 14 layers" in capsys.readouterr().out
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged").eval()
     assert (logits(merged) - logits(model)).abs().max() <= 1e-5
     assert run("merge", folder / "adapter", folder / "base", folder / "half", "--dtype", "bfloat16") == 0
@@ -198,7 +198,7 @@ def test_code_of_the_base_is_run_if_asked_and_nobody_is_asked_on_the_terminal(tm
     arguments = ("merge", tmp_path / "adapter", tmp_path / "base", tmp_path / "merged", "--base-check", "off")
     assert "contains custom code" in failure(capsys, *arguments)
     assert run(*arguments, "--trust-remote-code") == 0
-    assert "Merged 14 linears" in capsys.readouterr().out
+    assert "Merged 14 layers" in capsys.readouterr().out
 
 
 def test_tool_replaces_no_adapter_unasked_and_its_own_exports_each_time(files, capsys):
@@ -258,7 +258,7 @@ def test_inspect_describes_folders_and_checkpoints_alike(files, capsys):
     assert run("inspect", folder / "adapter") == 0
     text = capsys.readouterr().out
     assert "GenLoRA adapter for" in text
-    assert "14 linears, mean effective rank" in text
+    assert "14 layers, mean effective rank" in text
     assert run("inspect", folder / "adapter", "--json") == 0
     described = json.loads(capsys.readouterr().out)
     content = {"state_dict": dict(model.state_dict()), "global_step": 7, "epoch": 1}

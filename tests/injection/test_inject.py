@@ -111,14 +111,17 @@ def test_configuration_may_be_a_dictionary():
     ("changes", "message"),
     [
         ({"target_modules": ["heed"]}, r"names 'heed', which no linear matches. Near matches: head"),
-        ({"target_modules": ["head", "nothing_like_it"]}, r"names 'nothing_like_it', .* There are: head"),
-        ({"target_modules": r"blocks\.\d+\.attn"}, r"matches none of the 5 linears"),
+        ({"target_modules": ["head", "nothing_like_it"]}, r"names 'nothing_like_it', .* There are: embed, head"),
+        ({"target_modules": r"blocks\.\d+\.attn"}, r"matches none of the \d layers that can be adapted"),
         ({"target_modules": ["blocks"]}, r"blocks is a ModuleList, not a linear. Name its linears: \['0', '2'\]"),
-        ({"target_modules": ["embed"]}, r"embed is a Embedding, not a linear"),
+        ({"target_modules": ["blocks.0.1"]}, r"blocks.0.1 is a ReLU, not a linear"),
         ({"target_modules": ["head"], "modules_to_train": ["head"]}, r"head cannot be adapted: trained in full"),
         ({"modules_to_train": ["haed"]}, r"`modules_to_train` names 'haed', which no module matches. .* head"),
         ({"exclude_modules": ["hed"]}, r"`exclude_modules` names 'hed'"),
-        ({"exclude_modules": ["blocks", "head"]}, r"matches none of the 5 linears. Left out were blocks.0.0: in `excl"),
+        (
+            {"exclude_modules": ["blocks", "head"]},
+            r"matches none of the \d layers that can be adapted. Left out were blocks.0.0: in `excl",
+        ),
         (
             {"num_groups": 5},
             r"`num_groups_b` is 5, but head has only 3 outputs .* Lower `num_groups_b` to 3 or add 'head'",

@@ -181,7 +181,7 @@ def test_update_that_bfloat16_rounds_away_is_a_warning_and_float32_keeps_it():
     perturb(model)
     bits = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.warns(
-        MergeRoundingWarning, match=r"Rounding to bfloat16 changed the update of \d+ of 14 linears by more than 10%"
+        MergeRoundingWarning, match=r"Rounding to bfloat16 changed the update of \d+ of 14 layers by more than 10%"
     ):
         rounded = merge_adapters(model)
     assert rounded.worst.relative_error > 0.1

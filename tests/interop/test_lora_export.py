@@ -179,7 +179,7 @@ def test_report_names_the_flag_of_the_server(tmp_path, rank, served):
     report = export_lora(model, tmp_path / "lora")
     assert report.served_rank == served
     assert str(report).endswith(f"--max-lora-rank {served}")
-    assert f"rank {rank} for 1 linears" in str(report)
+    assert f"rank {rank} for 1 layers" in str(report)
 
 
 def test_report_says_what_a_server_does_not_take(tmp_path):

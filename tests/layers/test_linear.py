@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
+from torch.nn.utils import weight_norm as old_weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from genlora_lightning import inject_adapters
 from genlora_lightning.layers.linear import AdaptedLinear
@@ -18,6 +21,10 @@ def conv1d(in_features: int, out_features: int) -> nn.Module:
     layer = Conv1D(out_features, in_features)
     nn.init.normal_(layer.bias)
     return layer
+
+
+def pruned(linear: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(linear, "weight", 0.5)
 
 
 def base(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -285,3 +292,19 @@ def test_transforms_of_torch_func_give_the_gradients_of_autograd():
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             torch.testing.assert_close(each[name].sum(0), parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+@pytest.mark.parametrize("make", [weight_norm, spectral_norm, old_weight_norm, pruned], ids=lambda make: make.__name__)
+def test_linear_with_a_computed_weight_is_adapted_beside_it_and_takes_its_base_by_name(make):
+    layer = AdaptedLinear(make(nn.Linear(12, 20)).eval(), small_config())
+    perturb(layer)
+    x = torch.randn(3, 12)
+    wanted = layer.base_layer(x) + F.linear(x, layer.delta_weight())
+    torch.testing.assert_close(layer(x), wanted, rtol=1e-5, atol=1e-5)
+    other = make(nn.Linear(12, 20)).eval()
+    state = {f"layer.{name}": tensor for name, tensor in other.state_dict().items()}
+    found = nn.ModuleDict({"layer": layer}).load_state_dict(state, strict=False)
+    assert not found.unexpected_keys
+    assert all(".update." in name for name in found.missing_keys)
+    torch.testing.assert_close(layer.base_layer(x), other(x))

@@ -1,0 +1,84 @@
+"""Say what PEFT's LoRA calls the factors of each site, and where it would compute something else.
+
+============  ==========================================================================
+linear        ``lora_A.weight (r, in)``, ``lora_B.weight (out, r)``
+embedding     ``lora_embedding_A (r, num_embeddings)``, ``lora_embedding_B (dim, r)``
+convolution   ``lora_A.weight (r, in, *kernel)``, ``lora_B.weight (out, r, 1, …)``
+============  ==========================================================================
+
+Of an embedding PEFT's A is our B, transposed, and its B is our A: ΔW is ``(num_embeddings, dim)`` here.
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+
+from genlora_lightning.layers import convolution, embedding
+from genlora_lightning.layers.adapted import AdaptedLayer
+
+_NAME = re.compile(r"(.+)\.(?:lora_(?P<own>[AB])\.weight|lora_embedding_(?P<other>[AB]))")
+
+
+def to_peft(name: str, layer: AdaptedLayer, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Lay out A ``(r, in)`` and B ``(out, r)`` of a layer as PEFT stores them, by PEFT's names."""
+    base = layer.base_layer
+    if isinstance(base, nn.Embedding):
+        return {f"{name}.lora_embedding_A": B.T, f"{name}.lora_embedding_B": A.T}
+    if isinstance(layer, convolution.AdaptedConv):
+        A = layer.to_stored(A)
+        B = B.reshape(*B.shape, *[1] * (A.ndim - 2))
+    return {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+
+
+def from_peft(key: str, tensor: Tensor) -> tuple[str, str, str, Tensor] | None:
+    """Read a tensor of PEFT's file: the layer's name, its site, ``"A"`` or ``"B"``, and the matrix as it is here.
+
+    ``None`` if the name is none of a factor's, or the shape none that it can have.
+    """
+    found = _NAME.fullmatch(key)
+    if found is None:
+        return None
+    if found["other"]:
+        return (found[1], "embedding", "B" if found["other"] == "A" else "A", tensor.T) if tensor.dim() == 2 else None
+    if tensor.dim() == 2:
+        return found[1], "linear", found["own"], tensor
+    is_points = found["own"] == "A" or tensor[0, 0].numel() == 1
+    if not 3 <= tensor.dim() <= 5 or not is_points:
+        return None
+    return found[1], "convolution", found["own"], tensor.flatten(1)
+
+
+def unlike_peft(module: nn.Module) -> str | None:
+    """Why PEFT's LoRA on a module computes something else than an adapter here; ``None`` if it is the same."""
+    if isinstance(module, nn.Embedding):
+        if not _scales_as_peft(module):
+            return f"the forward of {type(module).__name__} gives other rows than PEFT takes"
+    elif isinstance(module, nn.MultiheadAttention):
+        return "PEFT's LoRA of an nn.MultiheadAttention adapts its `out_proj`, too"
+    elif isinstance(module, _ConvNd):
+        if module.groups != 1:
+            return f"PEFT's LoRA of a convolution with groups ({module.groups}) has another A"
+        if set(module.dilation) != {1} or module.padding_mode != "zeros":
+            return f"PEFT leaves out its dilation {module.dilation} and padding mode {module.padding_mode!r}"
+        if convolution.has_own_forward(module):
+            return f"{type(module).__name__} has a forward of its own, beside which PEFT adds a plain convolution"
+    return None
+
+
+@torch.no_grad()
+def _scales_as_peft(module: nn.Embedding) -> bool:
+    """Whether rows are multiplied by ``embed_scale``, where there is one, and taken by the ids themselves."""
+    if module.weight.is_meta:
+        return True
+    device, scale = module.weight.device, float(getattr(module, "embed_scale", 1.0))
+    table = torch.randn(len(module.weight), 3, generator=torch.Generator().manual_seed(0)).to(device)
+    ids = torch.arange(min(4, len(table)), device=device).flip(0)[None]
+    try:
+        given = embedding.rows_by(module, table, (ids,), {})
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):  # it takes something else
+        return False
+    return given.shape == (*ids.shape, 3) and torch.allclose(given.float(), scale * table[ids], rtol=0.01, atol=1e-4)
