@@ -601,7 +601,7 @@ def test_site_takes_every_kind(config, name, tmp_path):
     report = inject_adapters(model, config)
     layers = adapter_layers(model).values()
     assert [type(layer).__name__ for layer in layers] == [name.partition(",")[0], "AdaptedLinear"]
-    trained = sum(config.count_parameters(layer.shape) for layer in layers)
+    trained = sum(config.count_parameters(layer.shape) for layer in layers) + config.count_shared()
     assert report.adapter_parameters == report.trainable_parameters == trained
     assert torch.equal(model(ids), before)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)

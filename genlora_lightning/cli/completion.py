@@ -38,15 +38,14 @@ def completion_script(tool: argparse.ArgumentParser, training: Iterable[str], sh
         raise ModuleNotFoundError(
             "Completion needs shtab: pip install 'genlora-lightning[completion]', or pip install shtab."
         ) from error
-    commands = next(action for action in tool._actions if isinstance(action, argparse._SubParsersAction))
+    commands: dict[str, argparse.ArgumentParser] = next(a.choices for a in tool._actions if isinstance(a.choices, dict))
     for name in training:
         for option, what in _TRAINING_OPTIONS.items():
             flag: Any = {"action": "store_true"} if option in ("--print_config", "--help") else {}
-            commands.choices[name].add_argument(option, help=what, **flag)
-    for command in commands.choices.values():
+            commands[name].add_argument(option, help=what, **flag)
+    for command in commands.values():
         for action in command._actions:
-            takes_word = action.nargs != 0 and action.type is None and not action.choices
-            if takes_word and not isinstance(action, (argparse._HelpAction, argparse._SubParsersAction)):
-                action.complete = shtab.FILE
+            if action.nargs != 0 and action.type is None and not action.choices:  # it takes a word
+                action.complete = shtab.FILE  # type: ignore[attr-defined]
     script: str = shtab.complete(tool, shell=shell)
     return script
