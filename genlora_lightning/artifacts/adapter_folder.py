@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,7 @@ _MANIFEST_SHAPE: dict[Any, Any] = {
     "base": IDENTITY_SHAPE,
     "layers": {str: is_matrix_shape},
     "trained_modules": {str: [str]},
+    "label_names?": [str],
     "files": {
         CONFIG_FILE: {"bytes": int, "sha256": str},
         WEIGHTS_FILE: {"bytes": int, "sha256?": str, "header_sha256?": str},
@@ -83,6 +84,7 @@ class StoredAdapter:
         training: Facts of the training, such as steps and metrics.
         versions: Of Python and the libraries that wrote it.
         created: When it was written; ISO 8601, UTC.
+        label_names: Names of a classifier's classes, in the order of their numbers; empty where there are none.
     """
 
     folder: Path
@@ -95,6 +97,7 @@ class StoredAdapter:
     training: dict[str, Any]
     versions: dict[str, str]
     created: str
+    label_names: list[str] = field(default_factory=list)
 
     def layer(self, name: str) -> AdaptedLayer:
         """The adapter of one linear, on a base layer without memory.
@@ -227,6 +230,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
         training=manifest["training"],
         versions=manifest["versions"],
         created=manifest["created"],
+        label_names=manifest.get("label_names", []),
     )
 
 

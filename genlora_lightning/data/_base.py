@@ -123,7 +123,7 @@ class FileDataModule(RecordDataModule):
     @property
     def longest(self) -> int:
         """The length that the longest sequence of all splits that were set up has in a batch; 0 for none."""
-        longest = max((counts["longest"] for counts in self._summary.values()), default=0)
+        longest = max((counts["longest"] for counts in self.counts.values()), default=0)
         return -(-longest // self.pad_to_multiple_of) * self.pad_to_multiple_of
 
     # How it is done.
@@ -155,7 +155,7 @@ class FileDataModule(RecordDataModule):
         counts |= {name: sum(numbers[name]) for name in tallies}
         counts["cut_examples"] = sum(1 for cut in numbers["cut_tokens"] if cut)
         counts["dropped_examples"] = len(lengths) - len(kept)
-        self._summary[split] = counts
+        self.counts[split] = counts
         self._largest_token[split] = largest_number(rows, "input_ids")
         rows = rows if len(kept) == len(lengths) else rows.select(kept)
         self._finished(split, examples)

@@ -69,7 +69,7 @@ class RecordDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self._datasets: dict[str, Any] = {}
-        self._summary: dict[str, dict[str, int]] = {}
+        self.counts: dict[str, dict[str, int]] = {}
         self._keys: dict[str, Counter[str]] = {}
         self._stage: str | None = None
         self._mixture: list[Share] = []
@@ -118,7 +118,7 @@ class RecordDataModule(LightningDataModule):
         """
         self._stage = stage
         parsed: dict[str, list[dict[str, Any]]] = {}
-        before = set(self._summary)
+        before = set(self.counts)
         for split in SPLITS if stage is None else STAGES[stage]:
             if split in self._datasets:
                 continue
@@ -131,8 +131,8 @@ class RecordDataModule(LightningDataModule):
             self._datasets[split] = self._make_rows(split, examples)
             if split != "train" and "train" in self._keys:
                 also = sum(count for key, count in keys.items() if key in self._keys["train"])
-                self._summary[split]["also_in_train"] = also
-        new = [split for split in self._summary if split not in before]
+                self.counts[split]["also_in_train"] = also
+        new = [split for split in self.counts if split not in before]
         if new:
             # With their files: those of a configuration that another one is laid over may have been forgotten.
             sources = {SPLITS[split]: self.files[self._source(split) or split] for split in new}
@@ -163,7 +163,7 @@ class RecordDataModule(LightningDataModule):
         `also_in_train` counts inputs that training shows too, as far as the training data were set up before: a result
         on those tells nothing about new ones.
         """
-        return {split: dict(counts) for split, counts in self._summary.items()}
+        return {split: dict(counts) for split, counts in self.counts.items()}
 
     def summary_table(self, splits: list[str] | None = None) -> str:
         """Returns `summary` as a table to print, without what is zero everywhere; the files of a mixture in another.
@@ -171,9 +171,9 @@ class RecordDataModule(LightningDataModule):
         Args:
             splits: The splits to show; all that were set up if None.
         """
-        shown = [split for split in self._summary if splits is None or split in splits]
-        names = list(dict.fromkeys(name for split in shown for name, count in self._summary[split].items() if count))
-        rows = [[SPLITS[split], *(f"{self._summary[split].get(name, 0):,}" for name in names)] for split in shown]
+        shown = [split for split in self.counts if splits is None or split in splits]
+        names = list(dict.fromkeys(name for split in shown for name, count in self.counts[split].items() if count))
+        rows = [[SPLITS[split], *(f"{self.counts[split].get(name, 0):,}" for name in names)] for split in shown]
         table = text_table(["data", *(name.replace("_", " ") for name in names)], rows)
         if "train" not in shown or len(self._mixture) < 2:
             return table
