@@ -37,6 +37,17 @@ def transformers_base(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def evaluated_task(class_name: str) -> str | None:
+    """What a transformers class is for, of language models, text classifiers and image classifiers; else ``None``."""
+    from transformers.models.auto import modeling_auto
+
+    names = getattr(modeling_auto, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", {}).values()
+    if any(class_name in (name if isinstance(name, (list, tuple)) else [name]) for name in names):
+        return "image-classification"
+    known = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
+    return next((known[task] for task in class_tasks(class_name) if task in known), None)
+
+
 def label_names(model: nn.Module) -> list[str] | None:
     """The names of the classes of a transformers classifier, or of the one that a module holds.
 

@@ -17,6 +17,7 @@ from genlora_lightning.data.classification import ProblemType
 from genlora_lightning.fields import check_choice, check_number
 from genlora_lightning.injection.peft_adapters import AnyConfig, PeftAdapter
 from genlora_lightning.modules.base import GenLoRAModule
+from genlora_lightning.modules.intervals import Scores, macro_f1, ratio
 from genlora_lightning.modules.metrics import R2, WeightedMean
 
 
@@ -63,6 +64,7 @@ class ClassifierModule(GenLoRAModule):
         self.num_labels = len(self.label_names)
         self._class_weights = _checked_weights(class_weights, problem_type, self.num_labels)
         self._trained_modules: list[str] = []
+        self.starts_at_random: list[str] = []  # modules that the checkpoint lacks
         self.val_metrics, self.test_metrics = (_metrics(problem_type, self.num_labels) for _ in range(2))
 
     def class_logits(self, batch: dict[str, Any]) -> Tensor:
@@ -84,6 +86,7 @@ class ClassifierModule(GenLoRAModule):
             ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
         )
         new = self._find_trained_modules(model, absent)
+        self.starts_at_random = new
         if new:
             rank_zero_info(
                 f"The checkpoint {self.source!r} has no weights that fit {', '.join(new)}: they start at random and "
@@ -218,6 +221,28 @@ class ClassifierModule(GenLoRAModule):
             else:
                 metric.update(logits, labels.long())
             self.log(f"{split}_{name}", metric, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
+
+    @torch.no_grad()
+    def example_scores(self, batch: dict[str, Any]) -> Scores:
+        """Compute the loss of each example of a batch, whether its class is found, and what F1 needs.
+
+        The loss is the cross entropy, without ``class_weights``.
+
+        Raises:
+            ValueError: The examples do not have one class each.
+        """
+        if self.problem_type != "single_label_classification":
+            raise ValueError(f"Only examples of one class each are scored one by one, not {self.problem_type!r}.")
+        labels = self._checked_labels(batch)
+        logits = self.class_logits(batch)
+        loss, found = F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1)
+        predicted, true = (F.one_hot(x, self.num_labels).double() for x in (found, labels))
+        columns = [torch.ones_like(loss), loss, found == labels]
+        statistics = [torch.stack([c.double() for c in columns], dim=1), predicted * true, predicted, true]
+        return Scores(
+            torch.cat(statistics, dim=1),
+            {"loss": ratio(1, 0), "accuracy": ratio(2, 0), "f1": macro_f1(3, self.num_labels)},
+        )
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
