@@ -11,6 +11,7 @@ from genlora_lightning.text import text_table
 
 _LEARNED, _PLAIN = "\033[32m", "\033[0m"
 _SHOWN_DUPLICATES, _WIDTH = 3, 100
+_FIRST = 1000  # records of a stream that are looked at
 _SHARES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -29,13 +30,16 @@ def run_data(options: argparse.Namespace) -> None:
         ValueError: The configuration has no data module of this package, or the data cannot be used.
     """
     from genlora_lightning.cli.train import DataCLI
-    from genlora_lightning.data import FileDataModule, ImageClassificationDataModule
+    from genlora_lightning.data import FileDataModule, ImageClassificationDataModule, InstructionDataModule
 
     data = DataCLI([word for config in options.config for word in ("--config", config)]).datamodule
     if not isinstance(data, (FileDataModule, ImageClassificationDataModule)):
         raise ValueError(f"The configuration's data module is {type(data).__name__}; only the package's own are shown.")
     data.prepare_data()
     data.setup("test" if options.split == "test" else "fit")
+    if isinstance(data, InstructionDataModule) and data.streaming and options.split == "train":
+        data.load_first(_FIRST)
+        print(f"The training data are streamed; this is of their first {len(data.rows('train')):,} rows.")
     rows = data.rows(options.split)
     if isinstance(data, ImageClassificationDataModule):
         print(f"\n{_pictures(rows, data.label_names)}\n\n{_equal(data.duplicates(options.split), 'pictures')}")

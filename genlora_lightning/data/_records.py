@@ -120,7 +120,7 @@ class RecordDataModule(LightningDataModule):
         parsed: dict[str, list[dict[str, Any]]] = {}
         before = set(self.counts)
         for split in SPLITS if stage is None else STAGES[stage]:
-            if split in self._datasets:
+            if split in self._datasets or self._is_streamed(split):
                 continue
             if self._source(split) is None:
                 continue  # Lightning also asks where another loader was given; whoever asks for this one is told
@@ -187,6 +187,17 @@ class RecordDataModule(LightningDataModule):
         """
         return [(key, count) for key, count in self._keys[split].most_common() if count > 1]
 
+    def load_first(self, count: int) -> None:
+        """Reads the first training records as if they were all: to look at those that are streamed.
+
+        Args:
+            count: How many records.
+        """
+        first = (record for path in self.files["train"] for record in self._read(path, "train_file"))
+        examples = [self._parse(record, "train") for record in islice(first, count)]
+        self._keys["train"] = Counter(map(self._duplicate_key, examples))
+        self._datasets["train"] = self._make_rows("train", examples)
+
     # How it is done.
 
     def _source(self, split: str) -> str | None:
@@ -204,6 +215,10 @@ class RecordDataModule(LightningDataModule):
         for split, paths in self.files.items():
             for path in paths:
                 yield from islice(self._read(path, f"{split}_file"), 1)
+
+    def _is_streamed(self, split: str) -> bool:
+        """Returns whether a split is not read when it is set up, but while it is used."""
+        return False
 
     def records(self, name: str) -> list[Record]:
         """Returns all records of the files of a split, which `name` says."""

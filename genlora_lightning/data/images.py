@@ -166,8 +166,8 @@ class ImageClassificationDataModule(RecordDataModule):
     @override
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Raises in this process what a worker has found wrong with a picture."""
-        if isinstance(batch, BrokenPicture):
-            raise DataFileError(batch.where, batch.reason)
+        if isinstance(batch, DataFileError):
+            raise batch
         return batch
 
     @override
@@ -252,14 +252,6 @@ class ImageClassificationDataModule(RecordDataModule):
         )
 
 
-@dataclass(frozen=True)
-class BrokenPicture:
-    """What a worker found wrong: an error of its own would come out of torch as another one, with a traceback."""
-
-    where: str
-    reason: str
-
-
 class DrawingSampler(Sampler[tuple[int, int]]):
     """A shuffled order, each index with a number that decides what is drawn for it, in whichever process.
 
@@ -306,10 +298,7 @@ class Pictures(Dataset[Any]):
             known = {"where": row["where"], "image": name, "labels": row["labels"]}
             return {**known, "pixel_values": self._pixels(row, draw)}
         except DataFileError as error:
-            if get_worker_info() is None:
-                raise
-            where, reason = row["where"], str(error).removeprefix(f"{row['where']}: ")
-            return BrokenPicture(where, reason)
+            return _told(error)
 
     def _pixels(self, row: dict[str, Any], draw: int) -> torch.Tensor:
         image = augmented(decoded(row["image"], row["where"]), self.augmentation, draw)
@@ -331,7 +320,7 @@ class PictureCollator:
 
     def __call__(self, rows: list[Any]) -> Any:
         """Returns the batch, or what is wrong with a picture of it."""
-        broken = next((row for row in rows if isinstance(row, BrokenPicture)), None)
+        broken = next((row for row in rows if isinstance(row, DataFileError)), None)
         if broken is not None:
             return broken
         first = rows[0]["pixel_values"].shape
@@ -341,15 +330,20 @@ class PictureCollator:
                 f"the image processor makes {tuple(other['pixel_values'].shape)} of it and {tuple(first)} of another "
                 "one; let it resize to one size (`do_resize`, `size` and `do_center_crop` in preprocessor_config.json)"
             )
-            if get_worker_info() is None:
-                raise DataFileError(other["where"], reason)
-            return BrokenPicture(other["where"], reason)
+            return _told(DataFileError(other["where"], reason))
         batch: dict[str, Any] = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
         if self.labels:
             batch["labels"] = torch.tensor([row["labels"] for row in rows])
         if self.names:
             batch["image"] = [row["image"] for row in rows]
         return batch
+
+
+def _told(error: DataFileError) -> DataFileError:
+    """Raises an error, but in a worker returns it: it would come out of torch as another one, with a traceback."""
+    if get_worker_info() is None:
+        raise error
+    return error
 
 
 def _is_of_folder(record: Record) -> bool:

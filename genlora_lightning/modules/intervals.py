@@ -51,8 +51,8 @@ def macro_f1(first: int, classes: int) -> Metric:
     """
 
     def compute(sums: Tensor) -> Tensor:
-        found, predicted, true = sums[..., first : first + 3 * classes].unflatten(-1, (3, classes)).unbind(-2)
-        f1 = 2 * found / (predicted + true)  # NaN for a class that does not occur
+        found, predicted, true = sums[..., first : first + 3 * classes].chunk(3, dim=-1)
+        f1: Tensor = 2 * found / (predicted + true)  # NaN for a class that does not occur
         return f1.nanmean(-1)
 
     return compute

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import pickle
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,6 @@ from PIL import Image
 
 from genlora_lightning.data import DataFileError, ImageClassificationDataModule
 from genlora_lightning.data._pictures import augmented, decoded
-from genlora_lightning.data.images import BrokenPicture
 from tests.pictures import COLOURS, SIDE, picture, save_folders, save_processor
 
 Write = Callable[..., str]
@@ -200,10 +198,6 @@ def test_a_truncated_picture_is_one_line_with_its_name(module: Make, tmp_path: P
 
     with pytest.raises(DataFileError, match=r"^.*red/cut\.png: the picture cannot be decoded: [^\n]+$"):
         moved()
-
-
-def test_a_broken_picture_is_told_across_processes() -> None:
-    assert pickle.loads(pickle.dumps(BrokenPicture("a", "b"))) == BrokenPicture("a", "b")
 
 
 def _stray(root: Path) -> None:
