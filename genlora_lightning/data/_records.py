@@ -157,6 +157,10 @@ class RecordDataModule(LightningDataModule):
 
     # What reports want to know.
 
+    def has_data(self, split: str) -> bool:
+        """Returns whether the arguments name data for a split."""
+        return self._source(split) is not None
+
     def summary(self) -> dict[str, dict[str, int]]:
         """Returns the numbers of examples and tokens, and of what was left out, of each split that was set up.
 

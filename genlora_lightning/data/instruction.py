@@ -207,7 +207,7 @@ class InstructionDataModule(FileDataModule):
 
     def _endless_loader(self) -> EndlessLoader:
         """Returns the batches of a stream."""
-        rank, world_size = part_of(self.trainer, self._source("val") is not None)
+        rank, world_size = part_of(self.trainer, self.has_data("val"))
         fill, multiple = padding_id(self.tokenizer), self.pad_to_multiple_of
         collate: Any = PadCollator(("input_ids", "labels"), fill, multiple)
         alone = copy.copy(self)  # for the workers, which may be given no trainer
