@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from genlora_lightning.artifacts.loading import convert_checkpoint as convert_checkpoint
     from genlora_lightning.artifacts.loading import load_module as load_module
     from genlora_lightning.artifacts.merged_model import save_merged as save_merged
+    from genlora_lightning.data import ImageClassificationDataModule as ImageClassificationDataModule
     from genlora_lightning.data import InstructionDataModule as InstructionDataModule
     from genlora_lightning.data import TextClassificationDataModule as TextClassificationDataModule
     from genlora_lightning.injection.inject import adapters_disabled as adapters_disabled
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from genlora_lightning.interop.lora_import import import_lora as import_lora
     from genlora_lightning.modules import CausalLMModule as CausalLMModule
     from genlora_lightning.modules import GenLoRAModule as GenLoRAModule
+    from genlora_lightning.modules import ImageClassificationModule as ImageClassificationModule
     from genlora_lightning.modules import SequenceClassificationModule as SequenceClassificationModule
     from genlora_lightning.training.callback import AdapterFinetuning as AdapterFinetuning
     from genlora_lightning.training.callback import GenLoRAFinetuning as GenLoRAFinetuning
@@ -48,6 +50,8 @@ _HOME = {
     "GenLoRAConfig": "adapters.genlora.config",
     "GenLoRAFinetuning": "training.callback",
     "GenLoRAModule": "modules",
+    "ImageClassificationDataModule": "data",
+    "ImageClassificationModule": "modules",
     "InstructionDataModule": "data",
     "LoRAConfig": "adapters.lora",
     "OptimizerConfig": "training.optim",

@@ -12,6 +12,11 @@ class DataFileError(ValueError):
 
     def __init__(self, where: str, reason: str) -> None:
         super().__init__(f"{where}: {reason}")
+        self.where, self.reason = where, reason
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        """Give what it is made of, so that it comes through to another process."""
+        return type(self), (self.where, self.reason)
 
 
 class DivergedError(RuntimeError):

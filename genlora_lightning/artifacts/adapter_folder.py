@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,7 @@ _MANIFEST_SHAPE: dict[Any, Any] = {
     "layers": {str: is_matrix_shape},
     "sites?": {str: str},
     "trained_modules": {str: [str]},
+    "label_names?": [str],
     "files": {
         CONFIG_FILE: {"bytes": int, "sha256": str},
         WEIGHTS_FILE: {"bytes": int, "sha256?": str, "header_sha256?": str},
@@ -86,6 +87,7 @@ class StoredAdapter:
         training: Facts of the training, such as steps and metrics.
         versions: Of Python and the libraries that wrote it.
         created: When it was written; ISO 8601, UTC.
+        label_names: Names of a classifier's classes, in the order of their numbers; empty where there are none.
     """
 
     folder: Path
@@ -99,6 +101,7 @@ class StoredAdapter:
     training: dict[str, Any]
     versions: dict[str, str]
     created: str
+    label_names: list[str] = field(default_factory=list)
 
     def adapted(self) -> Iterator[tuple[str, AdaptedLayer, list[str]]]:
         """Make the adapters of the linears, one after another, as :class:`StoredLayers` does: name, layer, own ones.
@@ -264,6 +267,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
         training=manifest["training"],
         versions=manifest["versions"],
         created=manifest["created"],
+        label_names=manifest.get("label_names", []),
     )
 
 

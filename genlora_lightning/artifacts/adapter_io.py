@@ -48,6 +48,7 @@ from genlora_lightning.backbone.identity import (
     identity_of_part,
     require_same_base,
 )
+from genlora_lightning.backbone.tasks import label_names, name_labels
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.held import held_root
 from genlora_lightning.injection.inject import (
@@ -80,6 +81,7 @@ class AdapterRecord:
         sites: What those of them are that are no linears.
         trained_modules: The names of the tensors of each module trained in full.
         base_is_transformers: Whether the base is one of transformers' models.
+        label_names: Names of a classifier's classes, if they have any.
     """
 
     state: dict[str, Tensor]
@@ -89,6 +91,7 @@ class AdapterRecord:
     sites: dict[str, str]
     trained_modules: dict[str, list[str]]
     base_is_transformers: bool
+    label_names: list[str] | None = None
 
 
 def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> AdapterRecord | PeftRecord:
@@ -121,6 +124,7 @@ def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> Adap
             name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()
         },
         base_is_transformers=type(model).__module__.startswith("transformers."),
+        label_names=label_names(model),
     )
 
 
@@ -243,6 +247,8 @@ def load_adapter(
             ) from error
         _check_dtypes(adapter_state_dict(model), stored.tensors, Path(folder))
         load_adapter_state(model, stored.tensors, str(folder))
+    if stored.label_names:
+        name_labels(model, stored.label_names)
     return report
 
 
@@ -333,6 +339,7 @@ def _write(
         "layers": content.layers,
         **({"sites": content.sites} if content.sites else {}),
         "trained_modules": content.trained_modules,
+        **({} if content.label_names is None else {"label_names": content.label_names}),
         "files": {name: {"bytes": len(data), "sha256": sha256(data)} for name, data in files.items()},
     }
     (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning.artifacts.adapter_folder import adapter_place
+from genlora_lightning.artifacts.adapter_folder import adapter_place, read_adapter
 from genlora_lightning.artifacts.adapter_io import adapter_record, load_adapter, write_adapter
 from genlora_lightning.artifacts.checkpoint import (
     adapter_root,
@@ -26,6 +26,7 @@ from genlora_lightning.artifacts.checkpoint import (
     upgrade,
 )
 from genlora_lightning.artifacts.other_state import note_start
+from genlora_lightning.artifacts.peft_folder import is_peft_folder
 from genlora_lightning.backbone.identity import BaseCheck, base_identity
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.injection.inject import count_linears, inject_layers
@@ -58,7 +59,8 @@ def load_module(
         path: A checkpoint file, or an adapter folder, or the name of one on the Hugging Face Hub.
         base_check: What to do if the base is not the one that was trained on: ``"error"``, ``"warn"``, or ``"off"``: do
             not look.
-        arguments: For the class: they replace those of the checkpoint. An adapter folder holds none, so all are needed.
+        arguments: For the class: they replace those of the checkpoint. An adapter folder holds none but a classifier's
+            ``label_names``, so all others are needed.
 
     Returns:
         The module, in evaluation mode.
@@ -76,6 +78,8 @@ def load_module(
         if checkpoint is not None:
             describe(checkpoint, str(path))
             arguments = _accepted(module, checkpoint.get("hyper_parameters", {})) | arguments
+        else:
+            arguments = _labels_of(module, path, arguments) | arguments
         try:
             made = module(**arguments)
         except TypeError as error:
@@ -185,6 +189,16 @@ def _accepted(cls: type, hyperparameters: dict[str, Any]) -> dict[str, Any]:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
         return dict(hyperparameters)
     return {name: value for name, value in hyperparameters.items() if name in parameters}
+
+
+def _labels_of(cls: type, folder: Path, given: dict[str, Any]) -> dict[str, Any]:
+    """The names of the classes that an adapter folder brings along, where the class takes them and nobody gives any."""
+    if "label_names" not in inspect.signature(cls).parameters or given.keys() & {"label_names", "num_labels"}:
+        return {}
+    if is_peft_folder(folder):
+        return {}
+    names = read_adapter(folder).label_names
+    return {"label_names": names} if names else {}
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:

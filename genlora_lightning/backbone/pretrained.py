@@ -1,4 +1,4 @@
-"""Load transformers models and tokenizers, with errors that say what to do."""
+"""Load transformers models, tokenizers and image processors, with errors that say what to do."""
 
 from __future__ import annotations
 
@@ -64,14 +64,29 @@ def load_tokenizer(source: str, **options: Any) -> Any:
         OSError: The Hub cannot be reached, or the name is not there.
         ValueError: There is no tokenizer beside the model.
     """
+    return _load_beside("AutoTokenizer", source, options)
+
+
+def load_image_processor(source: str, **options: Any) -> Any:
+    """Load the image processor of a model, by torchvision or by Pillow, as transformers chooses.
+
+    Raises:
+        FileNotFoundError: A path that does not exist.
+        OSError: The Hub cannot be reached, or the name is not there.
+        ValueError: There is no image processor beside the model, or a package is missing that it needs.
+    """
+    return _load_beside("AutoImageProcessor", source, options)
+
+
+def _load_beside(auto_class: str, source: str, options: dict[str, Any]) -> Any:
     import transformers
 
     source = _checked_source(source, options)
     with _quiet_transformers():
         try:
-            return transformers.AutoTokenizer.from_pretrained(source, **options)
+            return getattr(transformers, auto_class).from_pretrained(source, **options)
         except Exception as error:
-            raise _explained(error, source, "with transformers' AutoTokenizer") from error
+            raise _explained(error, source, f"with transformers' {auto_class}") from error
 
 
 def _checked_source(source: str, options: dict[str, Any]) -> str:

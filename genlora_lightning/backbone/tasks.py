@@ -37,6 +37,46 @@ def transformers_base(model: nn.Module) -> nn.Module | None:
     return None
 
 
+def evaluated_task(class_name: str) -> str | None:
+    """What a transformers class is for, of language models, text classifiers and image classifiers; else ``None``."""
+    from transformers.models.auto import modeling_auto
+
+    names = getattr(modeling_auto, "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES", {}).values()
+    if any(class_name in (name if isinstance(name, (list, tuple)) else [name]) for name in names):
+        return "image-classification"
+    known = {"CAUSAL_LM": "causal-lm", "SEQ_CLS": "sequence-classification"}
+    return next((known[task] for task in class_tasks(class_name) if task in known), None)
+
+
+def label_names(model: nn.Module) -> list[str] | None:
+    """The names of the classes of a transformers classifier, or of the one that a module holds.
+
+    ``None`` where nobody has named them, which transformers writes as ``LABEL_0``, ``LABEL_1``, …
+    """
+    config = _config_of(model)
+    names = getattr(config, "id2label", None)
+    if not isinstance(names, dict) or sorted(names) != list(range(len(names))):
+        return None
+    found = [str(names[index]) for index in range(len(names))]
+    return None if found == _unnamed(len(found)) else found
+
+
+def name_labels(model: nn.Module, names: list[str]) -> None:
+    """Give the classes of a transformers classifier their names, if it has as many and they have none."""
+    config = _config_of(model)
+    if label_names(model) is None and getattr(config, "num_labels", None) == len(names):
+        config.id2label = dict(enumerate(names))
+        config.label2id = {name: index for index, name in enumerate(names)}
+
+
+def _config_of(model: nn.Module) -> Any:
+    return next((m.config for m in model.modules() if is_transformers_model(m)), None)
+
+
+def _unnamed(number: int) -> list[str]:
+    return [f"LABEL_{index}" for index in range(number)]
+
+
 def class_tasks(class_name: str) -> list[str]:
     """PEFT's names of the tasks that a transformers class is made for, such as ``["CAUSAL_LM"]``."""
     from transformers.models.auto import modeling_auto

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from typing import Any
 
 from genlora_lightning.text import text_table
 
 _LEARNED, _PLAIN = "\033[32m", "\033[0m"
 _SHOWN_DUPLICATES, _WIDTH = 3, 100
+_FIRST = 1000  # records of a stream that are looked at
 _SHARES = (0.0, 0.5, 0.9, 0.99, 1.0)
 
 
@@ -28,14 +30,24 @@ def run_data(options: argparse.Namespace) -> None:
         ValueError: The configuration has no data module of this package, or the data cannot be used.
     """
     from genlora_lightning.cli.train import DataCLI
-    from genlora_lightning.data import FileDataModule
+    from genlora_lightning.data import FileDataModule, ImageClassificationDataModule, InstructionDataModule
 
     data = DataCLI([word for config in options.config for word in ("--config", config)]).datamodule
-    if not isinstance(data, FileDataModule):
+    if not isinstance(data, (FileDataModule, ImageClassificationDataModule)):
         raise ValueError(f"The configuration's data module is {type(data).__name__}; only the package's own are shown.")
     data.prepare_data()
     data.setup("test" if options.split == "test" else "fit")
+    if isinstance(data, InstructionDataModule) and data.streaming and options.split == "train":
+        data.load_first(_FIRST)
+        print(f"The training data are streamed; this is of their first {len(data.rows('train')):,} rows.")
     rows = data.rows(options.split)
+    if isinstance(data, ImageClassificationDataModule):
+        print(f"\n{_pictures(rows, data.label_names)}\n\n{_equal(data.duplicates(options.split), 'pictures')}")
+        for number, row in enumerate(rows[: options.examples], 1):
+            size = f"{row['width']} × {row['height']} {row['mode']}"
+            print(f"\n--- example {number} of {len(rows):,}: {row['where']}, {size}")
+            print(f"=> {data.label_names[row['labels']]}")
+        return
     lengths = sorted(rows["length"])
     places = [lengths[round(share * (len(lengths) - 1))] for share in _SHARES]
     names = ["shortest", "median", "90 %", "99 %", "longest"]
@@ -67,6 +79,21 @@ def shown(row: dict[str, Any], tokenizer: Any, colored: bool) -> str:
     return "".join(parts)
 
 
+def _pictures(rows: list[dict[str, Any]], names: list[str]) -> str:
+    """How many pictures each class has, which sizes, and in which of Pillow's modes they are."""
+    classes = Counter(names[row["labels"]] for row in rows)
+    counts = [[name, f"{classes[name]:,}", f"{classes[name] / len(rows):.1%}"] for name in names]
+    by_area = sorted(rows, key=lambda row: row["width"] * row["height"])
+    places = [by_area[round(share * (len(rows) - 1))] for share in _SHARES]
+    sizes = ["width × height", *(f"{row['width']} × {row['height']}" for row in places)]
+    modes = Counter(row["mode"] for row in rows)
+    return (
+        f"{text_table(['class', 'pictures', 'share'], counts)}\n\n"
+        f"{text_table(['pixels', 'smallest', 'median', '90 %', '99 %', 'largest'], [sizes])}\n\n"
+        f"Stored as {', '.join(f'{mode}: {count:,}' for mode, count in modes.most_common())}; the model sees RGB."
+    )
+
+
 def _left_out(counts: dict[str, int]) -> str:
     """What `max_length` took away."""
     names = ("cut_examples", "cut_tokens", "lost_answers", "dropped_examples")
@@ -74,13 +101,14 @@ def _left_out(counts: dict[str, int]) -> str:
     return f"Left out by max_length: {', '.join(parts)}" if parts else "Nothing is cut or dropped."
 
 
-def _equal(duplicates: list[tuple[str, int]]) -> str:
+def _equal(duplicates: list[tuple[str, int]], what: str = "inputs") -> str:
     """How many examples ask what another one asks, and the most frequent of these inputs."""
     if not duplicates:
-        return "All inputs are different."
+        return f"All {what} are different."
     more = sum(count - 1 for _, count in duplicates)
     often = "".join(f"\n  {count:,} × {_shortened(key)}" for key, count in duplicates[:_SHOWN_DUPLICATES])
-    return f"{more:,} examples have the input of another one; the most frequent inputs:{often}"
+    one = "input" if what == "inputs" else "picture"
+    return f"{more:,} examples have the {one} of another one; the most frequent {what}:{often}"
 
 
 def _shortened(text: str) -> str:

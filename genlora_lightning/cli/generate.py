@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from genlora_lightning.cli.trained import Trained, attach
 from genlora_lightning.fields import check_integer, check_number
 
 # torch and transformers take seconds to import: only what loads a model does.
@@ -137,7 +136,7 @@ class Subject:
         from genlora_lightning.modules import CausalLMModule
 
         transformers.utils.logging.set_verbosity_error()
-        self._found = _Trained(options.model)
+        self._found = _writing(options.model)
         self._options = options
         name = options.base or self._found.base
         if name is None:
@@ -184,7 +183,7 @@ class Subject:
         """
         from genlora_lightning.injection.inject import adapter_layers, remove_adapters
 
-        found, before = _Trained(adapter), self.adapter
+        found, before = _writing(adapter), self.adapter
         if found.kind == "model":
             raise ValueError(f"{adapter} is no adapter folder and no checkpoint.")
         if adapter_layers(self.module):
@@ -193,25 +192,11 @@ class Subject:
             self._attach(found)
         except BaseException:
             if before is not None:
-                self._attach(_Trained(before))
+                self._attach(Trained(before))
             raise
 
-    def _attach(self, found: _Trained) -> None:
-        from genlora_lightning.artifacts.adapter_io import load_adapter
-        from genlora_lightning.artifacts.loading import convert_checkpoint
-        from genlora_lightning.interop.lora_import import import_lora
-
-        model, check = self.module.adapter_root(), self._options.base_check
-        device = next(model.parameters()).device
-        if found.kind == "checkpoint":
-            # By way of a folder: there its names are the base's, whatever module it was trained in.
-            with TemporaryDirectory() as scratch:
-                convert_checkpoint(found.path, model, Path(scratch) / "adapter", base_check=check)
-        elif found.kind == "lora":
-            import_lora(model, found.path)
-        else:
-            load_adapter(model, found.path, base_check=check)
-        self.module.to(device).eval()
+    def _attach(self, found: Trained) -> None:
+        attach(self.module, found, self._options.base_check)
         self.adapter = found.name
 
     def _of_base(self, load: Callable[[], T]) -> T:
@@ -259,67 +244,20 @@ def answered(module: CausalLMModule, batch: dict[str, Any], settings: dict[str, 
     return module.predict_step({**batch, **tensors}, 0)
 
 
-class _Trained:
-    """What a path or a name stands for.
+def _writing(name: str) -> Trained:
+    """What a name stands for, if it writes text.
 
-    Attributes:
-        name: As it was given.
-        kind: ``"adapter"`` folder of ours, ``"lora"`` folder in PEFT's format, ``"checkpoint"`` or ``"model"``.
-        path: Where it lies, but for a model.
-        base: Name of the base; of a model itself.
-        revision: Commit of the base on the Hub.
-        quantization: What the base was quantized by when it was trained on, if the modules can do that.
+    Raises:
+        ValueError: It does not.
     """
-
-    def __init__(self, name: str) -> None:
-        from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, read_adapter
-        from genlora_lightning.artifacts.checkpoint import describe
-        from genlora_lightning.artifacts.loading import read_checkpoint
-        from genlora_lightning.artifacts.peft_folder import is_peft_folder
-        from genlora_lightning.backbone.quantization import QUANTIZATIONS
-        from genlora_lightning.interop.lora_files import read_lora
-
-        self.name = name
-        self.path = _place_of(name)
-        base: dict[str, Any] = {}
-        if self.path.is_file():
-            self.kind = "checkpoint"
-            described = describe(read_checkpoint(self.path), str(self.path))
-            base = described.get("base", {"name": described.get("base_model")})
-        elif is_peft_folder(self.path):
-            self.kind = "lora"
-            base = {"name": read_lora(self.path).base_model}
-        elif (self.path / CONFIG_FILE).is_file():
-            self.kind = "adapter"
-            base = read_adapter(self.path).base
-        else:
-            self.kind = "model"
-            base = {"name": name}
-        self.base: str | None = base.get("name")
-        self.revision: str | None = base.get("revision")
-        quantization = base.get("quantization")
-        self.quantization: Any = quantization if quantization in QUANTIZATIONS else None
-        _check_writes_text(name, base.get("class"))
-
-
-def _place_of(name: str) -> Path:
-    from genlora_lightning.artifacts.adapter_folder import adapter_place
-
-    try:
-        return adapter_place(name).expanduser()
-    except OSError:
-        if name.startswith("hf://"):
-            raise
-        return Path(name)  # of a base, perhaps, whose loading says what is wrong otherwise
-
-
-def _check_writes_text(source: str, class_name: str | None) -> None:
     from genlora_lightning.backbone.tasks import class_tasks
 
-    tasks = class_tasks(class_name) if class_name else []
+    found = Trained(name)
+    tasks = class_tasks(found.class_name) if found.class_name else []
     if tasks and "CAUSAL_LM" not in tasks:
         raise ValueError(
-            f"{source} was trained on a {class_name}, which is no causal language model and writes no text. Its "
+            f"{name} was trained on a {found.class_name}, which is no causal language model and writes no text. Its "
             "predictions come from `python train.py predict` with the run's configuration, or from the model in "
             "Python, after `load_adapter`."
         )
+    return found

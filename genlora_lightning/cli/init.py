@@ -8,12 +8,18 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+# torch and transformers take seconds to import.
+if TYPE_CHECKING:
+    from genlora_lightning.data.recognition import Recognized
 
 _FORMS = (
     "conversations (messages, or ShareGPT's), instructions (prompt and completion, or Alpaca's), texts to go on "
-    "learning (text), or texts with labels (text and label)"
+    "learning (text), texts with labels (text and label), or pictures with labels (image and label, or a folder with a "
+    "folder per class)"
 )
-_FILES = ".jsonl, .json, .csv, .parquet, .arrow, or hf://org/name:split"
+_FILES = ".jsonl, .json, .csv, .parquet, .arrow, a folder of pictures, or hf://org/name:split"
 _MOST_LABELS = 100
 _HEADER = """\
 # {what}, made by `genlora init`.
@@ -62,6 +68,23 @@ data:
     batch_size: 32
 
 """
+_IMAGES = """\
+model:
+  class_path: ImageClassificationModule
+  init_args:
+    model: {model} # a folder, or a name on the Hugging Face Hub
+    label_names: {labels}
+    optimizer: {{lr: 4.0e-3, head_lr_factor: 0.5, schedule: linear, warmup_ratio: 0.06}}
+
+data:
+  class_path: ImageClassificationDataModule
+  init_args:
+    train_file: {data}{val}
+    augmentation: flip # or crop-flip, or none where left and right differ
+    batch_size: 32
+    num_workers: 2 # processes that decode pictures
+
+"""
 _TRAINER = """\
 trainer:
   accelerator: auto
@@ -100,13 +123,16 @@ def run_init(options: argparse.Namespace) -> None:
     file = Path(f"{name}.yaml")
     if file.exists() and not options.overwrite:
         raise FileExistsError(f"There is a {file} already. Give another --name, or --overwrite to replace it.")
-    labels = _labels(data)
+    found = _recognized(data)
     fields = {"file": file, "name": _scalar(name), "model": _scalar(model), "data": _scalar(data)}
-    if labels is None:
+    if found.labels is None:
         text = (_HEADER + _CHAT + _TRAINER).format(what="A model that answers as your data do", **fields)
     else:
-        shown = f"[{', '.join(map(_scalar, labels))}]"
-        text = (_HEADER + _CLASSES + _TRAINER).format(what="Texts into classes", labels=shown, **fields)
+        shown = f"[{', '.join(map(_scalar, found.labels))}]"
+        what, classes = ("Pictures", _IMAGES) if found.of_images else ("Texts", _CLASSES)
+        text = (_HEADER + classes + _TRAINER).format(
+            what=f"{what} into classes", labels=shown, val=_held_out(data), **fields
+        )
     file.write_text(text, encoding="utf-8")
     print(f"{file} is written. Look at it, then:\n  genlora fit --config {file}")
 
@@ -122,7 +148,7 @@ def check_model(model: str) -> None:
 
 def check_data(data: str) -> None:
     """Refuse a file that is not there, or has no form that is known."""
-    _labels(data)
+    _recognized(data)
 
 
 def check_name(name: str) -> None:
@@ -148,19 +174,28 @@ def _given(value: str | None, flag: str, question: str, check: Callable[[str], N
             return answer
 
 
-def _labels(data: str) -> list[str] | None:
-    """The classes of a file of texts, or ``None`` for conversations, instructions and texts without classes.
+def _recognized(data: str) -> Recognized:
+    """Look at what data are: with labels, or conversations, instructions and texts without.
 
     Raises:
         FileNotFoundError: There is no such file.
         ValueError: It is empty, cannot be read, or has another form; the message says which are known.
     """
-    from genlora_lightning.data.recognition import labels_of
+    from genlora_lightning.data.recognition import recognize
 
-    labels = labels_of(data, "--data")
-    if labels is not None and not 2 <= len(labels) <= _MOST_LABELS:
-        raise ValueError(f"{data} has {len(labels)} different labels; a classifier needs 2 to {_MOST_LABELS}.")
-    return labels
+    found = recognize(data, "--data")
+    if found.labels is not None and not 2 <= len(found.labels) <= _MOST_LABELS:
+        raise ValueError(f"{data} has {len(found.labels)} different labels; a classifier needs 2 to {_MOST_LABELS}.")
+    return found
+
+
+def _held_out(data: str) -> str:
+    """The line of a configuration of pictures that says what they are validated on."""
+    from genlora_lightning.data.recognition import has_validation
+
+    if has_validation(data):
+        return " # its folders train and val, and test if there is one"
+    return "\n    val_fraction: 0.1 # held out of train_file; or val_file: …"
 
 
 def _scalar(text: str) -> str:

@@ -17,6 +17,7 @@ from genlora_lightning.backbone.catalog import TASKS
 from genlora_lightning.cli.chat import add_chat, run_chat
 from genlora_lightning.cli.completion import add_completion, completion_script
 from genlora_lightning.cli.data import add_data, run_data
+from genlora_lightning.cli.evaluate import add_evaluate, run_evaluate
 from genlora_lightning.cli.generate import add_generate, run_generate
 from genlora_lightning.cli.hub import add_push, run_push
 from genlora_lightning.cli.init import add_init, run_init
@@ -144,6 +145,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_generate(generate)
     _add_base_check(generate)
+
+    evaluate = _command(
+        commands,
+        "evaluate",
+        run_evaluate,
+        "score a base and what was trained on it on the same examples, with intervals and differences",
+        "runs/reviews/adapter runs/other/adapter --data test.jsonl --generate --json scores.json",
+    )
+    add_evaluate(evaluate)
+    _add_base_check(evaluate)
 
     chat = _command(
         commands, "chat", run_chat, "talk to what was trained, and to its base beside it", "runs/reviews/adapter"

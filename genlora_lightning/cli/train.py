@@ -29,8 +29,17 @@ from genlora_lightning.cli.configs import with_paths
 from genlora_lightning.cli.errors import find_user_error, leave, one_line
 from genlora_lightning.cli.runs import write_report
 from genlora_lightning.cli.trainer import CommandTrainer
-from genlora_lightning.data import InstructionDataModule, TextClassificationDataModule
-from genlora_lightning.modules import CausalLMModule, GenLoRAModule, SequenceClassificationModule
+from genlora_lightning.data import (
+    ImageClassificationDataModule,
+    InstructionDataModule,
+    TextClassificationDataModule,
+)
+from genlora_lightning.modules import (
+    CausalLMModule,
+    GenLoRAModule,
+    ImageClassificationModule,
+    SequenceClassificationModule,
+)
 from genlora_lightning.storage.checkpoint_file import verify_checkpoint
 from genlora_lightning.storage.paths import is_remote, local_path
 from genlora_lightning.training.callback import AdapterFinetuning
@@ -38,7 +47,15 @@ from genlora_lightning.training.last_checkpoint import last_good_checkpoint
 from genlora_lightning.training.run_folder import logs_folder
 
 # A class is known by its short name once its module is imported.
-SHORT_NAMES = (CausalLMModule, SequenceClassificationModule, InstructionDataModule, TextClassificationDataModule)
+SHORT_NAMES = (
+    CausalLMModule,
+    SequenceClassificationModule,
+    ImageClassificationModule,
+    InstructionDataModule,
+    TextClassificationDataModule,
+    ImageClassificationDataModule,
+)
+_MADE_FROM_MODEL = ("tokenizer", "image_processor")  # arguments of the data that lie beside the model
 TRACEBACK_VARIABLE = "GENLORA_TRACEBACK"
 AUTO = "auto"
 # The callback's arguments that are settings of the command line; types and defaults are the callback's own.
@@ -66,9 +83,9 @@ class GenLoRACLI(LightningCLI):
     """LightningCLI with what fine-tuning wants by default.
 
     - Any LightningModule and LightningDataModule by ``class_path``; those of this package by their names alone.
-    - ``tokenizer``, ``label_names`` and ``problem_type`` of the data, where the class has them and they are not set,
-      are the model's ``model``, ``label_names`` and ``problem_type``; with the model's tokenizer go its
-      ``trust_remote_code`` and ``revision``.
+    - ``tokenizer``, ``image_processor``, ``label_names`` and ``problem_type`` of the data, where the class has them and
+      they are not set, are the model's ``model``, ``label_names`` and ``problem_type``; with the model's tokenizer or
+      image processor go its ``trust_remote_code`` and ``revision``.
     - A checkpoint gives weights, not settings: the configuration and the command line always win over the
       hyperparameters stored in it.
     - ``fit --ckpt_path auto`` goes on from the newest good checkpoint of the run's directory, or starts a new run.
@@ -117,18 +134,18 @@ class GenLoRACLI(LightningCLI):
             default=True,
             help="Whether fit ends with a report of the run, report.html beside its metrics.",
         )
-        linked = {"model": "tokenizer", "label_names": "label_names", "problem_type": "problem_type"}
-        for source, target in linked.items():
+        linked = [(name, name) for name in ("label_names", "problem_type")]
+        for source, target in [*(("model", name) for name in _MADE_FROM_MODEL), *linked]:
             parser.link_arguments(
                 (f"model.init_args.{source}", "data"),
                 f"data.init_args.{target}",
                 compute_fn=partial(_given_or_linked, target),
             )
-        for name in ("trust_remote_code", "revision"):  # of the model, so of its tokenizer, too
+        for name in ("trust_remote_code", "revision"):  # of the model, so of what lies beside it, too
             parser.link_arguments(
                 (f"model.init_args.{name}", "model", "data"),
                 f"data.init_args.{name}",
-                compute_fn=partial(_given_or_linked_tokenizer, name),
+                compute_fn=partial(_given_or_linked_beside, name),
             )
 
     @staticmethod
@@ -338,10 +355,11 @@ def _given_or_linked(name: str, linked: Any, data: Any) -> Any:
     return linked if given is None else given
 
 
-def _given_or_linked_tokenizer(name: str, linked: Any, model: Any, data: Any) -> Any:
-    """As :func:`_given_or_linked`, as long as the tokenizer is the model's and not another one."""
+def _given_or_linked_beside(name: str, linked: Any, model: Any, data: Any) -> Any:
+    """As :func:`_given_or_linked`, as long as the tokenizer or image processor is the model's and not another one."""
     given = data.get("init_args", {}) if data else {}
-    other = given.get("tokenizer") not in (None, model.get("init_args", {}).get("model") if model else None)
+    own = (None, model.get("init_args", {}).get("model") if model else None)
+    other = any(given.get(beside) not in own for beside in _MADE_FROM_MODEL)
     return given.get(name) if other else _given_or_linked(name, linked, data)
 
 

@@ -72,9 +72,20 @@ def _decoded(data: bytes, where: str, place: str, *, first: bool) -> str:
         raise DataFileError(where, reason) from error
 
 
-def _read_jsonl(path: str) -> Iterator[Record]:
+def read_json_lines(path: str, wanted: Callable[[int], bool] | None = None) -> Iterator[Record | None]:
+    """Yields the records of a file of JSON lines.
+
+    Args:
+        path: The file.
+        wanted: Says which records to parse, by their numbers from 0; None is yielded for others. All if not given.
+    """
+    place = -1
     for number, line in enumerate(_decoded_lines(path), start=1):
         if not line.strip():
+            continue
+        place += 1
+        if wanted is not None and not wanted(place):
+            yield None
             continue
         where = f"{path}:{number}"
         try:
@@ -87,6 +98,10 @@ def _read_jsonl(path: str) -> Iterator[Record]:
         if not isinstance(fields, dict):
             raise DataFileError(where, f"must be a JSON object, got {type(fields).__name__}")
         yield Record(where, fields)
+
+
+def _read_jsonl(path: str) -> Iterator[Record]:
+    return (record for record in read_json_lines(path) if record is not None)
 
 
 def _read_csv(path: str) -> Iterator[Record]:

@@ -47,10 +47,11 @@ def parse_hub_name(path: str, argument: str) -> HubName:
     return HubName(match["name"], match["revision"], match["config"], match["split"] or "train")
 
 
-def load_hub_dataset(path: str, argument: str) -> Any:
+def load_hub_dataset(path: str, argument: str, *, streaming: bool = False) -> Any:
     """Returns the `datasets.Dataset` of a name; what was fetched before comes from the cache of `datasets`.
 
-    A local folder ``org/name`` goes before the Hub, as `datasets` has it.
+    With `streaming` it is an `IterableDataset`, of which nothing is fetched but what is asked for. A local folder
+    ``org/name`` goes before the Hub, as `datasets` has it.
 
     Raises:
         DataFileError: It cannot be fetched, for one because there is no network; in one line.
@@ -63,7 +64,7 @@ def load_hub_dataset(path: str, argument: str) -> Any:
     try:
         with bars_on_terminals_only(datasets):
             return datasets.load_dataset(
-                wanted.name, wanted.config, split=wanted.split, revision=wanted.revision, **options
+                wanted.name, wanted.config, split=wanted.split, revision=wanted.revision, streaming=streaming, **options
             )
     except Exception as error:  # of several libraries, from the network to the reader of a file
         told = [str(one) for one in (error, error.__cause__) if one is not None]
@@ -80,6 +81,13 @@ def hub_records(path: str, argument: str) -> Iterator[Record]:
         for fields in table.to_pylist():
             number += 1
             yield Record(f"{path}:record {number}", without_nulls(fields))
+
+
+def stream_hub_records(path: str, argument: str) -> Iterator[Record]:
+    """Yields the records of a data set by its name, fetched as they are asked for; else as `hub_records`."""
+    table = load_hub_dataset(path, argument, streaming=True)
+    for number, fields in enumerate(table, start=1):
+        yield Record(f"{path}:record {number}", without_nulls(fields))
 
 
 def import_datasets() -> Any:

@@ -75,6 +75,22 @@ class PackedRows(Dataset[dict[str, list[int]]]):
 
 
 @dataclass(frozen=True)
+class Packer:
+    """Puts rows of examples into rows of several each, where not all examples are known.
+
+    Args:
+        capacity: Tokens that a row holds.
+    """
+
+    capacity: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Returns the packed rows, as `PackedRows` has them."""
+        packed = PackedRows(rows, pack([len(row["input_ids"]) for row in rows], self.capacity))
+        return [packed[number] for number in range(len(packed))]
+
+
+@dataclass(frozen=True)
 class PackedCollator:
     """Pads packed rows on the right.
 

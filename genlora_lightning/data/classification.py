@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -10,7 +9,6 @@ from typing_extensions import override
 
 from genlora_lightning.data._base import FileDataModule
 from genlora_lightning.data._files import (
-    checked_text,
     is_blank,
     normalized,
     structured_field,
@@ -18,6 +16,7 @@ from genlora_lightning.data._files import (
 )
 from genlora_lightning.data._formats import Record
 from genlora_lightning.data._hub import import_datasets
+from genlora_lightning.data._labels import check_label_names, label_index, label_text, names_of
 from genlora_lightning.errors import DataFileError
 from genlora_lightning.fields import shown
 
@@ -118,9 +117,7 @@ class TextClassificationDataModule(FileDataModule):
         self.problem_type: ProblemType = problem_type or "single_label_classification"
         if self.problem_type not in get_args(ProblemType):
             raise ValueError(f"problem_type must be one of {', '.join(get_args(ProblemType))}, got {problem_type!r}")
-        least, words = (1, "one name") if self.problem_type == "regression" else (2, "two distinct names")
-        if label_names is not None and (len(label_names) < least or len(set(label_names)) < len(label_names)):
-            raise ValueError(f"label_names must be at least {words}, got {label_names}")
+        check_label_names(label_names, least=1 if self.problem_type == "regression" else 2)
         self.text_column = text_column
         self.label_column = label_column
         self._label_names = label_names
@@ -139,12 +136,7 @@ class TextClassificationDataModule(FileDataModule):
                 self._label_names = [f"LABEL_{index}" for index in range(len(self._values(records[0])))]
             else:
                 found = {label for record in records for label in self._label_texts(record)}
-                if len(found) < 2:
-                    held = f"the label {found.pop()!r}" if found else "no label"
-                    raise DataFileError(
-                        " + ".join(self.files["train"]), f"all records have {held}; there is nothing to tell apart"
-                    )
-                self._label_names = sorted(found, key=int) if all(map(_is_integer, found)) else sorted(found)
+                self._label_names = names_of(found, " + ".join(self.files["train"]))
         return list(self._label_names)
 
     @property
@@ -172,29 +164,8 @@ class TextClassificationDataModule(FileDataModule):
         return [self._label_text(record, one) for one in label]
 
     def _label_text(self, record: Record, label: Any) -> str:
-        """Returns a label as text, the same one for what CSV and JSON write differently."""
-        if isinstance(label, (int, float)) and not isinstance(label, bool):
-            label = str(label)
-        what = f"field {self.label_column!r}"
-        if not isinstance(label, str):
-            raise DataFileError(record.where, f"{what} must be a string or a whole number, got {shown(label)}")
-        text = checked_text(label, record.where, what).strip()
-        if not self._names_given and _is_fraction(text):
-            raise DataFileError(
-                record.where,
-                f"{what} must be a string or a whole number, got {text:.80}; for numbers to predict set "
-                "problem_type='regression', for names that look like numbers give label_names",
-            )
-        return text
-
-    def _label_index(self, record: Record, label: str) -> int:
-        names = self.label_names
-        if label in names:
-            return names.index(label)
-        if _is_integer(label) and len(label) < 10 and 0 <= int(label) < len(names) and not all(map(_is_integer, names)):
-            return int(label)
-        listed = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-        raise DataFileError(record.where, f"unknown label {shown(label)}; known are {listed}")
+        hint = "for numbers to predict set problem_type='regression', for names that look like numbers "
+        return label_text(label, record.where, self.label_column, names_given=self._names_given, hint=hint)
 
     def _values(self, record: Record) -> list[float]:
         label = self._label_field(record)
@@ -220,7 +191,7 @@ class TextClassificationDataModule(FileDataModule):
                 )
                 raise DataFileError(record.where, reason)
             return values if len(values) > 1 else values[0]
-        indices = [self._label_index(record, label) for label in self._label_texts(record)]
+        indices = [label_index(label, self.label_names, record.where) for label in self._label_texts(record)]
         if self.problem_type == "single_label_classification":
             return indices[0]
         if len(set(indices)) < len(indices):
@@ -279,16 +250,3 @@ class TextClassificationDataModule(FileDataModule):
     def _batch_keys(self, split: str, rows: Any) -> tuple[str, ...]:
         known = split != "predict" or all(label is not None for label in rows["labels"])
         return ("input_ids", "labels") if known else ("input_ids",)
-
-
-def _is_fraction(label: str) -> bool:
-    """Returns whether a text is a number, but not a whole one as whole ones are written."""
-    try:
-        float(label)
-    except ValueError:
-        return False
-    return not _is_integer(label)
-
-
-def _is_integer(label: str) -> bool:
-    return re.fullmatch(r"[+-]?[0-9]+", label) is not None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -16,10 +17,14 @@ from genlora_lightning.data._documents import encode_document
 from genlora_lightning.data._files import normalized
 from genlora_lightning.data._formats import Record
 from genlora_lightning.data._forms import DOCUMENT, parse_conversation
-from genlora_lightning.data._hub import import_datasets
-from genlora_lightning.data._loading import padding_id
-from genlora_lightning.data._packing import PackedCollator, PackedRows, pack
-from genlora_lightning.training.resumable import ResumableDataLoader
+from genlora_lightning.data._hub import PREFIX, import_datasets, stream_hub_records
+from genlora_lightning.data._loading import PadCollator, padding_id
+from genlora_lightning.data._packing import PackedCollator, PackedRows, Packer, pack
+from genlora_lightning.data._records import check_at_least_one
+from genlora_lightning.data._stream import RecordStream, check_streamable, part_of
+from genlora_lightning.training.resumable import EndlessLoader, ResumableDataLoader
+
+_PACKED_AT_A_TIME = 8  # records of a stream that are packed together, for each row of a batch
 
 
 class InstructionDataModule(FileDataModule):
@@ -78,6 +83,10 @@ class InstructionDataModule(FileDataModule):
             order. In training it has no effect where Lightning puts its distributed sampler in place.
         packing: Put several training examples into a row, up to ``max_length`` tokens of it, so that little is padding;
             none sees another. ``batch_size`` then counts rows. Which examples share a row stays the same in all epochs.
+        streaming: Read the training data while they are used, again and again, and keep none of them: for what does not
+            fit into memory. Each process and worker reads its own part of the records; a run goes on at the very batch.
+            The trainer needs ``max_steps``, and with validation data ``val_check_interval`` in batches.
+        shuffle_buffer: Records of a stream to draw the next one from: 1 keeps the order of the file.
         cache_dir: A folder in which tokenized data are kept for the next run. By default nothing is written.
         trust_remote_code: Run the Python code that comes with the tokenizer.
         revision: The tokenizer's branch, tag or commit on the Hub.
@@ -106,6 +115,8 @@ class InstructionDataModule(FileDataModule):
         pad_to_multiple_of: int = 8,
         group_by_length: bool = False,
         packing: bool = False,
+        streaming: bool = False,
+        shuffle_buffer: int = 1000,
         cache_dir: str | None = None,
         trust_remote_code: bool | None = None,
         revision: str | None = None,
@@ -135,6 +146,11 @@ class InstructionDataModule(FileDataModule):
             raise ValueError("packing and group_by_length exclude each other: packed rows are all about as long")
         if chat_template == "none" and system_prompt is not None:
             raise ValueError("system_prompt needs a chat template, but chat_template='none' was set")
+        check_at_least_one("shuffle_buffer", shuffle_buffer)
+        self.streaming = streaming
+        self.shuffle_buffer = shuffle_buffer
+        if streaming:
+            self._check_streamable(group_by_length)
         self.packing = packing
         self._packs: list[list[int]] | None = None
         self.truncation: Truncation = truncation
@@ -164,6 +180,8 @@ class InstructionDataModule(FileDataModule):
     @override
     def train_dataloader(self) -> Any:
         """Returns shuffled batches; the order depends on `seed` only and is a new one in each epoch."""
+        if self.streaming:
+            return self._endless_loader()
         if not self.packing:
             return super().train_dataloader()
         rows = self.rows("train")
@@ -186,6 +204,61 @@ class InstructionDataModule(FileDataModule):
             shuffle=True,
             generator=torch.Generator().manual_seed(self.seed),
         )
+
+    def _endless_loader(self) -> EndlessLoader:
+        """Returns the batches of a stream."""
+        rank, world_size = part_of(self.trainer, self.has_data("val"))
+        fill, multiple = padding_id(self.tokenizer), self.pad_to_multiple_of
+        collate: Any = PadCollator(("input_ids", "labels"), fill, multiple)
+        alone = copy.copy(self)  # for the workers, which may be given no trainer
+        alone.trainer, alone._datasets = None, {}
+        stream = RecordStream(
+            list(self.files["train"]),
+            "train_file",
+            encode=alone._stream_rows,
+            group=Packer(self.max_length) if self.packing else list,
+            records_in_group=_PACKED_AT_A_TIME * self.batch_size if self.packing else 1,
+            collate=PackedCollator(fill, multiple) if self.packing else collate,
+            batch_size=self.batch_size,
+            buffer_size=self.shuffle_buffer,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+        rank_zero_info(f"Training data are streamed from {' + '.join(self.files['train'])}.")
+        return EndlessLoader(stream, self.num_workers, pin_memory=torch.cuda.is_available())
+
+    def _stream_rows(self, record: Record) -> list[dict[str, Any]]:
+        rows = self._encoder("train")(self._parse(record, "train"))
+        return [{name: row[name] for name in ("input_ids", "labels")} for row in rows if row["input_ids"]]
+
+    def _check_streamable(self, group_by_length: bool) -> None:
+        refused = {"val_fraction": self.val_fraction > 0, "group_by_length": group_by_length}
+        refused["cache_dir"] = self.cache_dir is not None
+        for name, is_set in refused.items():
+            if is_set:
+                raise ValueError(f"streaming and {name} exclude each other: {name} needs all training data at once")
+        weighted = {path: weight for path, weight in self.files["train"].items() if weight != 1}
+        if weighted:
+            raise ValueError(f"streaming takes files without weights, got {weighted}; name them in a list")
+        check_streamable(list(self.files["train"]), "train_file")
+
+    @override
+    def _is_streamed(self, split: str) -> bool:
+        return self.streaming and split == "train"
+
+    @override
+    def _check_source(self, path: str, argument: str) -> None:
+        if self.streaming and argument == "train_file" and path.startswith(PREFIX):
+            next(stream_hub_records(path, argument), None)
+        else:
+            super()._check_source(path, argument)
+
+    @override
+    def _read(self, path: str, argument: str) -> Iterator[Record]:
+        if self.streaming and argument == "train_file" and path.startswith(PREFIX):
+            return stream_hub_records(path, argument)
+        return super()._read(path, argument)
 
     @override
     def _parse(self, record: Record, split: str) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.backbone.quantization import Quantization
 from genlora_lightning.injection.peft_adapters import PeftConfigLike
 from genlora_lightning.modules.base import Dtype, GenLoRAModule, check_plain
+from genlora_lightning.modules.intervals import Scores, ratio
 from genlora_lightning.modules.metrics import Perplexity, WeightedMean
 from genlora_lightning.training.optim import OptimizerConfig
 
@@ -234,6 +235,28 @@ class CausalLMModule(GenLoRAModule):
             assert isinstance(metric, WeightedMean)
             metric.update(total, count)
             self.log(f"{split}_{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss", batch_size=1)
+
+    @torch.no_grad()
+    def example_scores(self, batch: dict[str, Any]) -> Scores:
+        """Compute loss, answer tokens, right answer tokens, and whether all are right, of each example of a batch."""
+        logits, labels = self.answer_logits(batch)
+        answer = labels != IGNORED_LABEL
+        tokens = _answer_tokens(labels)
+        chosen = logits.flatten(0, 1).index_select(0, tokens).float()
+        losses = F.cross_entropy(chosen, labels.flatten().index_select(0, tokens), reduction="none").double()
+        correct = (logits.argmax(dim=-1) == labels) & answer
+        whole = (correct | ~answer).all(dim=1) & answer.any(dim=1)
+        loss = losses.new_zeros(len(labels)).index_add_(0, tokens // labels.shape[1], losses)
+        columns = [loss, answer.sum(1), correct.sum(1), whole, answer.any(dim=1)]
+        return Scores(
+            torch.stack([column.double() for column in columns], dim=1),
+            {
+                "loss": ratio(0, 1),
+                "perplexity": lambda sums: (sums[..., 0] / sums[..., 1]).exp(),
+                "token_accuracy": ratio(2, 1),
+                "answer_accuracy": ratio(3, 4),
+            },
+        )
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:

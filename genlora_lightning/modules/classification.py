@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any, Literal, get_args
+from typing import Any
 
-import torch
-import torchmetrics
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
-from genlora_lightning.backbone.architectures import build_on_meta, read_config
 from genlora_lightning.backbone.quantization import Quantization
 from genlora_lightning.data.classification import ProblemType
-from genlora_lightning.fields import check_choice, check_number
-from genlora_lightning.injection.peft_adapters import AnyConfig, PeftAdapter, PeftConfigLike
-from genlora_lightning.modules.base import Dtype, GenLoRAModule
-from genlora_lightning.modules.metrics import R2, WeightedMean
+from genlora_lightning.injection.peft_adapters import PeftConfigLike
+from genlora_lightning.modules.base import Dtype
+from genlora_lightning.modules.classifier import ClassifierModule
 from genlora_lightning.training.optim import OptimizerConfig
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
 
-class SequenceClassificationModule(GenLoRAModule):
+class SequenceClassificationModule(ClassifierModule):
     """Fine-tune a transformers model to put texts into classes, or to predict numbers from them.
 
     The head (what the model has outside its ``base_model``) and modules that the checkpoint lacks, such as a pooler,
@@ -71,6 +65,8 @@ class SequenceClassificationModule(GenLoRAModule):
         ValueError: The number of classes is missing, less than 2, or not that of the names or the weights.
     """
 
+    auto_class = "AutoModelForSequenceClassification"
+
     def __init__(
         self,
         model: str,
@@ -92,6 +88,10 @@ class SequenceClassificationModule(GenLoRAModule):
     ) -> None:
         super().__init__(
             model,
+            num_labels=num_labels,
+            label_names=label_names,
+            problem_type=problem_type,
+            class_weights=class_weights,
             adapter=adapter,
             optimizer=optimizer,
             dtype=dtype,
@@ -103,61 +103,13 @@ class SequenceClassificationModule(GenLoRAModule):
             quantization=quantization,
             model_kwargs=model_kwargs,
         )
-        check_choice("problem_type", problem_type, get_args(ProblemType))
-        self.problem_type: ProblemType = problem_type
-        self.label_names = _checked_names(num_labels, label_names, least=1 if problem_type == "regression" else 2)
-        self.num_labels = len(self.label_names)
-        self._class_weights = _checked_weights(class_weights, problem_type, self.num_labels)
-        self._trained_modules: list[str] = []
-        self.val_metrics, self.test_metrics = (_metrics(problem_type, self.num_labels) for _ in range(2))
 
     @override
-    def load_backbone(self) -> nn.Module:
-        names = self.label_names
-        model, absent = self.load_with(
-            "AutoModelForSequenceClassification",
-            num_labels=self.num_labels,
-            problem_type=self.problem_type,
-            id2label=dict(enumerate(names)),
-            label2id={name: index for index, name in enumerate(names)},
-            ignore_mismatched_sizes=True,  # a head for another number of classes is replaced
-        )
-        new = self._find_trained_modules(model, absent)
-        if new:
-            rank_zero_info(
-                f"The checkpoint {self.source!r} has no weights that fit {', '.join(new)}: they start at random and "
-                "are trained in full with the adapters."
-            )
+    def prepare_model(self, model: Any) -> None:
         self._ensure_pad_token(model)
         text_config = model.config.get_text_config()
         if getattr(text_config, "use_cache", False):
             text_config.use_cache = False
-        loaded: nn.Module = model
-        return loaded
-
-    @override
-    def kept_whole(self) -> list[str] | None:
-        config = read_config(self.source, **self.tokenizer_options)
-        trust = bool(self.tokenizer_options["trust_remote_code"])
-        model = build_on_meta(config, "sequence-classification", trust_remote_code=trust)
-        return _heads(model) or None
-
-    def _find_trained_modules(self, model: nn.Module, absent: list[str]) -> list[str]:
-        """Note which modules are trained in full; returns those of them that start at random."""
-        body = getattr(model, "base_model", model)
-        heads = _heads(model)
-        in_body = {id(parameter): parameter.numel() for parameter in body.parameters()}
-        parameters = dict(model.named_parameters())
-        lacking = sum(in_body.get(id(parameters[name]), 0) for name in absent)
-        if body is not model and 2 * lacking > sum(in_body.values()):
-            raise ValueError(
-                f"The checkpoint {self.source!r} lacks most weights of a {type(model).__name__}, "
-                f"{', '.join(absent[:3])} among them; it was probably saved from another kind of model."
-            )
-        owners = list(dict.fromkeys(name.rpartition(".")[0] for name in absent))
-        fresh = [owner for owner in owners if owner and not _is_inside(owner, heads)]
-        self._trained_modules = [*heads, *fresh]
-        return [name for name in self._trained_modules if any(_is_inside(owner, [name]) for owner in owners)]
 
     def _ensure_pad_token(self, model: Any) -> None:
         """Decoders classify from the last token that is not padding, so that they must know what padding is."""
@@ -175,25 +127,6 @@ class SequenceClassificationModule(GenLoRAModule):
         config.pad_token_id = model.config.pad_token_id = end
 
     @override
-    def resolve_adapter_config(self, config: AnyConfig) -> AnyConfig:
-        """Add the head, and modules that the checkpoint lacks, to ``modules_to_train`` (PEFT: ``modules_to_save``)."""
-        self.adapter_root()  # an error if the model is not loaded
-        if isinstance(config, PeftAdapter):
-            given = config.values.get("modules_to_save") or []
-        else:
-            given = config.modules_to_train
-        more = [
-            name for name in self._trained_modules if not any(f".{name}".endswith(f".{pattern}") for pattern in given)
-        ]
-        if not more and not given:
-            raise ValueError(
-                f"The head of this {type(self.model).__name__} cannot be told from its body. Name it in the adapter's "
-                "`modules_to_train`."
-            )
-        if isinstance(config, PeftAdapter):
-            return config.replace(modules_to_save=[*given, *more])
-        return dataclasses.replace(config, modules_to_train=[*given, *more])
-
     def class_logits(self, batch: dict[str, Any]) -> Tensor:
         """Compute the logits (examples, classes), or the values (examples, values) of a regression, in float32."""
         inputs = {name: batch[name] for name in _MODEL_INPUTS if name in batch}
@@ -203,163 +136,3 @@ class SequenceClassificationModule(GenLoRAModule):
         inputs["input_ids"] = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, pad)
         logits: Tensor = model(**inputs).logits.float()
         return logits
-
-    @override
-    def look_at_labels(self, labels: Tensor) -> bool:
-        """Whether the labels are such as the head predicts; if not, the step says so."""
-        return self._fault_of(labels) is None
-
-    @override
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        labels = self._checked_labels(batch)
-        return self.training_loss(*self._summed_loss(self.class_logits(batch), labels))
-
-    def _summed_loss(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum of the losses, and what it is to be divided by for their mean; scalars."""
-        weights = self._class_weights
-        if weights is not None:
-            weights = self._class_weights = weights.to(logits.device)
-        if self.problem_type == "single_label_classification":
-            loss = F.cross_entropy(logits, labels, weights, reduction="sum")
-            count = labels.new_full((), len(labels)) if weights is None else weights[labels].sum()
-            return loss, count
-        targets = labels.to(logits.dtype).reshape(logits.shape)
-        if self.problem_type == "multi_label_classification":
-            loss = F.binary_cross_entropy_with_logits(logits, targets, pos_weight=weights, reduction="sum")
-        else:
-            loss = F.mse_loss(logits, targets, reduction="sum")
-        return loss, torch.full((), logits.numel(), device=logits.device)
-
-    @override
-    def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "val", self.val_metrics)
-
-    @override
-    def test_step(self, batch: dict[str, Any], batch_idx: int) -> None:
-        self._evaluate(batch, "test", self.test_metrics)
-
-    def _checked_labels(self, batch: dict[str, Any]) -> Tensor:
-        # Out of range they would be an assertion on a GPU that no Python code can explain any more.
-        labels: Tensor = batch["labels"]
-        fault = None if self.known_of(labels) else self._fault_of(labels)
-        if fault is not None:
-            raise ValueError(f"The batch has {fault}")
-        return labels
-
-    def _fault_of(self, labels: Tensor) -> str | None:
-        """What is wrong with the labels of a batch, and what to do; ``None`` if they are right."""
-        other = f"Set `problem_type` (it is {self.problem_type!r}), `num_labels` or `label_names` to fit the data."
-        found = f"labels of shape {tuple(labels.shape)} and dtype {labels.dtype}"
-        number = self.num_labels
-        if self.problem_type == "single_label_classification":
-            if labels.ndim != 1 or labels.is_floating_point() or labels.dtype == torch.bool:
-                return f"{found}, but the module takes classes: whole numbers (examples). {other}"
-            if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < number:
-                return (
-                    f"labels from {int(labels.min())} to {int(labels.max())}, but the module has {number} classes (0 "
-                    f"to {number - 1}). Set `num_labels` or `label_names` to fit the data."
-                )
-            return None
-        of_one_value = self.problem_type == "regression" and number == 1
-        shapes = [(len(labels), number), *([(len(labels),)] if of_one_value else [])]
-        if tuple(labels.shape) not in shapes or not labels.is_floating_point():
-            return f"{found}, but the module takes floating point ones of {' or '.join(map(str, shapes))}. {other}"
-        if self.problem_type == "regression":
-            return None if bool(labels.isfinite().all()) else "labels that are NaN or infinite; leave such records out."
-        return None if bool(((labels == 0) | (labels == 1)).all()) else f"labels that are neither 0 nor 1. {other}"
-
-    def _evaluate(self, batch: dict[str, Any], split: Literal["val", "test"], metrics: nn.ModuleDict) -> None:
-        labels = self._checked_labels(batch)
-        logits = self.class_logits(batch)
-        for name, metric in metrics.items():
-            assert isinstance(metric, torchmetrics.Metric)
-            if name == "loss":
-                metric.update(*self._summed_loss(logits, labels))
-            elif name == "mae":
-                metric.update((logits - labels.reshape(logits.shape)).abs().sum(), labels.numel())
-            elif self.problem_type == "regression":
-                metric.update(*(x.squeeze(1) if self.num_labels == 1 else x for x in (logits, labels.view_as(logits))))
-            else:
-                metric.update(logits, labels.long())
-            self.log(f"{split}_{name}", metric, on_step=False, on_epoch=True, prog_bar=True, batch_size=1)
-
-    @override
-    def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, Any]]:
-        """Classify each text.
-
-        Returns:
-            For each example ``label`` (the class's number), ``label_name`` and ``probabilities`` (one per class); with
-            several labels ``labels``, ``label_names`` (those with a probability of at least 1/2) and ``probabilities``;
-            for regression ``value``, a number or a list of them.
-        """
-        logits = self.class_logits(batch).cpu()
-        if self.problem_type == "regression":
-            return [{"value": row if self.num_labels > 1 else row[0]} for row in logits.tolist()]
-        names = self.label_names
-        if self.problem_type == "multi_label_classification":
-            found = [(row, (row >= 0.5).nonzero().flatten().tolist()) for row in logits.sigmoid()]
-            return [
-                {"labels": chosen, "label_names": [names[i] for i in chosen], "probabilities": row.tolist()}
-                for row, chosen in found
-            ]
-        return [
-            {"label": int(row.argmax()), "label_name": names[int(row.argmax())], "probabilities": row.tolist()}
-            for row in logits.softmax(dim=-1)
-        ]
-
-
-def _metrics(problem_type: ProblemType, num_labels: int) -> nn.ModuleDict:
-    of_classes = torchmetrics.classification
-    metrics: dict[str, nn.Module] = {"loss": WeightedMean()}
-    if problem_type == "regression":
-        metrics |= {"mae": WeightedMean(), "r2": R2()}
-    elif problem_type == "multi_label_classification":
-        metrics |= {
-            "accuracy": of_classes.MultilabelAccuracy(num_labels, average="micro"),
-            "exact_match": of_classes.MultilabelExactMatch(num_labels),
-            "f1": of_classes.MultilabelF1Score(num_labels, average="macro"),
-        }
-    else:
-        metrics |= {
-            "accuracy": of_classes.MulticlassAccuracy(num_labels, average="micro"),
-            "f1": of_classes.MulticlassF1Score(num_labels, average="macro"),
-        }
-    return nn.ModuleDict(metrics)
-
-
-def _checked_weights(weights: list[float] | None, problem_type: ProblemType, num_labels: int) -> Tensor | None:
-    if weights is None:
-        return None
-    if problem_type == "regression":
-        raise ValueError("`class_weights` are for classes; `problem_type` is 'regression'.")
-    if not isinstance(weights, (list, tuple)) or len(weights) != num_labels:
-        raise ValueError(f"`class_weights` must be {num_labels} numbers, one for each class, got {weights!r}.")
-    for index, weight in enumerate(weights):
-        check_number(f"class_weights[{index}]", weight, above=0)
-    return torch.tensor(weights, dtype=torch.float32)
-
-
-def _heads(model: nn.Module) -> list[str]:
-    """What a transformers model has beside its body, if that has parameters."""
-    body = getattr(model, "base_model", model)
-    beside = {} if body is model else {name: child for name, child in model.named_children() if child is not body}
-    return [name for name, child in beside.items() if next(child.parameters(), None) is not None]
-
-
-def _checked_names(num_labels: int | None, label_names: list[str] | None, least: int) -> list[str]:
-    if label_names is None:
-        if num_labels is None:
-            raise ValueError("Give `num_labels`, the number of classes, or `label_names`, their names.")
-        if isinstance(num_labels, bool) or not isinstance(num_labels, int) or num_labels < least:
-            raise ValueError(f"`num_labels` must be an integer of at least {least}, got {num_labels!r}.")
-        return [f"LABEL_{index}" for index in range(num_labels)]
-    names = [str(name) for name in label_names]
-    if len(names) < least or len(set(names)) < len(names):
-        raise ValueError(f"`label_names` must be at least {least} different names, got {names}.")
-    if num_labels is not None and num_labels != len(names):
-        raise ValueError(f"`num_labels` is {num_labels}, but there are {len(names)} `label_names`: {names}.")
-    return names
-
-
-def _is_inside(name: str, modules: list[str]) -> bool:
-    return any(name == module or name.startswith(f"{module}.") for module in modules)

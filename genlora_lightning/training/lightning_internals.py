@@ -24,6 +24,7 @@ __all__ = [
     "count_step",
     "drop_averaged_model",
     "end_restart",
+    "fetch_anew",
     "is_local_file_protocol",
     "move_torchmetrics_to_device",
     "own_precision_plugin",
@@ -108,3 +109,10 @@ def own_precision_plugin(strategy: FSDPStrategy) -> Any:
 def set_up_activation_checkpointing(strategy: FSDPStrategy, wrapper: nn.Module) -> None:
     """Checkpoint the activations of the modules that a strategy's ``activation_checkpointing_policy`` names."""
     _setup_activation_checkpointing(wrapper, strategy._activation_checkpointing_kwargs)
+
+
+def fetch_anew(trainer: Trainer) -> None:
+    """Let go of the training batches that the trainer has fetched ahead, and of the iterator that they came from."""
+    fetcher = trainer.fit_loop._data_fetcher
+    if fetcher is not None:
+        iter(fetcher)

@@ -7,6 +7,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
+from typing_extensions import override
 
 from genlora_lightning.training.random_state import random_state, set_random_state
 
@@ -183,6 +184,98 @@ class ResumableDataLoader(_Place, DataLoader[T]):  # type: ignore[misc]
                 "IterableDataset, does not have. Use torchdata's StatefulDataLoader."
             )
         super().__init__(dataset, *args, **kwargs)
+
+
+class EndlessBatches(IterableDataset[tuple[Any, Any]]):
+    """Batches without end, each with the place in the stream after it; what :class:`EndlessLoader` reads.
+
+    Every worker process reads a part of its own.
+    """
+
+    def begin(self, places: dict[int, Any], first: int) -> None:
+        """Say where the parts begin.
+
+        Args:
+            places: For each part the place after its last batch; parts that have none begin at the beginning.
+            first: The part that the first worker reads.
+        """
+        raise NotImplementedError
+
+
+class EndlessLoader(_Place, DataLoader[Any]):
+    """A loader of :class:`EndlessBatches` that goes on exactly where it was left.
+
+    The state holds the places of the last batches that were handed out: Lightning fetches one ahead, which a checkpoint
+    must not count. An epoch, where one ends (``limit_train_batches``), does not begin the stream anew.
+
+    Args:
+        dataset: The stream.
+        num_workers: Processes that read it, as many parts.
+        pin_memory: As torch's.
+
+    Raises:
+        ValueError: When a state is loaded: it is of another number of parts.
+    """
+
+    _AHEAD = 4  # batches that may be fetched and not trained on
+
+    def __init__(self, dataset: EndlessBatches, num_workers: int, pin_memory: bool = False) -> None:
+        # A generator of its own: the seed of the workers is then not drawn from the training's random numbers.
+        options: dict[str, Any] = {"generator": torch.Generator(), "collate_fn": _as_it_is, "pin_memory": pin_memory}
+        super().__init__(dataset, batch_size=None, num_workers=num_workers, **options)
+        self._parts = max(1, num_workers)
+        self._before = 0  # batches of the epochs before
+        self._latest: list[tuple[int, Any]] = []  # numbers of batches, and the places after them
+        self._running: Iterator[Any] | None = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "batches": self._consumed,
+            "before": self._before,
+            "parts": self._parts,
+            "places": list(self._latest),
+        }
+
+    @override
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state.get("parts") != self._parts:
+            raise ValueError(
+                f"The checkpoint was written with a stream that {state.get('parts')} workers read, and "
+                f"this run has {self._parts}. Set the data's `num_workers` as it was."
+            )
+        handed = state["before"] + state["batches"]
+        self._before, self._consumed = int(state["before"]), int(state["batches"])
+        self._latest = [(number, place) for number, place in state["places"] if number < handed]
+        if not {*range(max(0, handed - self._parts), handed)} <= {number for number, _ in self._latest}:
+            raise ValueError(f"The checkpoint does not hold the stream's place after batch {handed}.")
+        self._running, self._pending = None, {"batches": self._consumed}
+
+    @override
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return self._batches()
+
+    @override
+    def _batches(self) -> Iterator[Any]:
+        if self._pending is None:  # a new epoch
+            self._before, self._consumed = self._before + self._consumed, 0
+        self._pending = None
+        if self._running is None:
+            handed = self._before + self._consumed
+            places = {number % self._parts: place for number, place in self._latest}
+            cast("EndlessBatches", self.dataset).begin(places, handed % self._parts)
+            self._running = iter(DataLoader.__iter__(self))
+        for batch, place in self._running:
+            if isinstance(batch, Exception):
+                raise batch
+            number = self._before + self._consumed
+            self._latest = [*self._latest, (number, place)][-self._parts - self._AHEAD :]
+            self._consumed += 1
+            yield batch
+
+
+def _as_it_is(batch: Any) -> Any:
+    return batch
 
 
 def is_resumable(loader: object) -> bool:

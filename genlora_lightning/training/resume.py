@@ -28,10 +28,11 @@ from genlora_lightning.training.lightning_internals import (
     checkpoint_connector,
     count_step,
     end_restart,
+    fetch_anew,
     validation_is_due,
 )
 from genlora_lightning.training.random_state import random_state, set_random_state
-from genlora_lightning.training.resumable import is_resumable, make_resumable, make_unnoticed
+from genlora_lightning.training.resumable import EndlessLoader, is_resumable, make_resumable, make_unnoticed
 from genlora_lightning.training.run_folder import run_name
 from genlora_lightning.training.strategies import shards_base
 
@@ -335,6 +336,8 @@ class Resume:
         for rank in self.state["ranks"]:
             for loader in rank["loaders"]:
                 if self.new_epoch:
+                    if "before" in loader:  # of a stream, which goes on
+                        loader["before"] += loader["batches"]
                     loader["batches"] = 0
                 elif len(rank["loaders"]) == 1:
                     loader["batches"] = seen  # what was trained on, if something was fetched ahead
@@ -392,3 +395,5 @@ class Resume:
             )
         for loader, state in zip(loaders, states, strict=True):
             loader.load_state_dict(state)
+        if any(isinstance(loader, EndlessLoader) for loader in loaders):
+            fetch_anew(trainer)  # of a loader without a length Lightning has fetched a batch already

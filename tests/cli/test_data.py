@@ -76,3 +76,17 @@ class Letters:
 )
 def test_learned_parts_are_marked(row, text):
     assert shown(row, Letters(), colored=False) == text
+
+
+def test_of_a_stream_the_first_records_are_shown(config, capsys, monkeypatch):  # noqa: F811
+    rows = [{"prompt": f"what colour {number} ?", "completion": "green"} for number in range(5)]
+    (config.parent / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = yaml.safe_load(config.read_text())
+    content["data"]["init_args"] |= {"streaming": True, "group_by_length": False}
+    content["data"]["init_args"].pop("val_fraction", None)
+    config.write_text(yaml.safe_dump(content))
+    monkeypatch.setattr("genlora_lightning.cli.data._FIRST", 3)
+    assert main(["data", "--config", str(config), "--examples", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "The training data are streamed; this is of their first 3 rows." in out
+    assert "--- example 1 of 3:" in out

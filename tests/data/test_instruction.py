@@ -181,11 +181,11 @@ def test_prompts_of_the_training_file_in_other_files_are_counted(write: Write, t
 def test_setup_reads_each_split_once_and_only_when_needed(
     write: Write, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from genlora_lightning.data import _base
+    from genlora_lightning.data import _records
 
     read: list[str] = []
-    original = _base.read_records
-    monkeypatch.setattr(_base, "read_records", lambda path, name: read.append(name) or original(path, name))
+    original = _records.read_records
+    monkeypatch.setattr(_records, "read_records", lambda path, name: read.append(name) or original(path, name))
     test = write("test.jsonl", pairs(3))
     data = module(tokenizer, write("train.jsonl", pairs(9)), test_file=test, val_fraction=0.3)
     data.setup("fit")
