@@ -7,9 +7,9 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.data._base import FileDataModule
 from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Truncation
 from genlora_lightning.data._documents import encode_document
@@ -20,6 +20,8 @@ from genlora_lightning.data._hub import import_datasets
 from genlora_lightning.data._loading import padding_id
 from genlora_lightning.data._packing import PackedCollator, PackedRows, pack
 from genlora_lightning.training.resumable import ResumableDataLoader
+
+_log = rank_zero_logger(__name__)
 
 
 class InstructionDataModule(FileDataModule):
@@ -171,7 +173,7 @@ class InstructionDataModule(FileDataModule):
             lengths = list(rows["length"])
             self._packs = pack(lengths, self.max_length)
             share = sum(lengths) / (len(self._packs) * self.max_length)
-            rank_zero_info(
+            _log.info(
                 f"Packed {len(lengths):,} training examples into {len(self._packs):,} rows of {self.max_length}, "
                 f"{share:.1%} full."
             )
@@ -257,7 +259,7 @@ class InstructionDataModule(FileDataModule):
         chats = (example for example in examples if not _is_document(example))
         labels = (row["labels"] for example in chats for row in self._encoder(split)(example) if row["labels"])
         if next(labels, [IGNORE_INDEX])[-1] not in {*self.chat.control_ids, self.tokenizer.eos_token_id, IGNORE_INDEX}:
-            rank_zero_info(
+            _log.info(
                 "The chat template ends answers with no special token: the model cannot learn where to stop. Let the "
                 "template write the tokenizer's end-of-turn token after each answer."
             )

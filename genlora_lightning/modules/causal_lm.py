@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -234,6 +236,37 @@ class CausalLMModule(GenLoRAModule):
             assert isinstance(metric, WeightedMean)
             metric.update(total, count)
             self.log(f"{split}_{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss", batch_size=1)
+
+    @torch.no_grad()
+    def answer_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """Answer prompts in one batch, by the most probable token each time, whatever ``generation`` says.
+
+        Args:
+            prompts: The tokens of each.
+            max_new_tokens: The most tokens of an answer; fewer where the model's context ends.
+
+        Raises:
+            ValueError: A prompt leaves no room for an answer.
+        """
+        model: Any = self.adapter_root()
+        special = _special_tokens(model, self.tokenizer)
+        longest = max(map(len, prompts))
+        most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        room = max_new_tokens if most is None else min(max_new_tokens, most - longest)
+        if room < 1:
+            raise ValueError(f"A prompt of {longest} tokens leaves no room in the model's {most}.")
+        pad = special["pad_token_id"] or 0
+        ids = torch.tensor([[pad] * (longest - len(one)) + list(one) for one in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=self.device)
+        # What a model's own settings for sampling say would only be warned of.
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        trainer = self._trainer_or_none()
+        with nullcontext() if trainer is None else trainer.precision_plugin.forward_context():
+            tokens = model.generate(
+                input_ids=ids, attention_mask=mask, max_new_tokens=room, use_cache=True, **greedy, **special
+            )
+        answers: list[str] = self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
+        return answers
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:

@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import torch
 import torchmetrics
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
@@ -15,12 +14,15 @@ from typing_extensions import override
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.backbone.architectures import build_on_meta, read_config
 from genlora_lightning.backbone.quantization import Quantization
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.data.classification import ProblemType
 from genlora_lightning.fields import check_choice, check_number
 from genlora_lightning.injection.peft_adapters import AnyConfig, PeftAdapter, PeftConfigLike
 from genlora_lightning.modules.base import Dtype, GenLoRAModule
 from genlora_lightning.modules.metrics import R2, WeightedMean
 from genlora_lightning.training.optim import OptimizerConfig
+
+_log = rank_zero_logger(__name__)
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -124,7 +126,7 @@ class SequenceClassificationModule(GenLoRAModule):
         )
         new = self._find_trained_modules(model, absent)
         if new:
-            rank_zero_info(
+            _log.info(
                 f"The checkpoint {self.source!r} has no weights that fit {', '.join(new)}: they start at random and "
                 "are trained in full with the adapters."
             )
@@ -171,7 +173,7 @@ class SequenceClassificationModule(GenLoRAModule):
                 f"The configuration of {self.source!r} has neither a pad nor an end-of-text token, so that the end "
                 "of a padded text cannot be told. Set `model_kwargs: {pad_token_id: …}`."
             )
-        rank_zero_info(f"{self.source!r} has no pad token; its end-of-text token {end} takes the place.")
+        _log.info(f"{self.source!r} has no pad token; its end-of-text token {end} takes the place.")
         config.pad_token_id = model.config.pad_token_id = end
 
     @override
