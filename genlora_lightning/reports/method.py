@@ -19,8 +19,8 @@ _DECADES = 6  # below the largest singular value
 
 SPECTRA_SECTION = [
     "<h2>Effective rank over the training</h2>",
-    "<p>A row is a layer, time goes to the right; an update that is not coloured is zero. Point at a cell for its value, "
-    "choose a row for its singular values. <span class='scale'><span id='rank-low'></span><i></i>"
+    "<p>A row is a layer, and time goes to the right; without a colour an update is zero. Point at a cell for its "
+    "value, choose a row for its singular values. <span class='scale strong'><span id='rank-low'></span><i></i>"
     "<span id='rank-high'></span></span></p>",
     "<p id='rank-value' class='value' aria-live='polite'>&nbsp;</p><div id='rank-maps' class='maps'></div>",
     "<figure id='spectrum'><figcaption><b>Singular values of ΔW</b> <select aria-label='layer'></select></figcaption>"

@@ -61,7 +61,6 @@ def facts_of(run: Run, sizes: AdapterSizes | None) -> dict[str, str]:
         + (f", seed {seed}" if seed is not None and told else ""),
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "training": _progress(run),
-        "cost": _cost(run),
         **environment_facts(run.starts),
     }
     if run.adapter is not None:
@@ -110,16 +109,12 @@ def _progress(run: Run) -> str:
     if run.seconds is not None:
         about = "" if run.seconds_exact else "about "
         parts.append(f"in {about}{duration(run.seconds)}{'' if run.seconds_exact else ', by the times of the files'}")
-    rate = run.tokens_per_second
-    return " ".join(parts) + (f", {number(rate)} tokens per second" if rate is not None else "")
-
-
-def _cost(run: Run) -> str:
-    cost = cost_of(run.starts)
-    parts = [duration(cost["seconds"])] if "seconds" in cost else []
-    parts += [f"{cost['tokens']:,.0f} tokens"] if cost.get("tokens") else []
-    parts += [f"{cost['memory_gib']:.3g} GiB at most"] if "memory_gib" in cost else []
-    return ", ".join(parts)
+    cost, rate = cost_of(run.starts), run.tokens_per_second
+    took = [" ".join(parts)]
+    took += [f"{cost['tokens']:,.0f} tokens"] if cost.get("tokens") else []
+    took += [f"{number(rate)} tokens per second"] if rate is not None else []
+    took += [f"{cost['memory_gib']:.3g} GiB at most"] if "memory_gib" in cost else []
+    return ", ".join(took)
 
 
 def _lr(run: Run) -> str:

@@ -9,7 +9,7 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const rankText = (hundredths) => (hundredths < 0 ? "not finite" : (hundredths / 100).toFixed(2));
   const known = effective.flat().filter((rank) => rank > 0);
-  const low = Math.min(...[known.length ? known.reduce((a, b) => Math.min(a, b)) : 100]);
+  const low = known.reduce((a, b) => Math.min(a, b), known[0] ?? 100);
   const high = known.reduce((a, b) => Math.max(a, b), low);
   document.getElementById("rank-low").textContent = (low / 100).toFixed(1);
   document.getElementById("rank-high").textContent = (high / 100).toFixed(1);
@@ -51,11 +51,13 @@
         const [top, bottom] = [row, row + 1].map((edge) => Math.round(edge * tall * ratio));
         steps.forEach((_, point) => {
           const rank = effective[point][layer];
+          const [from, to] = [left(point), left(point + 1)].map((edge) => Math.round(edge * canvas.width));
+          const width = Math.max(1, to - from);
+          pen.clearRect(from, top, width, bottom - top); // of a point that was too short to be seen
           if (rank === 0) return;
           const share = high > low ? (rank - low) / (high - low) : 1;
           pen.fillStyle = rank < 0 ? color("--c1") : `rgba(${heat}, ${(0.1 + 0.9 * share).toFixed(3)})`;
-          const [from, to] = [left(point), left(point + 1)].map((edge) => Math.round(edge * canvas.width));
-          pen.fillRect(from, top, Math.max(1, to - from), bottom - top);
+          pen.fillRect(from, top, width, bottom - top);
         });
         if (layer === chosen) {
           pen.strokeStyle = color("--ink");
@@ -104,7 +106,10 @@
       );
     });
     const axis = { stroke: color("--soft"), grid: { stroke: color("--line"), width: 1 }, ticks: { stroke: color("--line"), width: 1 } };
-    const number = (value) => (value == null ? "–" : value >= 1e-3 ? String(Number(value.toPrecision(3))) : value.toExponential(1));
+    const number = (value) => (value == null ? "–" : value >= 1e-3 ? String(Number(value.toPrecision(3))) : value.toExponential(1).replace(".0e", "e"));
+    // Of a logarithm's lines the powers of ten.
+    const filter = (_, lines) => lines.map((value) => (Math.abs(Math.log10(value) - Math.round(Math.log10(value))) < 1e-6 ? value : null));
+    const powers = { ...axis, filter, grid: { ...axis.grid, filter }, ticks: { ...axis.ticks, filter } };
     chart = new uPlot(
       {
         width: plot.clientWidth,
@@ -113,7 +118,7 @@
         scales: { x: { time: false, range: [0.5, ranks[chosen] + 0.5] }, y: { distr: 3 } },
         axes: [
           { ...axis, size: 32, values: (_, ticks) => ticks.map((tick) => (Number.isInteger(tick) ? tick : "")) },
-          { ...axis, size: 64, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : number(tick))) },
+          { ...powers, size: 64, values: (_, ticks) => ticks.map((tick) => (tick == null ? "" : number(tick))) },
         ],
         series: [
           { label: "singular value no.", value: (_, value) => value ?? "–" },
