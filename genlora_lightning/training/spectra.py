@@ -43,7 +43,7 @@ class UpdateSpectra(Callback):
     PEFT's, and kinds that have no factors.
 
     Args:
-        share: The most that it may take of the time since training has started.
+        share: The most that it may take of the time since training has started; 1: as much as it takes.
 
     Raises:
         ValueError: ``share`` is not between 0 and 1.
@@ -90,7 +90,7 @@ class UpdateSpectra(Callback):
         step = trainer.global_step
         if not self._layers or step == self._seen or not (step % self._every == 0 or step & (step - 1) == 0):
             return
-        if self._spent + self._cheapest <= self._share * (time.perf_counter() - self._started):
+        if self._share == 1 or self._spent + self._cheapest <= self._share * (time.perf_counter() - self._started):
             self._record(trainer)
 
     @override
