@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -260,11 +259,9 @@ class CausalLMModule(GenLoRAModule):
         mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=self.device)
         # What a model's own settings for sampling say would only be warned of.
         greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        trainer = self._trainer_or_none()
-        with nullcontext() if trainer is None else trainer.precision_plugin.forward_context():
-            tokens = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=room, use_cache=True, **greedy, **special
-            )
+        tokens = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=room, use_cache=True, **greedy, **special
+        )
         answers: list[str] = self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
         return answers
 

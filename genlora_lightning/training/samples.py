@@ -118,7 +118,8 @@ class AnswerSamples(Callback):
         modes = {part: part.training for part in module.modules()}
         module.eval()
         try:
-            answers = module.answer_prompts([prompt.tokens for prompt in self._prompts], self._max_new_tokens)
+            with trainer.precision_plugin.forward_context():
+                answers = module.answer_prompts([prompt.tokens for prompt in self._prompts], self._max_new_tokens)
         except (RuntimeError, ValueError, TypeError, torch.cuda.OutOfMemoryError) as error:
             # A model that trains may not be able to generate; the run does not fail by that.
             _log.info(f"No answers are kept of this run: {' '.join(str(error).split())[:300]}")
