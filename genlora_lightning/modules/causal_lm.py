@@ -238,11 +238,11 @@ class CausalLMModule(GenLoRAModule):
 
     @torch.no_grad()
     def answer_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
-        """Answer prompts in one batch, by the most probable token each time, whatever ``generation`` says.
+        """Answer prompts in one batch, by the most probable token each time, whatever ``generation`` says of that.
 
         Args:
             prompts: The tokens of each.
-            max_new_tokens: The most tokens of an answer; fewer where the model's context ends.
+            max_new_tokens: The most tokens of an answer; fewer where ``generation`` has fewer, or the context ends.
 
         Raises:
             ValueError: A prompt leaves no room for an answer.
@@ -251,7 +251,8 @@ class CausalLMModule(GenLoRAModule):
         special = _special_tokens(model, self.tokenizer)
         longest = max(map(len, prompts))
         most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        room = max_new_tokens if most is None else min(max_new_tokens, most - longest)
+        wanted = min(max_new_tokens, self.generation.get("max_new_tokens") or max_new_tokens)
+        room = wanted if most is None else min(wanted, most - longest)
         if room < 1:
             raise ValueError(f"A prompt of {longest} tokens leaves no room in the model's {most}.")
         pad = special["pad_token_id"] or 0

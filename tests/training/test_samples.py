@@ -69,12 +69,15 @@ def test_answers_change_nothing_of_the_training(tmp_path, model_folders):  # noq
 
 
 def test_prompts_of_two_lengths_are_answered_as_one_by_one(model_folders):  # noqa: F811
-    module = CausalLMModule(model_folders["llama"], adapter=small_config(), generation={"do_sample": True})
+    module = CausalLMModule(
+        model_folders["llama"], adapter=small_config(), generation={"do_sample": True, "max_new_tokens": 5}
+    )
     module.configure_model()
     module.eval()
     prompts = [[10, 11, 12, 13, 3], [9, 3]]
     both = module.answer_prompts(prompts, 5)
     assert both == [module.answer_prompts([prompt], 5)[0] for prompt in prompts]
+    assert module.answer_prompts(prompts, 9) == both  # no longer than `generation` has it
     assert module.answer_prompts(prompts, 2) == [" ".join(text.split()[:2]) for text in both]
     with pytest.raises(ValueError, match=r"A prompt of \d+ tokens leaves no room in the model's \d+"):
         module.answer_prompts([[3] * 10_000], 5)
