@@ -92,7 +92,7 @@ lock: $(STAMP) ## bring requirements.lock in line with pyproject.toml (UV_ARGS=-
 	@mv requirements.lock.new requirements.lock && rm requirements.lock.partial
 
 clean: ## remove caches and build outputs; .venv, data and runs stay
-	rm -rf build dist .peft-tests .venv-lowest-direct .venv-highest .venv-release site .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
+	rm -rf build dist .peft-tests .venv-lowest-direct .venv-highest .venv-release .venv-browser site .mypy_cache .ruff_cache .pytest_cache .coverage htmlcov
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 # The stamp is made last, so that a failed set-up is tried again, and is older than a changed lock or pyproject.toml.

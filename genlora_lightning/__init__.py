@@ -6,6 +6,7 @@ without importing Lightning.
 
 from __future__ import annotations
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,10 @@ _HOME = {
 }
 
 __all__ = ["__version__", *_HOME]
+
+
+# What is said goes to whoever sets up logging; nobody who does not is bothered.
+logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
 def __getattr__(name: str) -> Any:

@@ -32,6 +32,38 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def singular_values_of_many(A: Tensor, B: Tensor) -> Tensor:
+    """Compute the singular values of many products at once: faster than :func:`singular_values`, and less exact.
+
+    They are the roots of the eigenvalues of ``G_B^½ G_A G_B^½`` with the Gram matrices ``G_A = A Aᵀ``, ``G_B = Bᵀ B``,
+    which are formed in float64 where A and B lie, and decomposed on the CPU. What is below about 1e-7 of a product's
+    largest value is rounding.
+
+    Args:
+        A: ``(N, R, I)``.
+        B: ``(N, R, O)``: transposed, as factors are made.
+
+    Returns:
+        ``(N, R)`` values in descending order, float64, on the CPU; all NaN for a product with values that are not
+        finite.
+    """
+    gram_a, gram_b = ((one @ one.mT).cpu() for one in (A.double(), B.double()))
+    finite = (gram_a.isfinite() & gram_b.isfinite()).all(dim=-1).all(dim=-1)
+    gram_a, gram_b = (torch.where(finite[:, None, None], gram, 0.0) for gram in (gram_a, gram_b))
+    weights, vectors = torch.linalg.eigh(gram_b)
+    root = weights.clamp_min(0).sqrt()[..., None] * vectors.mT
+    squares = torch.linalg.eigvalsh(root @ gram_a @ root.mT).clamp_min(0)
+    return torch.where(finite[:, None], squares.sqrt().flip(-1), torch.nan)
+
+
+def entropy_rank(values: Tensor) -> Tensor:
+    """Compute ``exp(−Σ p_i log p_i)``, ``p_i = σ_i / Σ σ``, of singular values ``(..., R)``; 0 where all are zero."""
+    p = values / values.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    found = torch.exp(-torch.special.xlogy(p, p).sum(dim=-1))
+    return torch.where(values[..., 0] == 0, 0.0, found)
+
+
+@torch.no_grad()
 def effective_rank(A: Tensor, B: Tensor, kind: RankKind = "entropy") -> float:
     """Effective rank of ``B @ A``.
 
@@ -53,8 +85,7 @@ def effective_rank(A: Tensor, B: Tensor, kind: RankKind = "entropy") -> float:
         return float(values.square().sum() / values[0].square())
     if kind != "entropy":
         raise ValueError(f"`kind` must be 'entropy' or 'stable', got {kind!r}.")
-    p = values / values.sum()
-    return float(torch.exp(-torch.special.xlogy(p, p).sum()))
+    return float(entropy_rank(values))
 
 
 def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -10,11 +10,13 @@ from typing import Any, TextIO
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.storage.paths import local_path
+
+_log = rank_zero_logger(__name__)
 
 
 class PredictionWriter(BasePredictionWriter):
@@ -105,7 +107,7 @@ class PredictionWriter(BasePredictionWriter):
         whole.replace(self._target)
         for part in parts:
             part.unlink()
-        rank_zero_info(f"{len(lines)} predictions are in {self._target}.")
+        _log.info(f"{len(lines)} predictions are in {self._target}.")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -16,7 +16,11 @@ from tqdm import tqdm
 from typing_extensions import override
 
 from genlora_lightning.callbacks.figures import GRADIENT_NORM, LEARNING_RATE, learning_rate, peak_memory_gib
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.callbacks.throughput import RATE
+
+PROGRESS_LOG = __name__
+_log = rank_zero_logger(PROGRESS_LOG)
 
 _LOSS = "train_loss"
 _SECONDS_BETWEEN_READINGS = 1.0
@@ -65,6 +69,8 @@ class LineProgressBar(ProgressBar):
         every_seconds: A line is printed at least after so many seconds.
         every_fraction: While training, a line is printed for each such share of all steps. Only then are the metrics
             read, for which Python waits for the device.
+        prints: Whether lines go to standard output; else they are messages of the logger ``PROGRESS_LOG``, whose
+            records have the figures under ``figures``.
 
     Raises:
         ValueError: ``every_seconds`` or ``every_fraction`` is not greater than 0.
@@ -72,13 +78,14 @@ class LineProgressBar(ProgressBar):
 
     reads_when_shown = True
 
-    def __init__(self, every_seconds: float = 30.0, every_fraction: float = 0.1) -> None:
+    def __init__(self, every_seconds: float = 30.0, every_fraction: float = 0.1, *, prints: bool = True) -> None:
         super().__init__()
         for name, value in (("every_seconds", every_seconds), ("every_fraction", every_fraction)):
             if value <= 0:
                 raise ValueError(f"`{name}` must be greater than 0, got {value}.")
         self._every_seconds = every_seconds
         self._every_fraction = every_fraction
+        self._prints = prints
         self._enabled = True
         self._estimate: _Estimate | None = None
         self._printed_at = 0.0
@@ -120,7 +127,9 @@ class LineProgressBar(ProgressBar):
         metrics = {k: v for k, v in _shown_metrics(trainer).items() if k not in self._validation_names}
         rate = metrics.pop(RATE, None)
         epoch, epochs, steps = trainer.current_epoch + 1, trainer.max_epochs, self._estimate.total_steps
+        figures = {**metrics, **({} if rate is None else {RATE: rate}), "epoch": trainer.current_epoch, "step": step}
         self._print_line(
+            figures,
             f"epoch {epoch}" if epochs in (None, -1) else f"epoch {min(epoch, epochs)}/{epochs}",
             f"step {step}" + ("" if math.isinf(steps) else f"/{steps} ({self._estimate.fraction(step):.0%})"),
             *_format_metrics(metrics),
@@ -153,6 +162,7 @@ class LineProgressBar(ProgressBar):
         if self._is_time() or (done == total and trainer.state.fn != TrainerFn.FITTING):
             elapsed = time.monotonic() - self._loop_started
             self._print_line(
+                {"loop": name, "batch": done},
                 name,
                 f"batch {done}" + ("" if math.isinf(total) else f"/{total}"),
                 f"elapsed {_duration(elapsed)}",
@@ -169,24 +179,39 @@ class LineProgressBar(ProgressBar):
         results = {k: v for k, v in trainer.callback_metrics.items() if v is not self._before_validation.get(k)}
         self._validation_names |= set(results)
         took = _duration(time.monotonic() - self._loop_started)
-        self._print_line(f"validation after step {trainer.global_step}", *_format_metrics(results), f"took {took}")
+        self._print_line(
+            {**results, "step": trainer.global_step},
+            f"validation after step {trainer.global_step}",
+            *_format_metrics(results),
+            f"took {took}",
+        )
 
     def _is_time(self) -> bool:
         return time.monotonic() - self._printed_at >= self._every_seconds
 
-    def _print_line(self, *parts: str) -> None:
+    def _print_line(self, figures: Mapping[str, Any], *parts: str) -> None:
         self._printed_at = time.monotonic()
-        if self._enabled:
+        if not self._enabled:
+            return
+        if self._prints:
             print(" | ".join(parts), flush=True)
+        else:
+            plain = {name: value if isinstance(value, (str, int)) else float(value) for name, value in figures.items()}
+            _log.info(" | ".join(parts), extra={"figures": plain})
 
 
-def default_progress_bar() -> ProgressBar:
-    """A bar where standard output is a terminal, lines where it is a file or a pipe (or a terminal of no width)."""
+def default_progress_bar(*, prints: bool = True, lines: bool = False) -> ProgressBar:
+    """A bar where standard output is a terminal, lines where it is a file or a pipe (or a terminal of no width).
+
+    Args:
+        prints: As of :class:`LineProgressBar`.
+        lines: Lines in any case.
+    """
     try:
         columns = os.get_terminal_size(sys.stdout.fileno()).columns
     except (OSError, ValueError):
         columns = 0
-    return TerminalProgressBar() if columns else LineProgressBar()
+    return TerminalProgressBar() if columns and not lines else LineProgressBar(prints=prints)
 
 
 class _Estimate:

@@ -13,20 +13,23 @@ from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from jsonargparse import ActionYesNo
+from jsonargparse.typing import NonNegativeInt
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.callbacks.predictions import PredictionWriter
 from genlora_lightning.callbacks.progress import default_progress_bar
 from genlora_lightning.callbacks.throughput import TokensPerSecond
 from genlora_lightning.cli.adapter import AdapterOptions, config_of
 from genlora_lightning.cli.configs import with_paths
 from genlora_lightning.cli.errors import find_user_error, leave, one_line
+from genlora_lightning.cli.log import LogFile, LogFormat, LogLevel, RunLogs, run_logs
 from genlora_lightning.cli.runs import write_report
 from genlora_lightning.cli.trainer import CommandTrainer
 from genlora_lightning.data import (
@@ -44,7 +47,12 @@ from genlora_lightning.storage.checkpoint_file import verify_checkpoint
 from genlora_lightning.storage.paths import is_remote, local_path
 from genlora_lightning.training.callback import AdapterFinetuning
 from genlora_lightning.training.last_checkpoint import last_good_checkpoint
+from genlora_lightning.training.record import RunRecord
 from genlora_lightning.training.run_folder import logs_folder
+from genlora_lightning.training.samples import DEFAULT_COUNT, AnswerSamples
+from genlora_lightning.training.spectra import UpdateSpectra
+
+_log = rank_zero_logger(__name__)
 
 # A class is known by its short name once its module is imported.
 SHORT_NAMES = (
@@ -91,14 +99,17 @@ class GenLoRACLI(LightningCLI):
     - ``fit --ckpt_path auto`` goes on from the newest good checkpoint of the run's directory, or starts a new run.
     - Metrics go to CSV files below ``trainer.default_root_dir``; the configuration is saved beside them.
     - A progress bar on a terminal, lines elsewhere; tokens per second; ``predict`` writes JSON lines.
-    - ``fit`` ends with a report of the run beside its metrics, unless there is ``--report false``.
+    - ``fit`` ends with a report of the run beside its metrics, unless there is ``--report false``; the run's folder
+      has what the report is made of: where it ran, effective ranks over time, and answers before and after.
 
     Args:
         args: The command line as a list; ``sys.argv`` if ``None``.
         run: Whether there are subcommands, of which one is run.
+        logs: Takes what is said to the terminal and to the run's folder; ``None`` leaves logging alone.
     """
 
-    def __init__(self, args: list[str] | None = None, *, run: bool = True) -> None:
+    def __init__(self, args: list[str] | None = None, *, run: bool = True, logs: RunLogs | None = None) -> None:
+        self._logs = logs
         super().__init__(
             run=run,
             trainer_class=CommandTrainer,
@@ -133,6 +144,25 @@ class GenLoRACLI(LightningCLI):
             nargs="?",
             default=True,
             help="Whether fit ends with a report of the run, report.html beside its metrics.",
+        )
+        parser.add_argument(
+            "--spectra",
+            action=ActionYesNo,
+            nargs="?",
+            default=True,
+            help="Whether fit records the effective rank and the singular values of each update over time.",
+        )
+        parser.add_argument(
+            "--samples",
+            type=NonNegativeInt,
+            default=DEFAULT_COUNT,
+            help="How many prompts of the validation data fit answers before and after; 0: none.",
+        )
+        parser.add_argument(
+            "--log_format", "--log-format", type=LogFormat, default="text", help="Messages as text or as JSON lines."
+        )
+        parser.add_argument(
+            "--log_level", "--log-level", type=LogLevel, default="info", help="The least level of messages."
         )
         linked = [(name, name) for name in ("label_names", "problem_type")]
         for source, target in [*(("model", name) for name in _MADE_FROM_MODEL), *linked]:
@@ -169,6 +199,9 @@ class GenLoRACLI(LightningCLI):
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # the original warns where a program with a command line gives `args`
+        if self._logs is not None:
+            settings = self.config[self.config.subcommand]
+            self._logs.begin(settings.log_format, settings.log_level)
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -201,7 +234,7 @@ class GenLoRACLI(LightningCLI):
         if folder is None or is_remote(folder):
             return
         try:
-            rank_zero_info(f"The report is {write_report(folder)}.")
+            _log.info(f"The report is {write_report(folder)}.")
         except Exception as error:  # a run that has trained for days does not fail by a picture of it
             rank_zero_warn(f"No report of the run was written: {' '.join(str(error).split()) or repr(error)}")
 
@@ -209,7 +242,7 @@ class GenLoRACLI(LightningCLI):
         path, skipped = last_good_checkpoint(checkpoint_folders(self.trainer))
         for line in skipped:
             rank_zero_warn(line)
-        rank_zero_info(f"Going on from {path}." if path else f"`ckpt_path: {AUTO}`: no checkpoint yet, a new run.")
+        _log.info(f"Going on from {path}." if path else f"`ckpt_path: {AUTO}`: no checkpoint yet, a new run.")
         return path
 
     @override
@@ -225,12 +258,22 @@ class GenLoRACLI(LightningCLI):
         if self.subcommand == "predict" and (config.predictions_path or not _any(BasePredictionWriter, callbacks)):
             callbacks.append(PredictionWriter(config.predictions_path))
         if not settings.barebones:
-            if self.subcommand == "fit" and not _any(TokensPerSecond, callbacks):
-                callbacks.append(TokensPerSecond())
+            if self.subcommand == "fit":
+                callbacks += self._recorders(config, callbacks)
             if settings.enable_progress_bar is not False and not _any(ProgressBar, callbacks):
-                callbacks.append(default_progress_bar())
+                logs = self._logs
+                callbacks.append(default_progress_bar(prints=logs is None, lines=logs is not None and logs.as_json))
             kwargs.setdefault("logger", _default_logger(settings.logger, settings.default_root_dir))
         return super().instantiate_trainer(callbacks=callbacks, **kwargs)
+
+    def _recorders(self, config: Any, given: list[Callback]) -> list[Callback]:
+        """What keeps in the run's folder how it went, but for what the user has given already."""
+        recorders: list[Callback] = [TokensPerSecond(), RunRecord()]
+        recorders += [UpdateSpectra()] if config.spectra else []
+        recorders += [AnswerSamples(config.samples)] if config.samples else []
+        if self._logs is not None:
+            recorders.append(LogFile(self._logs))
+        return [one for one in recorders if not _any(type(one), given)]
 
     def _adapter_callback(self, config: Any, own: list[AdapterFinetuning]) -> list[Callback]:
         """The callback that the `adapter…` settings ask for; without them the trainer's or the module's own does."""
@@ -283,20 +326,21 @@ def main(args: list[str] | None = None) -> GenLoRACLI:
             one line; with ``GENLORA_TRACEBACK=1`` in the environment errors are raised as they are.
         Exception: Any other error is raised as it is: its traceback is needed to find the fault.
     """
-    try:
-        with _quiet():
-            return GenLoRACLI(with_paths(sys.argv[1:] if args is None else args))
-    except KeyboardInterrupt:
-        leave("interrupted", _INTERRUPTED)
-    except SystemExit as error:
-        if isinstance(error.__context__, KeyboardInterrupt):  # the trainer handled it, and saved what there was
-            raise SystemExit(_INTERRUPTED) from None
-        raise
-    except Exception as error:
-        user_error = find_user_error(error)
-        if user_error is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+    with _quiet(), run_logs() as logs:
+        try:
+            return GenLoRACLI(with_paths(sys.argv[1:] if args is None else args), logs=logs)
+        except KeyboardInterrupt:
+            logs.leave("interrupted", _INTERRUPTED)
+        except SystemExit as error:
+            if isinstance(error.__context__, KeyboardInterrupt):  # the trainer handled it, and saved what there was
+                raise SystemExit(_INTERRUPTED) from None
             raise
-        leave(f"error: {user_error} (set {TRACEBACK_VARIABLE}=1 for the traceback)", 1, error)
+        except Exception as error:
+            user_error = find_user_error(error)
+            if user_error is None or os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+                logs.failed(error)
+                raise
+            logs.leave(f"error: {user_error} (set {TRACEBACK_VARIABLE}=1 for the traceback)", 1, error)
 
 
 # What users of this command line can do nothing about.
@@ -340,6 +384,10 @@ class _Parser(LightningArgumentParser):
             "adapter",
             *_CALLBACK_DEFAULTS,
             "report",
+            "spectra",
+            "samples",
+            "log_format",
+            "log_level",
         ]
         text = one_line(message, [short.__name__ for short in SHORT_NAMES], options)
         leave(f"error: {text} See `{program} --help`.", _USAGE_ERROR, ex)

@@ -8,9 +8,11 @@ from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.tuner.tuning import Tuner
-from lightning.pytorch.utilities import rank_zero_info
 
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.training.precision import AUTO, best_precision
+
+_log = rank_zero_logger(__name__)
 
 _ROWS = 16
 _WIDTH = 40
@@ -30,7 +32,7 @@ class CommandTrainer(Trainer):
     def __init__(self, *, precision: str | int | None = None, **kwargs: Any) -> None:
         if precision == AUTO:
             chosen = best_precision(str(kwargs.get("accelerator", AUTO)))
-            rank_zero_info(f"precision: {AUTO} takes {chosen.name}: {chosen.reason}.")
+            _log.info(f"precision: {AUTO} takes {chosen.name}: {chosen.reason}.")
             precision = chosen.name
         super().__init__(precision=precision, **kwargs)  # type: ignore[arg-type]
 

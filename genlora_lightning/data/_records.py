@@ -8,15 +8,17 @@ from itertools import islice
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.data._files import check_file, held_out_indices, iterate_records, read_records
 from genlora_lightning.data._formats import Record
 from genlora_lightning.data._hub import import_datasets
 from genlora_lightning.data._mixture import Share, Sources, mixed, weights_of
 from genlora_lightning.text import text_table
+
+_log = rank_zero_logger(__name__)
 
 SPLITS = {"train": "training", "val": "validation", "test": "test", "predict": "prediction"}
 OPTIONS = {"val": "val_file or val_fraction", "test": "test_file", "predict": "predict_file or test_file"}
@@ -137,7 +139,7 @@ class RecordDataModule(LightningDataModule):
             # With their files: those of a configuration that another one is laid over may have been forgotten.
             sources = {SPLITS[split]: self.files[self._source(split) or split] for split in new}
             files = ", ".join(f"{words} {' + '.join(paths)}" for words, paths in sources.items())
-            rank_zero_info(f"Data of this run ({files}):\n{self.summary_table(new)}")
+            _log.info(f"Data of this run ({files}):\n{self.summary_table(new)}")
 
     @override
     def val_dataloader(self) -> Any:

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.data._base import FileDataModule
 from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Truncation
 from genlora_lightning.data._documents import encode_document
@@ -25,6 +25,8 @@ from genlora_lightning.data._stream import RecordStream, check_streamable, part_
 from genlora_lightning.training.resumable import EndlessLoader, ResumableDataLoader
 
 _PACKED_AT_A_TIME = 8  # records of a stream that are packed together, for each row of a batch
+
+_log = rank_zero_logger(__name__)
 
 
 class InstructionDataModule(FileDataModule):
@@ -189,7 +191,7 @@ class InstructionDataModule(FileDataModule):
             lengths = list(rows["length"])
             self._packs = pack(lengths, self.max_length)
             share = sum(lengths) / (len(self._packs) * self.max_length)
-            rank_zero_info(
+            _log.info(
                 f"Packed {len(lengths):,} training examples into {len(self._packs):,} rows of {self.max_length}, "
                 f"{share:.1%} full."
             )
@@ -225,7 +227,7 @@ class InstructionDataModule(FileDataModule):
             rank=rank,
             world_size=world_size,
         )
-        rank_zero_info(f"Training data are streamed from {' + '.join(self.files['train'])}.")
+        _log.info(f"Training data are streamed from {' + '.join(self.files['train'])}.")
         return EndlessLoader(stream, self.num_workers, pin_memory=torch.cuda.is_available())
 
     def _stream_rows(self, record: Record) -> list[dict[str, Any]]:
@@ -330,7 +332,7 @@ class InstructionDataModule(FileDataModule):
         chats = (example for example in examples if not _is_document(example))
         labels = (row["labels"] for example in chats for row in self._encoder(split)(example) if row["labels"])
         if next(labels, [IGNORE_INDEX])[-1] not in {*self.chat.control_ids, self.tokenizer.eos_token_id, IGNORE_INDEX}:
-            rank_zero_info(
+            _log.info(
                 "The chat template ends answers with no special token: the model cannot learn where to stop. Let the "
                 "template write the tokenizer's end-of-turn token after each answer."
             )

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import Self, override
@@ -19,6 +18,7 @@ from genlora_lightning.artifacts.loading import load_module
 from genlora_lightning.backbone.architectures import enable_gradient_checkpointing
 from genlora_lightning.backbone.pretrained import load_pretrained, load_tokenizer
 from genlora_lightning.backbone.quantization import QUANTIZATIONS, Quantization, quantization_config
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.callbacks.reading import is_for_bar
 from genlora_lightning.fields import check_choice
 from genlora_lightning.injection.peft_adapters import AnyConfig, PeftAdapter, PeftConfigLike, read_any_config
@@ -29,6 +29,8 @@ from genlora_lightning.training.lightning_internals import trainer_or_none
 from genlora_lightning.training.optim import OptimizerConfig, build_optimizer, build_scheduler
 from genlora_lightning.training.precision import cpu_multiplies_bfloat16
 from genlora_lightning.training.strategies import shards_base
+
+_log = rank_zero_logger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -180,7 +182,7 @@ class GenLoRAModule(LightningModule):
         has_16_bits = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
         if is_free and has_16_bits and self._is_slow_in_bfloat16():
             model.float()
-            rank_zero_info("The base is float32 here: this CPU has no 16-bit arithmetic. Set `dtype` to choose.")
+            _log.info("The base is float32 here: this CPU has no 16-bit arithmetic. Set `dtype` to choose.")
         return model, missing
 
     def _check_unsharded(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -257,6 +258,36 @@ class CausalLMModule(GenLoRAModule):
                 "answer_accuracy": ratio(3, 4),
             },
         )
+
+    @torch.no_grad()
+    def answer_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+        """Answer prompts in one batch, by the most probable token each time, whatever ``generation`` says of that.
+
+        Args:
+            prompts: The tokens of each.
+            max_new_tokens: The most tokens of an answer; fewer where ``generation`` has fewer, or the context ends.
+
+        Raises:
+            ValueError: A prompt leaves no room for an answer.
+        """
+        model: Any = self.adapter_root()
+        special = _special_tokens(model, self.tokenizer)
+        longest = max(map(len, prompts))
+        most: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        wanted = min(max_new_tokens, self.generation.get("max_new_tokens") or max_new_tokens)
+        room = wanted if most is None else min(wanted, most - longest)
+        if room < 1:
+            raise ValueError(f"A prompt of {longest} tokens leaves no room in the model's {most}.")
+        pad = special["pad_token_id"] or 0
+        ids = torch.tensor([[pad] * (longest - len(one)) + list(one) for one in prompts], device=self.device)
+        mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=self.device)
+        # What a model's own settings for sampling say would only be warned of.
+        greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
+        tokens = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=room, use_cache=True, **greedy, **special
+        )
+        answers: list[str] = self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
+        return answers
 
     @override
     def predict_step(self, batch: dict[str, Any], batch_idx: int) -> list[dict[str, str]]:

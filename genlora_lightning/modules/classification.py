@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from typing_extensions import override
 
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.backbone.quantization import Quantization
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.data.classification import ProblemType
 from genlora_lightning.injection.peft_adapters import PeftConfigLike
 from genlora_lightning.modules.base import Dtype
 from genlora_lightning.modules.classifier import ClassifierModule
 from genlora_lightning.training.optim import OptimizerConfig
+
+_log = rank_zero_logger(__name__)
 
 _MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids", "position_ids")
 
@@ -123,7 +125,7 @@ class SequenceClassificationModule(ClassifierModule):
                 f"The configuration of {self.source!r} has neither a pad nor an end-of-text token, so that the end "
                 "of a padded text cannot be told. Set `model_kwargs: {pad_token_id: …}`."
             )
-        rank_zero_info(f"{self.source!r} has no pad token; its end-of-text token {end} takes the place.")
+        _log.info(f"{self.source!r} has no pad token; its end-of-text token {end} takes the place.")
         config.pad_token_id = model.config.pad_token_id = end
 
     @override

@@ -7,18 +7,20 @@ from typing import Any, Literal, get_args
 
 import torch
 import torchmetrics
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.backbone.architectures import read_config
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.data.classification import ProblemType
 from genlora_lightning.fields import check_choice, check_number
 from genlora_lightning.injection.peft_adapters import AnyConfig, PeftAdapter
 from genlora_lightning.modules.base import GenLoRAModule
 from genlora_lightning.modules.intervals import Scores, macro_f1, ratio
 from genlora_lightning.modules.metrics import R2, WeightedMean
+
+_log = rank_zero_logger(__name__)
 
 
 class ClassifierModule(GenLoRAModule):
@@ -88,7 +90,7 @@ class ClassifierModule(GenLoRAModule):
         new = self._find_trained_modules(model, absent)
         self.starts_at_random = new
         if new:
-            rank_zero_info(
+            _log.info(
                 f"The checkpoint {self.source!r} has no weights that fit {', '.join(new)}: they start at random and "
                 "are trained in full with the adapters."
             )

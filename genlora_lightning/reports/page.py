@@ -15,7 +15,10 @@ import yaml
 
 from genlora_lightning._version import __version__
 from genlora_lightning.reports.curves import Curve, thin
+from genlora_lightning.reports.method import LAYER, SPECTRA_SECTION, answers_section, data_section, spectra_data
+from genlora_lightning.reports.record import read_samples
 from genlora_lightning.reports.runs import AdapterSizes, Rank, Run
+from genlora_lightning.reports.spectra import Spectra, read_spectra
 from genlora_lightning.reports.words import RUN_COLUMNS, facts_of, metric_rows, run_cells, size
 
 _TITLES = {
@@ -28,7 +31,9 @@ _TITLES = {
 _SPLIT = re.compile(r"^(?:train|val|valid|validation)[_/]")
 _VERSION = re.compile(r"[\\/]logs[\\/]version_\d+$")
 _LIMIT = 2000  # points of a curve: more than a screen has columns
-_LAYER = re.compile(r"^(?P<layer>(?:[^.]+\.)*?\d+)\.(?P<linear>.+)$")
+_POINTS = 200_000  # of all curves together, at about 16 bytes each ...
+_LEAST = 100  # ... unless they are very many
+_SCRIPTS = ("touch.js", "report.js", "spectra.js")
 _DIGITS = 7
 
 
@@ -41,10 +46,13 @@ class _Panel:
 def run_page(run: Run, sizes: AdapterSizes | None) -> str:
     """Returns the HTML page of one run.
 
+    What is read of it here: its answers and spectra.
+
     Args:
         run: The run.
         sizes: Of its adapter, if it has one.
     """
+    spectra = read_spectra(run.folders)
     parts = [
         f"<h1>{escape(str(run.folder))}</h1>",
         _facts(facts_of(run, sizes)),
@@ -56,12 +64,15 @@ def run_page(run: Run, sizes: AdapterSizes | None) -> str:
         parts += [*_figures(panels), "<h2>Figures</h2>", _table(("figure", "first", "last", "lowest", "highest"), rows)]
     else:
         parts.append("<p>Nothing was logged.</p>")
+    parts += data_section(run.starts) + answers_section(read_samples(run.folders))
     if sizes is not None:
         parts += _sizes(run, sizes)
+    if spectra is not None:
+        parts += SPECTRA_SECTION
     if run.config:
         text = yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)
         parts.append(f"<details><summary>Configuration, resolved</summary><pre>{escape(text)}</pre></details>")
-    return _page(str(run.folder), parts, panels)
+    return _page(str(run.folder), parts, panels, spectra)
 
 
 def runs_page(runs: Sequence[Run], title: str) -> str:
@@ -116,7 +127,9 @@ def _figures(panels: Sequence[_Panel]) -> list[str]:
 
 
 def _data(panels: Sequence[_Panel]) -> dict[str, Any]:
-    curves = [[(name, thin(one, _LIMIT)) for name, one in panel.curves.items()] for panel in panels]
+    count = sum(len(panel.curves) for panel in panels)
+    limit = max(_LEAST, min(_LIMIT, _POINTS // max(1, count)))
+    curves = [[(name, thin(one, limit)) for name, one in panel.curves.items()] for panel in panels]
     return {
         "panels": [
             {
@@ -139,6 +152,8 @@ def _sizes(run: Run, sizes: AdapterSizes) -> list[str]:
     rows = [(f"this adapter ({run.kind})", sizes.parameters)]
     if sizes.lora_parameters is not None and run.kind != "lora":
         rows.append((f"LoRA of rank {run.rank} for the same linears", sizes.lora_parameters))
+    if sizes.lora_8_parameters is not None and run.rank != 8:
+        rows.append(("LoRA of rank 8", sizes.lora_8_parameters))
     most = max((count for _, count in rows), default=1) or 1
     parts.append('<table class="bars">')
     for name, count in rows:
@@ -156,7 +171,7 @@ def _heat_map(ranks: Sequence[Rank]) -> list[str]:
     """Effective ranks as a table of layers and kinds of linears, coloured from the lowest to the highest."""
     if not ranks:
         return []
-    found = [(rank, _LAYER.match(rank.module)) for rank in ranks]
+    found = [(rank, LAYER.match(rank.module)) for rank in ranks]
     cells: dict[str, dict[str, Rank]] = {}
     for rank, match in found:
         layer, linear = (match["layer"], match["linear"]) if match else ("", rank.module)
@@ -213,9 +228,10 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<div class='wide'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _page(title: str, parts: Sequence[str], panels: Sequence[_Panel]) -> str:
+def _page(title: str, parts: Sequence[str], panels: Sequence[_Panel], spectra: Spectra | None = None) -> str:
+    shown = {**_data(panels), **({} if spectra is None else {"spectra": spectra_data(spectra)})}
     # In a script element only `<` can end it early; JSON allows it to be escaped.
-    data = json.dumps(_data(panels), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps(shown, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return "\n".join(
         [
             "<!DOCTYPE html>",
@@ -231,7 +247,7 @@ def _page(title: str, parts: Sequence[str], panels: Sequence[_Panel]) -> str:
             f"<footer>Written by genlora-lightning {escape(__version__)}.</footer></main>",
             f'<script type="application/json" id="data">{data}</script>',
             f"<script>/* uPlot:\n{_asset('uPlot-LICENSE.txt')}*/\n{_asset('uPlot.iife.min.js')}</script>",
-            f"<script>{_asset('report.js')}</script></body></html>\n",
+            f"<script>{''.join(map(_asset, _SCRIPTS))}</script></body></html>\n",
         ]
     )
 

@@ -23,6 +23,7 @@ from genlora_lightning.artifacts.peft_folder import is_peft_folder
 from genlora_lightning.fields import shown
 from genlora_lightning.interop.peft_report import describe_peft
 from genlora_lightning.reports.curves import METRICS_FILE, Curve, join_curves, read_curves
+from genlora_lightning.reports.record import cost_of, read_starts
 
 FINISHED = "finished"
 INTERRUPTED = "interrupted"
@@ -57,6 +58,7 @@ class Run:
         num_bytes: Size of the adapter's folder.
         base: Name or class of the base that the adapter says it was trained on.
         versions: Of Python and the libraries.
+        starts: What each start has noted of itself (``run.json``), oldest first.
         notes: What could not be read, in sentences.
     """
 
@@ -75,6 +77,7 @@ class Run:
     num_bytes: int | None
     base: str | None
     versions: dict[str, str]
+    starts: tuple[dict[str, Any], ...]
     notes: tuple[str, ...]
 
     @property
@@ -177,11 +180,13 @@ class AdapterSizes:
     Args:
         parameters: Values that were trained.
         lora_parameters: What LoRA of the same rank has for the same linears; ``None`` for kinds without a rank.
+        lora_8_parameters: What LoRA of rank 8 has for them; ``None`` where their shapes are not known.
         ranks: Of the linears that have one.
     """
 
     parameters: int
     lora_parameters: int | None
+    lora_8_parameters: int | None
     ranks: tuple[Rank, ...]
 
 
@@ -245,12 +250,15 @@ def _adapter_sizes(folder: Path) -> AdapterSizes:
             if row.rank is not None and row.effective_rank is not None
         )
         whole = None if None in peft_lora or not peft_lora else sum(count or 0 for count in peft_lora)
-        return AdapterSizes(parameters=peft.parameters, lora_parameters=whole, ranks=ranks)
+        shapes = [row.shape for row in peft.rows]
+        lora_8 = 8 * sum(sum(shape) for shape in shapes if shape) if shapes and all(shapes) else None
+        return AdapterSizes(parameters=peft.parameters, lora_parameters=whole, lora_8_parameters=lora_8, ranks=ranks)
     ours = describe_adapter(folder)
+    in_full = sum(ours.trained_modules.values())
     return AdapterSizes(
         parameters=ours.parameters,
-        lora_parameters=sum(layer.rank * (layer.out_features + layer.in_features) for layer in ours.layers)
-        + sum(ours.trained_modules.values()),
+        lora_parameters=sum(layer.rank * (layer.out_features + layer.in_features) for layer in ours.layers) + in_full,
+        lora_8_parameters=sum(8 * (layer.out_features + layer.in_features) for layer in ours.layers) + in_full,
         ranks=tuple(Rank(module=one.module, rank=one.rank, effective=one.effective_rank) for one in ours.layers),
     )
 
@@ -318,6 +326,7 @@ def _read(folders: list[Path], name: str | None) -> Run | None:
     curves = join_curves([{n: c for n, c in part.items() if n not in _OF_FIT} for part in parts])
     steps = [last for one in curves.values() for last in (*one.steps[-1:], *one.not_finite[-1:])]
     seconds = [_seconds(part, curves_of) for part, curves_of in zip(folders, parts, strict=True)]
+    starts = read_starts(folders)
     manifest = _read_json(adapter / MANIFEST_FILE) if adapter else {}
     stored = _read_json(adapter / CONFIG_FILE) if adapter else {}
     base = _mapping(manifest.get("base"))
@@ -338,7 +347,9 @@ def _read(folders: list[Path], name: str | None) -> Run | None:
         num_bytes=adapter_bytes(adapter) if adapter else None,
         base=base.get("name") or base.get("class"),
         versions={str(name): str(version) for name, version in _mapping(manifest.get("versions")).items()}
+        or {str(name): str(version) for name, version in _mapping(starts[-1].get("versions") if starts else {}).items()}
         or _version_in(folder / _CONFIG),
+        starts=tuple(starts),
         notes=tuple(notes),
     )
 
@@ -390,6 +401,9 @@ def _seconds(folder: Path, curves: Mapping[str, Curve]) -> tuple[float, bool] | 
     """How long one start took, and whether that was measured."""
     if _FIT_SECONDS in curves:
         return curves[_FIT_SECONDS].values[-1], True
+    noted = cost_of(read_starts([folder])).get("seconds")
+    if noted is not None:  # it failed, and said when
+        return noted, True
     times = [path.stat().st_mtime for name in _SETTINGS if (path := folder / name).is_file()]
     file = folder / METRICS_FILE
     if not times or not file.is_file() or file.stat().st_mtime <= min(times):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from genlora_lightning.reports.record import cost_of, environment_facts
 from genlora_lightning.reports.runs import INTERRUPTED, AdapterSizes, Run
 
 RUN_COLUMNS = (
@@ -60,6 +61,7 @@ def facts_of(run: Run, sizes: AdapterSizes | None) -> dict[str, str]:
         + (f", seed {seed}" if seed is not None and told else ""),
         "versions": ", ".join(f"{name} {version}" for name, version in run.versions.items()),
         "training": _progress(run),
+        **environment_facts(run.starts),
     }
     if run.adapter is not None:
         weight = [size(run.num_bytes or 0)]
@@ -107,8 +109,12 @@ def _progress(run: Run) -> str:
     if run.seconds is not None:
         about = "" if run.seconds_exact else "about "
         parts.append(f"in {about}{duration(run.seconds)}{'' if run.seconds_exact else ', by the times of the files'}")
-    rate = run.tokens_per_second
-    return " ".join(parts) + (f", {number(rate)} tokens per second" if rate is not None else "")
+    cost, rate = cost_of(run.starts), run.tokens_per_second
+    took = [" ".join(parts)]
+    took += [f"{cost['tokens']:,.0f} tokens"] if cost.get("tokens") else []
+    took += [f"{number(rate)} tokens per second"] if rate is not None else []
+    took += [f"{cost['memory_gib']:.3g} GiB at most"] if "memory_gib" in cost else []
+    return ", ".join(took)
 
 
 def _lr(run: Run) -> str:

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -30,6 +30,7 @@ from genlora_lightning.artifacts.other_state import note_start
 from genlora_lightning.backbone.identity import BaseCheck
 from genlora_lightning.backbone.low_memory import weight_source
 from genlora_lightning.callbacks.figures import log_figures
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.callbacks.reading import ReadingTimes
 from genlora_lightning.injection.peft_adapters import (
     AnyConfig,
@@ -73,6 +74,8 @@ from genlora_lightning.training.stops import RunWatch
 from genlora_lightning.training.strategies import averaging_callbacks, check_strategy
 from genlora_lightning.training.sync import AdapterSharding, AdapterSync, describe_timeout
 from genlora_lightning.training.without_callback import load_without_callback
+
+_log = rank_zero_logger(__name__)
 
 load_without_callback()
 
@@ -311,7 +314,7 @@ class AdapterFinetuning(Callback):
             original(trainer)
             pruned = prune_frozen(trainer.optimizers)
             if pruned:
-                rank_zero_info(f"Took {pruned} frozen parameters out of the optimizer.")
+                _log.info(f"Took {pruned} frozen parameters out of the optimizer.")
             for optimizer in trainer.optimizers:
                 hook_steps(pl_module, optimizer)
             if self.train_mode:
@@ -362,7 +365,7 @@ class AdapterFinetuning(Callback):
                 "The adapters were not injected before fitting started: `configure_model` of "
                 f"{type(pl_module).__name__} was not called. Do not replace `configure_model` on the instance."
             )
-        rank_zero_info(self.report.summary())
+        _log.info(self.report.summary())
         self._gradient_watch = GradientWatch()
         self._outcome_of_run.begin()
         self._watch = RunWatch(trainer, self._sync_of_run, self._outcome_of_run, every=self.check_finite_every_n_steps)
@@ -487,7 +490,7 @@ class AdapterFinetuning(Callback):
         if self._outcome is not None and self._outcome.waits_for_error:
             step = trainer.global_step if self._watch is None else self._watch.last_good_step(pl_module)
             saved = self._outcome.save_after_error(pl_module, step=step)
-            rank_zero_info(f"Stopped at step {step}. {saved}")
+            _log.info(f"Stopped at step {step}. {saved}")
         if self._steps is not None:  # a checkpoint may yet be written
             with suppress(RuntimeError):  # must not hide the error that is being handled
                 self._steps.end()

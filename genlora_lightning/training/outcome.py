@@ -11,16 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from genlora_lightning.artifacts.adapter_io import write_adapter
 from genlora_lightning.callbacks.figures import FIGURES
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.distributed.shards import whole_like
 from genlora_lightning.storage.atomic import remove_leftovers
 from genlora_lightning.storage.paths import local_path
 from genlora_lightning.training.checks import check_writable
 from genlora_lightning.training.run_folder import check_not_taken, free_folder, run_folder, run_name
 from genlora_lightning.training.sync import AdapterSync
+
+_log = rank_zero_logger(__name__)
 
 
 def planned_folder(trainer: Trainer, run: str, adapter_dir: str | None) -> Path | None:
@@ -117,7 +120,7 @@ class Outcome:
             # Hours of training must not end in a full disk: any other place is better than none.
             rank_zero_warn(str(error))
             folder = write_adapter(content, _spare_folder(), training=_facts(trainer, trainer.global_step))
-        rank_zero_info(f"The adapter is saved in {folder}.")
+        _log.info(f"The adapter is saved in {folder}.")
 
     # -- after an error -----------------------------------------------------------------------------------------------
 

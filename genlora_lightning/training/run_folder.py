@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import Logger
 
 from genlora_lightning.artifacts.adapter_folder import stored_facts
 from genlora_lightning.overrides import note, noted
+from genlora_lightning.storage.paths import is_remote, local_path
 
 _RUN = "run"
 
@@ -33,6 +34,17 @@ def run_folder(trainer: Trainer) -> str:
     version = trainer.loggers[0].version
     name = version if isinstance(version, str) else f"version_{version}"
     return os.path.join(logs_folder(trainer, trainer.loggers[0]), name)
+
+
+def recorded_folder(trainer: Trainer) -> Path | None:
+    """The folder in which this process is to keep how a run goes; collective.
+
+    Returns:
+        ``None`` on other ranks than the first, and where the run's folder is remote or it does not train in earnest.
+    """
+    folder = trainer.strategy.broadcast(run_folder(trainer))
+    kept = trainer.is_global_zero and not is_remote(folder) and not getattr(trainer, "fast_dev_run", False)
+    return local_path(folder, "run's folder") if kept else None
 
 
 # -- which run it is ---------------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities import rank_zero_info
 
 from genlora_lightning.artifacts.checkpoint import CHECKPOINT_KEY, upgrade
 from genlora_lightning.artifacts.loading import load_checkpoint
+from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.training.lightning_internals import trainer_or_none
+
+_log = rank_zero_logger(__name__)
 
 
 def load_without_callback() -> None:
@@ -40,4 +42,4 @@ def _on_load_checkpoint(module: LightningModule, checkpoint: dict[str, Any]) -> 
     upgrade(checkpoint)
     load_checkpoint(module, checkpoint, source)
     checkpoint["state_dict"] = module.state_dict()
-    rank_zero_info(f"{source} holds adapters only; they were put into the module.")
+    _log.info(f"{source} holds adapters only; they were put into the module.")

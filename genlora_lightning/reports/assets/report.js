@@ -1,4 +1,3 @@
-"use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -33,6 +32,7 @@
       {
         width: plot.clientWidth,
         height: 240,
+        plugins: [touchZoom(whole, (scale) => charts.forEach((one) => one.setScale("x", scale)))],
         cursor: {
           sync: { key: "steps" },
           hover: { prox: 30 }, // pixels: no value of a step that is far away
