@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from genlora_lightning.adapters.lora import LoRAConfig as LoRAConfig
     from genlora_lightning.artifacts.adapter_io import load_adapter as load_adapter
     from genlora_lightning.artifacts.adapter_io import save_adapter as save_adapter
+    from genlora_lightning.artifacts.adapter_set import AdapterSet as AdapterSet
     from genlora_lightning.artifacts.inspection import describe_adapter as describe_adapter
     from genlora_lightning.artifacts.inspection import verify_adapter as verify_adapter
     from genlora_lightning.artifacts.loading import convert_checkpoint as convert_checkpoint
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AdapterFinetuning": "training.callback",
+    "AdapterSet": "artifacts.adapter_set",
     "CausalLMModule": "modules",
     "GenLoRAConfig": "adapters.genlora.config",
     "GenLoRAFinetuning": "training.callback",
