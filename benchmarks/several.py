@@ -108,6 +108,8 @@ def measure(model: Any, folder: Path, arguments: argparse.Namespace) -> dict[str
             model.generate(batch, max_new_tokens=16, min_new_tokens=16, do_sample=False, pad_token_id=0)
 
         for title, what in (("one forward", lambda: model(batch)), ("generate 16 tokens", generate)):
+            if not arguments.repeat:
+                break
             one, other = run(what, which=names[0]), run(what, rows=eight)
             one(), other()
             a, b, ratio = interleaved(one, other, arguments.repeat)
@@ -129,7 +131,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--cache-mib", type=int, default=1024)
     parser.add_argument("--tokens", type=int, default=64)
-    parser.add_argument("--repeat", type=int, default=7)
+    parser.add_argument("--repeat", type=int, default=7, help="0: only memory, and switching")
     parser.add_argument("--make", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.make:
