@@ -85,8 +85,8 @@ def run_generate(options: argparse.Namespace) -> None:
     conversations = prompts.of_file(options.file) if options.file else prompts.of_texts(options.prompts)
     subject.load()
     # With several adapters each prompt is a row for each of them.
-    names = [] if subject.adapters is None else subject.adapters.names
-    asked = [(conversation, name) for conversation in conversations for name in names or [None]]
+    names: list[str | None] = [None] if subject.adapters is None else [*subject.adapters.names]
+    asked = [(conversation, name) for conversation in conversations for name in names]
     rows: list[dict[str, Any]] = []
     for start in range(0, len(asked), options.batch_size):
         some = asked[start : start + options.batch_size]
@@ -94,10 +94,10 @@ def run_generate(options: argparse.Namespace) -> None:
             subject.adapters.activate(rows=[name for _, name in some])
         answers = answered(subject.module, prompts.batch([conversation for conversation, _ in some]), settings)
         for row, (_, name) in zip(answers, some, strict=True):
-            rows.append({**row, "adapter": name} if names else row)
+            rows.append(row if name is None else {**row, "adapter": name})
             if not options.out:
-                head = f"> {row['prompt']}\n" if len(conversations) > 1 and name in (None, *names[:1]) else ""
-                print(f"{head}{f'[{name}] ' if names else ''}{row['generated']}", flush=True)
+                head = f"> {row['prompt']}\n" if len(conversations) > 1 and name == names[0] else ""
+                print(f"{head}{f'[{name}] ' if name else ''}{row['generated']}", flush=True)
     if options.out:
         from genlora_lightning.storage.atomic import atomic_file
 

@@ -77,7 +77,7 @@ def check_one_active(model: nn.Module) -> None:
     if adapters is not None and not adapters.is_one:
         raise ValueError(
             f"Several adapters of this {type(model).__name__}'s AdapterSet ({_listed(adapters)}) are active at once. "
-            "Save each by its name (`adapters.save(name, folder)`), or activate one (`adapters.activate(name)`)."
+            "Save each by its name (`adapters.save(name, folder)`), activate one (`adapters.activate(name)`), or merge."
         )
 
 

@@ -28,6 +28,8 @@ from genlora_lightning.artifacts.adapter_folder import read_adapter
 from genlora_lightning.errors import WrongBaseError
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
 from genlora_lightning.layers.accumulation import generated_once
+from genlora_lightning.layers.linear import AdaptedLinear
+from genlora_lightning.layers.sharing import set_fused
 from tests.conftest import perturb, small_config
 from tests.models import tiny_llama
 
@@ -88,6 +90,11 @@ def test_active_adapter_gives_to_the_bit_what_it_gives_alone(folders, held):
         adapters.activate(name)
         assert torch.equal(logits(adapters.model, ids()), logits(loaded(folders, name), ids()))
         assert adapters.active == name
+        # By the layer of one adapter, which knows nothing of others.
+        assert {type(layer) for layer in adapter_layers(adapters.model).values()} == (
+            {AdaptedLinear} if name else set()
+        )
+        assert len(adapters.model._forward_hooks) <= 1  # for the sharing of what is generated
 
 
 def test_base_is_its_own_modules_again(folders):
@@ -364,8 +371,9 @@ def test_what_knows_one_adapter_refuses_several(folders, tmp_path):
     model = adapters.model
     for arguments in ({"which": ["all", "few"]}, {"rows": ["all", None]}):
         adapters.activate(**arguments)
-        with pytest.raises(ValueError, match="active at once"):
-            save_adapter(model, tmp_path / "saved")
+        for write in (save_adapter, export_lora):
+            with pytest.raises(ValueError, match="active at once"):
+                write(model, tmp_path / "saved")
     with pytest.raises(ValueError, match="no one update of a weight"):
         merge_adapters(model)
     for arguments in ({"which": None}, {"which": "all"}):
@@ -448,8 +456,6 @@ def with_new() -> AdapterSet:
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_gradients_of_one_forward_are_those_of_each_adapter_alone(fused):
-    from genlora_lightning.layers.sharing import set_fused
-
     adapters, batch = with_new(), ids()
     for name in NEW:
         adapters.activate(name)
