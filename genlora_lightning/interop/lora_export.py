@@ -128,9 +128,9 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         Rank, energy kept and bytes of each layer, and the flag that a server needs.
 
     Raises:
-        ValueError: The model has no adapters, or several act on it at once, ``rank`` is not in 1 … the adapter's rank, a value is not finite, an
-            adapted linear stands in several places of the model, which the format cannot say, or PEFT is known to
-            refuse a LoRA on it.
+        ValueError: The model has no adapters, or several act on it at once, ``rank`` is not in 1 … the adapter's rank,
+            a value is not finite, an adapted linear stands in several places of the model, which the format cannot
+            say, or PEFT is known to refuse a LoRA on it.
         FileExistsError: ``folder`` exists and is not an export of ours.
         OSError: It cannot be written; then nothing is left behind.
     """
