@@ -322,7 +322,8 @@ class AdapterSet(nn.Module):
         if wanted.key != self._active.key and is_generated_once(self.model):
             raise RuntimeError("Adapters cannot be exchanged inside of `generated_once(model)`: leave it first.")
         self._follow_model()
-        made = self._make(wanted)
+        with torch.inference_mode(False):  # what is made may be trained, or used under autograd, another time
+            made = self._make(wanted)
         for layer in made.layers.values():
             if layer.training != layer.base_layer.training:
                 layer.train(layer.base_layer.training)
@@ -333,7 +334,7 @@ class AdapterSet(nn.Module):
         self._hooks = []
         if made.routing is not None:
             made.routing.rows = wanted.rows or ()
-            self._hooks = _count_batches(self.model, made.routing)
+            self._hooks = _CountedBatches(made.routing).put_on(self.model)
         self._forget_oldest()
 
     @contextmanager
@@ -597,21 +598,28 @@ def _routed(parts: Mapping[str, Layers], routing: Routing) -> Layers:
     return result
 
 
-def _count_batches(model: nn.Module, routing: Routing) -> list[Any]:
-    """Have a model's forwards say how many rows their batch has."""
+class _CountedBatches:
+    """Has a model's forwards say how many rows their batch has."""
 
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __init__(self, routing: Routing) -> None:
+        self.routing = routing
+
+    def put_on(self, model: nn.Module) -> list[Any]:
+        """Do so from now on; what is to be removed in the end."""
+        return [
+            model.register_forward_pre_hook(self.begin, with_kwargs=True),
+            model.register_forward_hook(self.end, always_call=True),
+        ]
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before the forward: the first tensor's first dimension is the batch."""
         given = [*args, *kwargs.values()]
         given += [value for item in given if isinstance(item, Mapping) for value in item.values()]
         size = next((item.shape[0] for item in given if isinstance(item, Tensor) and item.ndim), None)
         if size is not None:
-            routing.check_batch(size)
-        routing.batch_size = size
+            self.routing.check_batch(size)
+        self.routing.batch_size = size
 
-    def end(*_: Any) -> None:
-        routing.batch_size = None
-
-    return [
-        model.register_forward_pre_hook(begin, with_kwargs=True),
-        model.register_forward_hook(end, always_call=True),
-    ]
+    def end(self, *_: Any) -> None:
+        """After it, also if it failed."""
+        self.routing.batch_size = None

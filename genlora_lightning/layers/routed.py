@@ -124,7 +124,8 @@ class Routing:
         found = self._steps.get(key)
         if found is None:
             self.check_batch(size)
-            found = self._steps[key] = self._plan(self.members(signature), size, x.device)
+            with torch.inference_mode(False):  # forwards under autograd will use them, too
+                found = self._steps[key] = self._plan(self.members(signature), size, x.device)
         return found
 
     def _plan(self, members: tuple[_Member, ...], size: int, device: torch.device) -> list[_Step]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import shutil
 from pathlib import Path
 
@@ -265,6 +266,21 @@ def test_linear_that_sees_tokens_and_not_rows_is_refused(tmp_path):
         adapters.model(torch.randn(2, 4, 4))
 
 
+@pytest.mark.parametrize("active", [{"which": "all"}, {"which": {"all": 2.0, "few": 1.0}}, {"rows": ROWS}])
+def test_what_is_made_in_inference_mode_serves_autograd(folders, active):
+    adapters = with_all(folders)
+    embedded = adapters.model.get_input_embeddings()(ids()).detach()
+    with torch.inference_mode():
+        adapters.activate(**active)
+        expected = adapters.model(ids()).logits
+    inputs = embedded.requires_grad_()
+    given = adapters.model(inputs_embeds=inputs).logits
+    assert torch.allclose(given, expected, rtol=0, atol=5e-6)
+    given.sum().backward()
+    assert inputs.grad.abs().sum(dim=(1, 2)).all()
+    assert not any(parameter.is_inference() for parameter in adapters.model.parameters())
+
+
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
@@ -426,13 +442,19 @@ def test_closed_set_may_leave_one_adapter(folders):
     assert torch.equal(logits(model, ids()), logits(loaded(folders, "all"), ids()))
 
 
-def test_copied_model_has_a_set_of_its_own(folders):
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda adapters: pickle.loads(pickle.dumps(adapters))])
+def test_copy_is_a_set_of_its_own(folders, copied):
     adapters = with_all(folders)
-    adapters.activate("all")
-    other = copy.deepcopy(adapters)
+    adapters.activate(rows=["all", None])
+    expected = logits(adapters.model, ids(2))
+    other = copied(adapters)
+    assert torch.allclose(logits(other.model, ids(2)), expected, rtol=0, atol=1e-6)
+    other.activate(rows=["few", "lora", "all"])
+    assert logits(other.model, ids(3)).shape[0] == 3
+    assert torch.equal(logits(adapters.model, ids(2)), expected)
     other.activate("few")
-    assert torch.equal(logits(adapters.model, ids()), logits(loaded(folders, "all"), ids()))
     assert torch.equal(logits(other.model, ids()), logits(loaded(folders, "few"), ids()))
+    assert adapters.active == ["all", None]
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
