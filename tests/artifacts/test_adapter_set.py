@@ -32,7 +32,7 @@ from genlora_lightning.layers.accumulation import generated_once
 from genlora_lightning.layers.linear import AdaptedLinear
 from genlora_lightning.layers.sharing import set_fused
 from tests.conftest import perturb, small_config
-from tests.models import tiny_llama
+from tests.models import tiny_gpt2, tiny_llama
 
 CONFIGS = {
     "all": small_config(),
@@ -602,3 +602,17 @@ def test_lightning_module_trains_several_and_resumes(tmp_path):
         whole.adapters.save(name, tmp_path / name)
         verify_adapter(tmp_path / name)
     assert len(adapter_parameters(whole)) == 0  # between steps the model is the base
+
+
+def test_rows_are_right_where_weights_are_stored_transposed():
+    adapters = AdapterSet(tiny_gpt2().double().eval())
+    adapters.add("new", small_config())
+    adapters.activate("new")
+    perturb(adapters.model, 1.0)
+    one = logits(adapters.model, ids())
+    adapters.activate(None)
+    base = logits(adapters.model, ids())
+    assert not torch.allclose(one, base, rtol=0, atol=1e-4)
+    adapters.activate(rows=["new", None] * 3)
+    expected = torch.where(torch.arange(6).view(6, 1, 1) % 2 == 0, one, base)
+    assert torch.allclose(logits(adapters.model, ids()), expected, rtol=0, atol=1e-12)
