@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from genlora_lightning.adapters.polar import PoLARConfig as PoLARConfig
     from genlora_lightning.artifacts.adapter_io import load_adapter as load_adapter
     from genlora_lightning.artifacts.adapter_io import save_adapter as save_adapter
+    from genlora_lightning.artifacts.adapter_set import AdapterSet as AdapterSet
     from genlora_lightning.artifacts.inspection import describe_adapter as describe_adapter
     from genlora_lightning.artifacts.inspection import verify_adapter as verify_adapter
     from genlora_lightning.artifacts.loading import convert_checkpoint as convert_checkpoint
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AdapterFinetuning": "training.callback",
+    "AdapterSet": "artifacts.adapter_set",
     "CausalLMModule": "modules",
     "CompacterConfig": "adapters.compacter",
     "GenLoRAConfig": "adapters.genlora.config",

@@ -58,6 +58,7 @@ from genlora_lightning.injection.inject import (
     inject_adapters,
     inject_layers,
 )
+from genlora_lightning.injection.named import check_no_set
 from genlora_lightning.injection.places import adapter_parameters, plain_name
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
@@ -209,6 +210,7 @@ def load_adapter(
         ValueError: A file is damaged or of another format, the adapter does not fit the model, the model's adapters
             are merged, or they act and ``replace`` is not given.
     """
+    check_no_set(model)
     present = adapter_layers(model)
     merged = [name for name, layer in present.items() if layer.merged]
     if merged:
@@ -218,7 +220,7 @@ def load_adapter(
         )
     if is_peft_folder(place := adapter_place(folder)):
         return load_peft_folder(model, place, base_check=base_check, replace=replace)
-    stored = _fitted(read_adapter(folder), model)
+    stored = fitted(read_adapter(folder), model)
     try:
         check_configuration(model, stored.configs)
     except ValueError as error:
@@ -345,7 +347,7 @@ def _write(
     (staging / MANIFEST_FILE).write_bytes(manifest_bytes(manifest))
 
 
-def _fitted(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
+def fitted(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
     """A stored adapter by this model's names, if it was saved from a module that holds such a model.
 
     All its names then begin with one prefix, that of the model in the module: ``"lm."``.

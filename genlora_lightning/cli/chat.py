@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _HELP = """\
 /base           answer without the adapter, or with it again
 /both           answer without the adapter and with it, or with it alone again
-/adapter PATH   load another adapter of the same base
+/adapter PATH   load another adapter of the same base; of several (--adapter), the name of one
 /reset          begin a new conversation
 /help           this
 /quit           leave, as Ctrl-D and Ctrl-C twice do; Ctrl-C once stops an answer"""
@@ -144,7 +144,9 @@ class _Talk:
 
     def _switch(self, path: str) -> None:
         if not path:
-            raise ValueError(f"/adapter needs a path; loaded is {self.subject.adapter or 'none'}.")
+            several = self.subject.adapters
+            known = "" if several is None else f", of {', '.join(several.names)}"
+            raise ValueError(f"/adapter needs a path or name; loaded is {self.subject.adapter or 'none'}{known}.")
         self.subject.switch(path)
         self.mode = "both" if self.mode == "both" else "adapter"
         print(f"Loaded {path}. The conversation goes on; /reset begins a new one.")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from genlora_lightning.cli.trained import Trained, attach
@@ -12,6 +13,7 @@ from genlora_lightning.fields import check_integer, check_number
 
 # torch and transformers take seconds to import: only what loads a model does.
 if TYPE_CHECKING:
+    from genlora_lightning.artifacts.adapter_set import AdapterSet
     from genlora_lightning.data.prompts import Prompts
     from genlora_lightning.modules import CausalLMModule
 
@@ -36,6 +38,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say what to load; the one for the base check is common to more commands."""
     parser.add_argument("model", metavar="MODEL", help=_MODEL_FILES)
     parser.add_argument("--base", help="an adapter's base (default: the one it names)")
+    parser.add_argument(
+        "--adapter",
+        action="append",
+        metavar="[NAME=]FOLDER",
+        help="a further adapter folder of the same base, by a name of its own (default: the folder's); may be repeated",
+    )
     parser.add_argument("--revision", help="the base's branch, tag or commit on the Hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the base")
     parser.add_argument(
@@ -76,14 +84,20 @@ def run_generate(options: argparse.Namespace) -> None:
     prompts = make_prompts(subject, options)
     conversations = prompts.of_file(options.file) if options.file else prompts.of_texts(options.prompts)
     subject.load()
+    # With several adapters each prompt is a row for each of them.
+    names: list[str | None] = [None] if subject.adapters is None else [*subject.adapters.names]
+    asked = [(conversation, name) for conversation in conversations for name in names]
     rows: list[dict[str, Any]] = []
-    for batch in prompts.batches(conversations, options.batch_size):
-        answers = answered(subject.module, batch, settings)
-        if not options.out:
-            for row in answers:
-                head = f"> {row['prompt']}\n" if len(conversations) > 1 else ""
-                print(f"{head}{row['generated']}", flush=True)
-        rows += answers
+    for start in range(0, len(asked), options.batch_size):
+        some = asked[start : start + options.batch_size]
+        if subject.adapters is not None:
+            subject.adapters.activate(rows=[name for _, name in some])
+        answers = answered(subject.module, prompts.batch([conversation for conversation, _ in some]), settings)
+        for row, (_, name) in zip(answers, some, strict=True):
+            rows.append(row if name is None else {**row, "adapter": name})
+            if not options.out:
+                head = f"> {row['prompt']}\n" if len(conversations) > 1 and name == names[0] else ""
+                print(f"{head}{f'[{name}] ' if name else ''}{row['generated']}", flush=True)
     if options.out:
         from genlora_lightning.storage.atomic import atomic_file
 
@@ -123,7 +137,8 @@ class Subject:
 
     Attributes:
         module: The base, with the adapter in it.
-        adapter: Where the adapter was loaded from; ``None`` for a model by itself.
+        adapter: Where the adapter was loaded from, or its name among several; ``None`` for a model by itself.
+        adapters: The adapters by name, if several are asked for.
 
     Raises:
         ValueError: What the arguments name cannot be used, or is no model that writes text.
@@ -144,6 +159,8 @@ class Subject:
         if self._found.kind == "model" and options.base:
             raise ValueError(f"{options.model} is a model by itself, and --base is for adapters. Give one of the two.")
         self.adapter: str | None = None
+        self.adapters: AdapterSet | None = None
+        self._named = _by_name(self._found, options.adapter or ())
         # The commit that the adapter was trained on; another base has other commits.
         revision = options.revision or (self._found.revision if options.base is None else None)
         self.module = CausalLMModule(
@@ -170,12 +187,22 @@ class Subject:
             self.module.to(device).eval()
         except (RuntimeError, AssertionError) as error:  # the latter: a torch without CUDA
             raise ValueError(f"The model cannot be put on --device {device}: {str(error).splitlines()[0]}") from error
-        if self._found.kind != "model":
+        if self._named:
+            from genlora_lightning.artifacts.adapter_set import AdapterSet
+
+            self.adapters = AdapterSet(self.module.adapter_root())
+            for name, folder in self._named.items():
+                self.adapters.add(name, folder, base_check=self._options.base_check)
+            self.switch(next(iter(self._named)))
+        elif self._found.kind != "model":
             self._attach(self._found)
         torch.manual_seed(self._options.seed)
 
     def switch(self, adapter: str) -> None:
         """Load another adapter in place of the one that there is, which stays if that fails.
+
+        Args:
+            adapter: Where it lies; of several, a name, or the folder of one more.
 
         Raises:
             ValueError: It cannot be used, or does not fit the base.
@@ -183,6 +210,13 @@ class Subject:
         """
         from genlora_lightning.injection.inject import adapter_layers, remove_adapters
 
+        if self.adapters is not None:
+            name = adapter if adapter in self.adapters.names else Path(adapter).name
+            if name not in self.adapters.names:
+                self.adapters.add(name, adapter, base_check=self._options.base_check)
+            self.adapters.activate(name)
+            self.adapter = name
+            return
         found, before = _writing(adapter), self.adapter
         if found.kind == "model":
             raise ValueError(f"{adapter} is no adapter folder and no checkpoint.")
@@ -208,6 +242,31 @@ class Subject:
             raise OSError(
                 f"The base of {self._options.model} cannot be loaded: give its folder with --base. {error}"
             ) from error
+
+
+def _by_name(found: Trained, given: Sequence[str]) -> dict[str, str]:
+    """The folders of several adapters by their names, the model's own first; empty if there are no further ones.
+
+    Raises:
+        ValueError: A name is given twice, or the model's own adapter is in no folder.
+    """
+    if not given:
+        return {}
+    if found.kind not in ("adapter", "model"):
+        raise ValueError(
+            f"--adapter goes with adapter folders, and {found.name} is a {found.kind}: make one of it with "
+            f"`genlora {'convert' if found.kind == 'checkpoint' else 'import-lora'}`."
+        )
+    named: dict[str, str] = {}
+    for text in ([found.name] if found.kind == "adapter" else []) + list(given):
+        name, is_named, folder = text.rpartition("=")
+        name, folder = (name, folder) if is_named else (Path(text).name, text)
+        if not name or name in named:
+            raise ValueError(
+                f"Two adapters are called {name!r}: give --adapter NAME=FOLDER, with another name for each."
+            )
+        named[name] = folder
+    return named
 
 
 def make_prompts(subject: Subject, options: argparse.Namespace) -> Prompts:

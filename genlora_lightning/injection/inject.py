@@ -19,6 +19,7 @@ from genlora_lightning.injection.foreign import check_no_foreign_adapters
 from genlora_lightning.injection.full_training import stop_training_in_full, train_in_full, trained_modules
 from genlora_lightning.injection.heads import last_if_new
 from genlora_lightning.injection.held import held_root, remove_held
+from genlora_lightning.injection.named import check_no_set, end_set, set_of
 from genlora_lightning.injection.places import adapter_parameters as adapter_parameters
 from genlora_lightning.injection.places import plain_name
 from genlora_lightning.injection.report import BESIDE_PARTS, InjectionReport, InjectionRow
@@ -152,6 +153,7 @@ def inject_adapters(
         (the GenLoRAFinetuning callback sees to it).
     """
     config = read_config(config)
+    check_no_set(model)
     existing = adapter_layers(model)
     if existing:
         check_configuration(model, config)
@@ -195,6 +197,7 @@ def inject_layers(
         ValueError: A name is not that of a linear, or of a module, or other adapters are already there. Nothing is
             changed then.
     """
+    check_no_set(model)
     if adapter_layers(model):
         check_configuration(model, configs)
         return _go_on(model, configs)
@@ -281,7 +284,8 @@ def _go_on(model: nn.Module, configs: Mapping[str, AdapterConfig]) -> InjectionR
 def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
     """Take the adapters off a model, in place: its linears are the ones it had. All parameters stay frozen.
 
-    PEFT's, which AdapterFinetuning or :func:`~genlora_lightning.load_adapter` has put in, are taken off, too.
+    PEFT's, which AdapterFinetuning or :func:`~genlora_lightning.load_adapter` has put in, are taken off, too, and so is
+    an AdapterSet.
 
     Modules trained in full keep what they learned, rounded to the dtype they had. If :func:`merge_adapters` has cast
     the model to another dtype, that is taken back with the merge, or kept with it.
@@ -299,7 +303,7 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
             raise ValueError("`keep_merged` is for adapters of this library; PEFT's are merged by PEFT.")
         remove_held(model)
         return
-    layers = require_adapters(model)
+    layers = require_adapters(model) if keep_merged or set_of(model) is None else adapter_layers(model)
     unmerged = [name for name, layer in layers.items() if not layer.merged]
     if keep_merged and unmerged:
         raise ValueError(
@@ -319,6 +323,7 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
     for module in model.modules():
         take_off(module, *(name for _, name, _ in _WITHOUT_FAST_PATH))
         forget(module, _SKIPPED)  # also of a part that the adapters were put into
+    end_set(model)
 
 
 @contextmanager

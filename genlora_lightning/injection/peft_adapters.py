@@ -24,6 +24,7 @@ from genlora_lightning.injection.foreign import check_no_foreign_adapters
 from genlora_lightning.injection.full_training import train_in_full
 from genlora_lightning.injection.held import Held, held_root, put_back, remember
 from genlora_lightning.injection.inject import adapter_config, adapter_layers, inject_adapters
+from genlora_lightning.injection.named import check_no_set
 from genlora_lightning.injection.places import Place, adapter_places, mark_place, plain_name
 from genlora_lightning.injection.report import InjectionReport, InjectionRow
 from genlora_lightning.overrides import put_on
@@ -245,6 +246,7 @@ def inject_peft(model: nn.Module, adapter: PeftAdapter) -> InjectionReport:
     if adapter_layers(model):
         raise ValueError("The model already has adapters of this library. Call `remove_adapters(model)` first.")
     check_no_foreign_adapters(model)
+    check_no_set(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError(f"{adapter.title} needs the base's weights when it is put in: leave `low_memory` out.")
     root = peft_root(model)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import require_adapters
+from genlora_lightning.injection.named import check_one_active
 from genlora_lightning.injection.places import adapter_parameters
 
 _SHOWN = 4
@@ -21,8 +22,9 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     and the parameters and persistent buffers of modules trained in full. The tensors are the model's own, not copies.
 
     Raises:
-        ValueError: The model has no adapters.
+        ValueError: The model has no adapters, or several act on it at once.
     """
+    check_one_active(model)
     require_adapters(model)
     state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
     for module_name, module in trained_modules(model).items():

@@ -24,6 +24,7 @@ from genlora_lightning.backbone.identity import base_model_name
 from genlora_lightning.backbone.tasks import class_tasks, is_transformers_model, transformers_base
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_configs, adapter_layers, require_adapters
+from genlora_lightning.injection.named import check_one_active
 from genlora_lightning.interop.lora_files import has_mark
 from genlora_lightning.interop.lora_sites import to_peft, unlike_peft
 from genlora_lightning.layers.adapted import AdaptedLayer
@@ -132,13 +133,14 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         Rank, energy kept and bytes of each layer, and the flag that a server needs.
 
     Raises:
-        ValueError: The model has no adapters, ``rank`` is not in 1 … the adapter's rank, a value is not finite, an
-            adapted layer stands in several places of the model, which the format cannot say, or PEFT is known to
-            refuse a LoRA on it or to compute another one.
+        ValueError: The model has no adapters, or several act on it at once, ``rank`` is not in 1 … the adapter's rank,
+            a value is not finite, an adapted layer stands in several places of the model, which the format cannot
+            say, or PEFT is known to refuse a LoRA on it or to compute another one.
         FileExistsError: ``folder`` exists and is not an export of ours.
         OSError: It cannot be written; then nothing is left behind.
     """
     require_adapters(model)
+    check_one_active(model)
     full_rank = max(config.rank for config in adapter_configs(model).values())
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full_rank):
         raise ValueError(f"`rank` must be an integer from 1 to the adapter's rank {full_rank}, got {rank!r}.")

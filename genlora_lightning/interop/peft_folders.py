@@ -29,6 +29,7 @@ from genlora_lightning.backbone.tasks import class_tasks, is_transformers_model,
 from genlora_lightning.fields import shown
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_configs, adapter_layers, inject_layers, require_adapters
+from genlora_lightning.injection.named import check_one_active
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
@@ -147,6 +148,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         OSError: It cannot be written; then nothing is left behind.
     """
     require_adapters(model)
+    check_one_active(model)
     base = transformers_base(model) or model
     # Which linears are adapted is listed below.
     config = dataclasses.replace(_one_config(adapter_configs(base)), layers_to_transform=None)

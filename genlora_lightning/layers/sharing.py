@@ -96,6 +96,20 @@ def generated(model: nn.Module) -> Iterator[list[Tensor]]:
         forward.runs = False
 
 
+def generate_for_good(layers: Iterable[FactorLayer]) -> int:
+    """Generate for layers whose parameters nobody changes, once: all their forwards use it, until their stores are new.
+
+    Returns:
+        The bytes of what was generated.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        forward = ModelForward()
+        served = _generate_for(_wanted_by(layers), forward)
+    forward.has_graph = True  # as constants they serve forwards under autograd, too
+    matrices = [matrix for one in served for matrix in (one.given.A, one.given.B) if matrix is not None]
+    return sum(matrix.nbytes for matrix in matrices)
+
+
 class SharedGeneration:
     """Generates for all layers in a module, around each of its forwards."""
 

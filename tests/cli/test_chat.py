@@ -149,3 +149,14 @@ def test_errors_without_a_terminal_end_the_command(talking, monkeypatch, capsys)
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == "genlora: error: There is no command '/nonsense'; /help lists them.\n"
+
+
+def test_several_adapters_are_switched_by_name(talking, chat, terminal):
+    (first,), (second,), (base,) = (chat(talking / name, "w7 w8") for name in ("first", "second", "base"))
+    options = ("--adapter", f"b={talking / 'second'}")
+    lines = ("w7 w8", "/adapter b", "/reset", "w7 w8", "/base", "/reset", "w7 w8", "/adapter first", "/reset", "w7 w8")
+    given = [line for line in chat(talking / "first", *lines, options=options) if line in (first, second, base)]
+    assert given == [first, second, base, first]
+    given = chat(talking / "base", "w7 w8", f"/adapter {talking / 'first'}", "/reset", "w7 w8", options=options)
+    assert given[0] == second
+    assert given[-1] == first

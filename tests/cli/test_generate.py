@@ -158,3 +158,36 @@ def test_adapter_whose_base_has_moved_asks_for_it(talking, tmp_path, capsys):
     assert f"The base of {tmp_path / 'adapter'} cannot be loaded: give its folder with --base" in message
     answer = answers(capsys, tmp_path / "adapter", "--base", talking / "base", "w7 w8")
     assert answer == [expected(talking, "first", "w7 w8")]
+
+
+def test_several_adapters_answer_each_prompt_by_name(talking, tmp_path, capsys):
+    shutil.copytree(talking / "second", tmp_path / "other")
+    prompts = ["w7 w8", "w9"]
+    wanted = {name: [expected(talking, name, text) for text in prompts] for name in ("first", "second")}
+    assert wanted["first"] != wanted["second"]
+    given = answers(capsys, talking / "first", "--adapter", f"b={tmp_path / 'other'}", "--batch-size", 3, *prompts)
+    assert given == [
+        line
+        for number, text in enumerate(prompts)
+        for line in (f"> {text}", f"[first] {wanted['first'][number]}", f"[b] {wanted['second'][number]}")
+    ]
+    out = tmp_path / "out.jsonl"
+    options = [f"--adapter={talking / 'second'}", f"--adapter={talking / 'first'}", f"--out={out}"]
+    answers(capsys, talking / "base", *options, prompts[0])
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [(row["adapter"], row["generated"]) for row in rows] == [
+        ("second", wanted["second"][0]),
+        ("first", wanted["first"][0]),
+    ]
+
+
+def test_several_adapters_of_one_name_are_one_line_with_the_remedy(talking, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    error = failure(capsys, talking / "first", "--adapter", talking / "first", "w7")
+    assert "Two adapters are called 'first': give --adapter NAME=FOLDER" in error
+    model = AutoModelForCausalLM.from_pretrained(talking / "base")
+    load_adapter(model, talking / "first")
+    export_lora(model, tmp_path / "lora")
+    error = failure(capsys, tmp_path / "lora", "--base", talking / "base", "--adapter", talking / "first", "w7")
+    assert "is a lora: make one of it with `genlora import-lora`" in error
