@@ -22,7 +22,7 @@ from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from genlora_lightning._version import __version__
 from genlora_lightning.adapters.base import MatrixShape
@@ -35,7 +35,7 @@ from genlora_lightning.backbone.identity import IDENTITY_SHAPE
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
 from genlora_lightning.layers.adapted import AdaptedLayer
-from genlora_lightning.layers.sites import adapt
+from genlora_lightning.layers.sites import adapt, without_memory
 from genlora_lightning.storage.atomic import find_folder
 from genlora_lightning.storage.digests import sha256
 from genlora_lightning.storage.documents import check_document, is_matrix_shape
@@ -117,7 +117,7 @@ def stored_layer(name: str, shape: MatrixShape, config: AdapterConfig, tensors: 
         KeyError: A tensor is missing.
         RuntimeError: One has another shape.
     """
-    layer = adapt(nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta"), config)
+    layer = adapt(without_memory(shape), config)
     state = {own: tensors[f"{name}.{own}"] for own in layer.adapter_parameters()}
     layer.load_state_dict(state, strict=False, assign=True)
     return layer
@@ -142,7 +142,7 @@ def check_layers(
     """
     expected: dict[str, Any] = {name: None for names in trained_modules.values() for name in names}
     for name, shape in layers.items():
-        layer = adapt(nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta"), configs[name])
+        layer = adapt(without_memory(shape), configs[name])
         expected |= {f"{name}.{own}": p.shape for own, p in layer.adapter_parameters().items()}
     missing, unexpected = [n for n in expected if n not in tensors], [n for n in tensors if n not in expected]
     shapes = [n for n, shape in expected.items() if shape is not None and n in tensors and tensors[n].shape != shape]
@@ -221,7 +221,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
         config=config,
         configs={name: others.get(name, config) for name in manifest["layers"]},
         tensors=format1.upgraded_names(tensors) if is_format1 else tensors,
-        layers={name: MatrixShape(*shape) for name, shape in manifest["layers"].items()},
+        layers={name: MatrixShape.of(shape) for name, shape in manifest["layers"].items()},
         trained_modules=manifest["trained_modules"],
         base=manifest["base"],
         training=manifest["training"],

@@ -76,7 +76,7 @@ class AdapterRecord:
         state: The adapter's tensors by name.
         configs: The configuration of each adapted linear.
         base: The base's identity (:func:`~genlora_lightning.backbone.identity.base_identity`).
-        layers: ``[out_features, in_features]`` of each adapted linear.
+        layers: ``[out_features, in_features]`` of each adapted linear; of a stack of matrices with their number first.
         trained_modules: The names of the tensors of each module trained in full.
         base_is_transformers: Whether the base is one of transformers' models.
     """
@@ -113,7 +113,7 @@ def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> Adap
         state=state,
         configs=adapter_configs(model),
         base=base_identity(model) if base is None else base,
-        layers={name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
+        layers={name: layer.shape.sizes for name, layer in layers.items()},
         trained_modules={
             name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()
         },
@@ -158,7 +158,7 @@ def write_adapter(
     state = checked_tensors(content.state, folder)
     try:
         check_layers(
-            {name: MatrixShape(*shape) for name, shape in content.layers.items()},
+            {name: MatrixShape.of(shape) for name, shape in content.layers.items()},
             content.configs,
             content.trained_modules,
             state,
@@ -306,7 +306,8 @@ def _write(staging: Path, content: AdapterRecord, state: dict[str, Tensor], trai
     for name, data in files.items():
         (staging / name).write_bytes(data)
     versions = library_versions()
-    trained = sum(content.configs[name].count_parameters(MatrixShape(*shape)) for name, shape in content.layers.items())
+    shapes = {name: MatrixShape.of(sizes) for name, sizes in content.layers.items()}
+    trained = sum(s.num_matrices * content.configs[name].count_parameters(s) for name, s in shapes.items())
     trained += sum(state[own].numel() for names in content.trained_modules.values() for own in names)
     card = model_card(
         configs=list({id(config): config for config in content.configs.values()}.values()),
@@ -338,7 +339,8 @@ def _fitted(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
 
     All its names then begin with one prefix, that of the model in the module: ``"lm."``.
     """
-    modules = {name for name, _ in model.named_modules() if name}
+    # Parameters too, of which some hold stacks of matrices.
+    modules = {name for name, _ in (*model.named_modules(), *model.named_parameters()) if name}
     names = [*stored.layers, *stored.trained_modules]
     # Adapted linears are there under the same name, with adapters and without.
     if not names or modules.issuperset(names):

@@ -226,7 +226,7 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     name = ""
     try:
         for name, shape in described["layers"].items():
-            layer = stored_layer(name, MatrixShape(*shape), configs[name], tensors)
+            layer = stored_layer(name, MatrixShape.of(shape), configs[name], tensors)
             layers.append(_describe_layer(name, layer, path))
             for own in layer.adapter_parameters():
                 del tensors[f"{name}.{own}"]
@@ -261,7 +261,7 @@ def _describe_layer(name: str, layer: AdaptedLayer, source: Path) -> LayerDescri
     except RuntimeError as error:  # no singular values of infinite ones
         raise DamagedFileError(f"{source} is damaged: the values of {name} overflow.") from error
     stored = sum(parameter.numel() for parameter in layer.adapter_parameters().values())
-    trained = layer.config.count_parameters(layer.shape)
+    trained = layer.shape.num_matrices * layer.config.count_parameters(layer.shape)
     return LayerDescription(
         module=name,
         out_features=layer.out_features,

@@ -166,7 +166,7 @@ def measure_drift(name: str, layer: AdaptedLayer, merged: Tensor) -> MergeRow:
     weight, delta = layer.base_weight.to(merged.device), layer.stored_delta()
     lost = total = 0.0
     unchanged = 0
-    step = max(1, _CHUNK // weight.shape[1])  # in parts, because float64 copies of a large weight are large
+    step = max(1, _CHUNK // weight[0].numel())  # in parts, because float64 copies of a large weight are large
     for start in range(0, weight.shape[0], step):
         rows = slice(start, start + step)
         exact, before, after = delta[rows].double(), weight[rows].double(), merged[rows].double()

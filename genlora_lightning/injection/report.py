@@ -16,7 +16,7 @@ _IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, UNTIED, STACK, BESIDE_PARTS)
 
 @dataclass(frozen=True, kw_only=True)
 class InjectionRow:
-    """One line of a :class:`InjectionReport`: an adapted linear or a module trained in full."""
+    """One line of a :class:`InjectionReport`: an adapted linear, stack of matrices or a module trained in full."""
 
     module: str
     kind: str
@@ -24,6 +24,7 @@ class InjectionRow:
     trainable_parameters: int
     lora_parameters: int
     rank: int | None = None
+    matrices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,10 @@ class InjectionReport:
     def summary(self) -> str:
         """The report in one or two lines."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
-        text = f"{self.title} adapts {len(self.adapted)} linears with {self.adapter_parameters:,} parameters"
+        stacks = [row.matrices for row in self.adapted if row.matrices > 1]
+        text = f"{self.title} adapts {len(self.adapted) - len(stacks)} linears"
+        text += f" and {len(stacks)} stacks of {sum(stacks):,} matrices" if stacks else ""
+        text += f" with {self.adapter_parameters:,} parameters"
         if len(self._ranks) > 1:
             text += f", of ranks {', '.join(map(str, self._ranks))}"
         if self.adapter_parameters != self.lora_parameters:

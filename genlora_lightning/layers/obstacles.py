@@ -14,22 +14,23 @@ _COMPUTED_BY = {
 }
 
 
-def obstacle_in_weight(base: nn.Module, weight: Tensor, shape: torch.Size) -> str | None:
+def obstacle_in_weight(base: nn.Module, weight: Tensor, shape: torch.Size, name: str = "weight") -> str | None:
     """Why a layer's weight is nothing that an update can be added to; ``None`` if it is.
 
     Args:
         base: The layer.
         weight: Its weight.
         shape: Of the update, as the layer would store it.
+        name: The weight's, in the layer.
     """
-    if parametrize.is_parametrized(base, "weight"):
-        return _computed(base, 'torch.nn.utils.parametrize.remove_parametrizations(base_layer, "weight")')
+    if parametrize.is_parametrized(base, name):
+        return _computed(base, f'torch.nn.utils.parametrize.remove_parametrizations(base_layer, "{name}")')
     hooks = [cls.__name__ for hook in base._forward_pre_hooks.values() for cls in type(hook).__mro__]
     remedy = next((_COMPUTED_BY[name] for name in hooks if name in _COMPUTED_BY), None)
     if remedy is not None:
         return _computed(base, remedy)
-    if not ("weight" in base._parameters or "weight" in base._buffers):
-        return _computed(base, "base_layer.weight = torch.nn.Parameter(base_layer.weight)")
+    if not (name in base._parameters or name in base._buffers):
+        return _computed(base, f"base_layer.{name} = torch.nn.Parameter(base_layer.{name})")
     # A quantized or sharded weight may be of a subclass of Tensor that poses as an ordinary matrix.
     is_plain = type(weight.data) is Tensor and weight.is_floating_point()
     if not is_plain or weight.shape != shape or weight.dtype.itemsize < 2:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from genlora_lightning.adapters.base import MatrixShape
+from genlora_lightning.adapters.base import MatrixShape, StackShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.experts import AdaptedStack, StackOfMatrices
 from genlora_lightning.layers.linear import AdaptedLinear
 
 # The first one that knows a module adapts it.
-SITES: list[type[AdaptedLayer]] = [AdaptedLinear]
+SITES: list[type[AdaptedLayer]] = [AdaptedLinear, AdaptedStack]
 
 
 def matrix_shape(module: nn.Module) -> MatrixShape | None:
@@ -21,6 +22,13 @@ def matrix_shape(module: nn.Module) -> MatrixShape | None:
         if shape is not None:
             return shape
     return None
+
+
+def without_memory(shape: MatrixShape) -> nn.Module:
+    """A module on the meta device whose matrix, or stack of matrices, has these sizes: for adapters without a base."""
+    if isinstance(shape, StackShape):
+        return StackOfMatrices.on_meta(shape)
+    return nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
 
 
 def adapt(module: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> AdaptedLayer:
