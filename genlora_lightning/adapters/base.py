@@ -212,6 +212,22 @@ class Factor(AdapterModule, ABC):
             matrices = cls.make_many(factors, dtype=None)
             torch.autograd.backward(matrices, [gradient.to(matrices[0].dtype) for gradient in gradients])
 
+    def with_parts(self, parts: Sequence[Tensor]) -> Self:
+        """A factor like this one of other tensors, in the order of their roles; they need not be parameters."""
+        factor = object.__new__(type(self))
+        factor.__dict__.update(self.__dict__, _parameters=dict(zip(self.roles, parts, strict=True)), _buffers={})
+        return factor
+
+    def make_stack(self, parts: Sequence[Tensor], *, dtype: torch.dtype | None) -> Tensor:
+        """Make the matrices ``(E, rank, num_entries)`` of E factors like this one; here by :meth:`make_many`.
+
+        Args:
+            parts: Their parameters, stacked, in the order of their roles.
+            dtype: Of the result; the parameters' if ``None``.
+        """
+        factors = [self.with_parts(own) for own in zip(*(part.unbind(0) for part in parts), strict=True)]
+        return torch.stack([*self.make_many(factors, dtype=dtype)])
+
     @property
     def cost(self) -> int:
         """Numbers that making the matrix needs in between, which decides how many are made at once."""

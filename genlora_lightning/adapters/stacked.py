@@ -1,9 +1,8 @@
 """Make the updates of a stack of matrices of one shape, as of a mixture's experts, from any kind's update of one.
 
-A kind says what the update of one matrix is, and needs to know nothing of stacks. Of a kind with two factors each
-parameter of a factor becomes one with the stack's dimension first, so that a layer of hundred experts has no more
-parameters than a linear; the slices are factors of the kind, which are made at once. Any other kind has one update for
-each matrix.
+A kind says what the update of one matrix is, and need not know of stacks. Of a kind with two factors each parameter of
+a factor becomes one with the stack's dimension first, so that a layer of a hundred experts has as few tensors as a
+linear, and the matrices are made at once (:meth:`Factor.make_stack`). Any other kind has one update for each matrix.
 
 Shapes: E matrices in the stack, R rank, n entries of a factor's rows, I in_features, O out_features.
 """
@@ -45,20 +44,6 @@ class StackedFactor(Factor):
         # What a slice is made of beside its tensors. In a tuple, so that it is no part of the module.
         self._template = (copy.deepcopy(first).to("meta"),)
 
-    def slices(self) -> list[Factor]:
-        """A factor of the kind for each matrix, whose parameters are views of the stacked ones."""
-        return self._slices([part.unbind(0) for part in self.parts()])
-
-    def _slices(self, unbound: Sequence[Sequence[Tensor]]) -> list[Factor]:
-        (template,) = self._template
-        found = []
-        for parts in zip(*unbound, strict=True):
-            factor = object.__new__(type(template))
-            own = {"_parameters": dict(zip(self.roles, parts, strict=True)), "_buffers": {}}
-            factor.__dict__.update(template.__dict__, **own)
-            found.append(factor)
-        return found
-
     @override
     def is_trained(self, name: str) -> bool:
         return self._template[0].is_trained(name)
@@ -68,8 +53,8 @@ class StackedFactor(Factor):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.is_meta:
             return
-        for factor in self.slices():
-            factor.reset_parameters(generator)
+        for parts in zip(*(part.unbind(0) for part in self.parts()), strict=True):
+            self._template[0].with_parts(parts).reset_parameters(generator)
 
     @property
     @override
@@ -94,9 +79,19 @@ class StackedFactor(Factor):
             matrices = stack if dtype is None else stack.to(dtype)
             # As of a factor alone: FSDP1 frees a view in the parameter's place after this forward.
             return matrices.clone() if matrices is stack and not isinstance(stack, nn.Parameter) else matrices
-        if plain or torch.compiler.is_compiling() or not is_ordinary(self.parts()[0]):
-            return torch.stack([factor(dtype=dtype, plain=plain) for factor in self.slices()])
-        return self.make_many([self], dtype=dtype)[0]
+        parts = self.parts()
+        if plain or torch.compiler.is_compiling() or not is_ordinary(parts[0]):
+            each = zip(*(part.unbind(0) for part in parts), strict=True)
+            return torch.stack([self._template[0].with_parts(own)(dtype=dtype, plain=plain) for own in each])
+        return self._make(parts, dtype)
+
+    def _make(self, parts: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
+        template = self._template[0]
+        number = max(1, (_AT_ONCE_ON_CPU if parts[0].device.type == "cpu" else _AT_ONCE) // template.cost)
+        if number >= self.num_matrices:
+            return template.make_stack(parts, dtype=dtype)
+        pieces = zip(*(part.split(number) for part in parts), strict=True)
+        return torch.cat([template.make_stack(piece, dtype=dtype) for piece in pieces])
 
     @classmethod
     @override
@@ -107,43 +102,19 @@ class StackedFactor(Factor):
         dtype: torch.dtype | None,
         when_differentiated: Callable[[], None] | None = None,
     ) -> Sequence[Tensor]:
-        slices = [one for stack in factors for one in stack.slices()]
-        pieces = list(_pieces(slices, factors[0].device))
-        waiting = len(pieces)
+        matrices = [factor._make(factor.parts(), dtype) for factor in factors]
+        waiting = sum(matrix.requires_grad for matrix in matrices)
 
-        def one_is_differentiated() -> None:
+        def one_is_differentiated(_: Tensor) -> None:
             nonlocal waiting
             waiting -= 1
             if not waiting and when_differentiated is not None:
                 when_differentiated()
 
-        kind = type(slices[0])
-        matrices = [
-            matrix
-            for piece in pieces
-            for matrix in kind.make_many(piece, dtype=dtype, when_differentiated=one_is_differentiated)
-        ]
-        size = factors[0].num_matrices
-        return [torch.stack(matrices[start : start + size]) for start in range(0, len(matrices), size)]
-
-    @classmethod
-    @override
-    def pass_gradients(cls, factors: Sequence[Self], gradients: Sequence[Tensor]) -> None:
-        for stack, gradient in zip(factors, gradients, strict=True):
-            parts = [part for part in stack.parts() if part.requires_grad]
-            with torch.inference_mode(False):
-                leaves = [[leaf.detach() for leaf in part.unbind(0)] for part in stack.parts()]
-                for part, own in zip(stack.parts(), leaves, strict=True):
-                    for leaf in own:
-                        leaf.requires_grad_(part.requires_grad)
-            slices, of_slices = stack._slices(leaves), gradient.unbind(0)
-            kind, start = type(slices[0]), 0
-            for piece in _pieces(slices, stack.device):
-                kind.pass_gradients(piece, of_slices[start : start + len(piece)])
-                start += len(piece)
-            # To each parameter in one backward, for whoever hangs on its gradient: the averaging between ranks, hooks.
-            found = [torch.stack([leaf.grad for leaf in own]) for own in leaves if own[0].requires_grad]  # type: ignore[misc]
-            torch.autograd.backward(parts, found)
+        for matrix in matrices:
+            if matrix.requires_grad and when_differentiated is not None:
+                matrix.register_hook(one_is_differentiated)  # type: ignore[no-untyped-call]
+        return matrices
 
     @override
     def extra_repr(self) -> str:
@@ -207,9 +178,3 @@ def make_stack(
         return StackedUpdate(updates)
     A, B = (StackedFactor([getattr(update, name) for update in updates]) for name in ("A", "B"))
     return FactorPair(A, B, first.scaling)
-
-
-def _pieces(slices: list[Factor], device: torch.device) -> Iterator[list[Factor]]:
-    number = max(1, (_AT_ONCE_ON_CPU if device.type == "cpu" else _AT_ONCE) // slices[0].cost)
-    for start in range(0, len(slices), number):
-        yield slices[start : start + number]

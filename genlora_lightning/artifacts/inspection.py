@@ -71,6 +71,7 @@ class LayerDescription:
         effective_rank: Entropy effective rank of its update; see :func:`effective_rank`.
         parameters: Trained values of its adapter, as the plan and the summary of a run count them.
         fixed: Values of its adapter that are stored and were not trained.
+        num_matrices: How many matrices of these sizes it is, of a mixture's experts; the effective rank is their mean.
     """
 
     module: str
@@ -80,6 +81,7 @@ class LayerDescription:
     effective_rank: float
     parameters: int
     fixed: int
+    num_matrices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ class AdapterDescription:
         rows = [
             (
                 layer.module,
-                f"({layer.out_features}, {layer.in_features})",
+                f"({f'{layer.num_matrices}, ' * (layer.num_matrices > 1)}{layer.out_features}, {layer.in_features})",
                 str(layer.rank),
                 f"{layer.effective_rank:.2f}",
                 f"{layer.parameters:,}",
@@ -270,4 +272,5 @@ def _describe_layer(name: str, layer: AdaptedLayer, source: Path) -> LayerDescri
         effective_rank=rank,
         parameters=trained,
         fixed=stored - trained,
+        num_matrices=layer.shape.num_matrices,
     )

@@ -162,9 +162,8 @@ def _select_stacks(
     for pattern, reason in unmatched.items():
         if reason:
             raise ValueError(f"`target_parameters` names {pattern!r}, but {reason}")
-        there = {
-            name: module for module in model.modules() for name in module._parameters if stack_of_matrices(module, name)
-        }
+        own = ((n, m) for m in model.modules() if not isinstance(m, _ConvNd) for n in m._parameters)
+        there = {name: module for name, module in own if stack_of_matrices(module, name) is not None}
         known = f" {_near(pattern, there)}" if there else " The model has no stacks of matrices."
         raise ValueError(f"`target_parameters` names {pattern!r}, which no parameter matches.{known}")
     return chosen

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from genlora_lightning.adapters.base import StackShape
 from genlora_lightning.adapters.low_rank import truncate_factors
 from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, WEIGHTS_FILE, StoredAdapter
 from genlora_lightning.backbone.identity import base_model_name
@@ -26,6 +27,7 @@ from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_configs, adapter_layers, require_adapters
 from genlora_lightning.interop.lora_files import has_mark
 from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.experts import AdaptedStack
 from genlora_lightning.layers.linear import is_conv1d
 from genlora_lightning.layers.sites import matrix_shape
 from genlora_lightning.storage.folders import check_replaceable, write_folder
@@ -67,6 +69,7 @@ class LoRAExport:
         rows: The adapted linears.
         modules_to_save: Modules that were trained in full and are saved with the adapter.
         task_type: PEFT's name of the task, if it is known.
+        target_parameters: Stacks of matrices among the rows: PEFT's name for them.
     """
 
     folder: Path
@@ -74,6 +77,7 @@ class LoRAExport:
     rows: tuple[ExportRow, ...]
     modules_to_save: tuple[str, ...]
     task_type: str | None
+    target_parameters: tuple[str, ...] = ()
 
     @property
     def served_rank(self) -> int | None:
@@ -87,6 +91,11 @@ class LoRAExport:
             return (
                 f"vLLM serves no adapter with modules trained in full ({names}): load it with PEFT, or merge it into "
                 "the base."
+            )
+        if self.target_parameters:
+            return (
+                "The experts' updates are in PEFT's form of them (`target_parameters`), of which servers are not known "
+                "to load: use PEFT, or merge it into the base."
             )
         if self.served_rank is None:
             return (
@@ -159,10 +168,12 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         and not name.endswith(".base_layer")
         and any(name.endswith(f".{own}") for own in layers)
     ]
+    stacks = [name for name, layer in layers.items() if isinstance(layer, AdaptedStack)]
     config = _peft_config(
         rows,
         settings,
         alphas,
+        stacks=stacks,
         base_model_name_or_path=base_model_name(base),
         task_type=task,
         fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in layers.values()),
@@ -170,7 +181,14 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         modules_to_save=list(trained) or None,
     )
     path = write_folder(folder, lambda staging: _write(staging, state, config), _is_export, "LoRA adapter")
-    return LoRAExport(folder=path, rank=config["r"], rows=tuple(rows), modules_to_save=tuple(trained), task_type=task)
+    return LoRAExport(
+        folder=path,
+        rank=config["r"],
+        rows=tuple(rows),
+        modules_to_save=tuple(trained),
+        task_type=task,
+        target_parameters=tuple(stacks),
+    )
 
 
 @torch.no_grad()
@@ -200,6 +218,12 @@ def write_stored_lora(stored: StoredAdapter, folder: Path) -> None:
             f"The adapter in {stored.folder} has the names of a {stored.base['class']}, which is no model of "
             "transformers. `genlora export-lora` finds those of the base, and writes what servers load."
         )
+    stacks = [name for name, shape in stored.layers.items() if isinstance(shape, StackShape)]
+    if stacks:
+        raise ValueError(
+            f"The adapter in {stored.folder} has updates of experts ({stacks[0]}), which LoRA servers are not known to "
+            "take. Merge it into its base (`genlora merge`), and serve that."
+        )
     state, rows, settings = _lora_tensors({name: stored.layer(name) for name in stored.layers}, None)
     alphas = {name: config.alpha for name, config in stored.configs.items()} if settings else None
     tasks = class_tasks(stored.base["class"])
@@ -221,10 +245,25 @@ def _lora_tensors(
         A, B, energy = _exported_factors(layer, own if rank is None else min(rank, own), 1.0 if settings else None)
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"The update of {name} holds NaN or infinite values; nothing was exported.")
-        state[f"{_PREFIX}{name}.lora_A.weight"] = A
-        state[f"{_PREFIX}{name}.lora_B.weight"] = B
-        rows.append(ExportRow(module=name, rank=A.shape[0], energy_kept=energy, bytes=4 * (A.numel() + B.numel())))
+        rows.append(ExportRow(module=name, rank=A.shape[-2], energy_kept=energy, bytes=4 * (A.numel() + B.numel())))
+        place = name
+        if isinstance(layer, AdaptedStack):
+            place = _wrapper(name, layer, layers)
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)  # (E·r, I), and B's columns by rank, then by matrix
+        state[f"{_PREFIX}{place}.lora_A.weight"] = A
+        state[f"{_PREFIX}{place}.lora_B.weight"] = B
     return state, rows, settings
+
+
+def _wrapper(name: str, layer: AdaptedStack, layers: Mapping[str, AdaptedLayer]) -> str:
+    """The name that PEFT's wrapper of a parameter has.
+
+    It puts one around the other, for the module's parameters in turn; the last one's stands in the module's place.
+    """
+    module, _ = layer.weight_place
+    holder = name.rpartition(".")[0]
+    adapted = [own for own in module._parameters if f"{holder}.{own}" in layers]
+    return holder + ".base_layer" * (len(adapted) - 1 - adapted.index(name.rpartition(".")[2]))
 
 
 def _write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -253,8 +292,13 @@ def _exported_factors(layer: AdaptedLayer, rank: int, scaling: float | None) -> 
 
 
 def _peft_config(
-    rows: list[ExportRow], settings: dict[str, Any] | None, alphas: Mapping[str, float] | None, **facts: Any
+    rows: list[ExportRow],
+    settings: dict[str, Any] | None,
+    alphas: Mapping[str, float] | None,
+    stacks: list[str] | None = None,
+    **facts: Any,
 ) -> dict[str, Any]:
+    stacks = stacks or []
     ranks = {row.module: row.rank for row in rows}
     rank = max(ranks.values())
     settings = settings or {"lora_alpha": rank}
@@ -269,7 +313,8 @@ def _peft_config(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": list(ranks),
+        "target_modules": [name for name in ranks if name not in stacks],
+        **({"target_parameters": stacks} if stacks else {}),
         "exclude_modules": None,
         "modules_to_save": None,
         "inference_mode": True,

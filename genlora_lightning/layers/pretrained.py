@@ -53,8 +53,16 @@ def _by_base_names(model: Any, places: dict[str, Any], state: dict[str, Any] | N
     transformers' Trainer has it do when it goes on from a checkpoint.
 
     Raises:
-        ValueError: The base is quantized: transformers takes the names from the model then.
+        ValueError: The base is quantized: transformers takes the names from the model then. Or a stack of experts is
+            adapted and not merged: transformers stores experts by other names, and would take its tensors for theirs.
     """
+    stacks = [name for name, module in places.items() if not module.merged and hasattr(module, "stacks")]
+    if stacks:
+        raise ValueError(
+            f"transformers stores the experts of a mixture one by one, and would take the adapter's tensors in "
+            f"{stacks[0]} for theirs. Keep what was trained with `save_adapter(model, folder)`, save the merged model "
+            "with `save_merged(model, folder)`, or take the adapters off first; nothing was saved."
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "transformers cannot save a quantized model with adapters so that it loads again. Keep what was trained "
