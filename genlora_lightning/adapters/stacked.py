@@ -90,7 +90,7 @@ class StackedFactor(Factor):
         number = max(1, (_AT_ONCE_ON_CPU if parts[0].device.type == "cpu" else _AT_ONCE) // template.cost)
         if number >= self.num_matrices:
             return template.make_stack(parts, dtype=dtype)
-        pieces = zip(*(part.split(number) for part in parts), strict=True)
+        pieces = zip(*(torch.split(part, number) for part in parts), strict=True)
         return torch.cat([template.make_stack(piece, dtype=dtype) for piece in pieces])
 
     @classmethod

@@ -46,6 +46,9 @@ class StackOfMatrices(nn.Module):
         name: The parameter's name in it.
     """
 
+    module: nn.Module
+    parameter: str
+
     def __init__(self, module: nn.Module, name: str) -> None:
         super().__init__()
         self.__dict__.update(module=module, parameter=name)

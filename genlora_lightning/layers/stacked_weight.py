@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map
 
 # Products of which one argument may be ours: linear in it.
 _PRODUCTS: set[Callable[..., Any]] = {torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm}
-_PRODUCTS |= {Tensor.__matmul__, Tensor.__rmatmul__}  # type: ignore[attr-defined]
+_PRODUCTS |= {Tensor.__matmul__, Tensor.__rmatmul__}
 _PRODUCTS |= {f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None}
 # transformers' own, where torch's grouped product does not go.
 _NAMED_PRODUCTS = {"transformers.grouped_mm_fallback", "transformers::grouped_mm_fallback"}
@@ -123,7 +123,7 @@ class StackedWeight:
         return self.transpose(0, 1) if self._weight.dim() == 2 else self.whole().T
 
     def __matmul__(self, other: Any) -> Any:
-        return torch.matmul(self, other)  # type: ignore[call-overload]
+        return torch.matmul(self, other)  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -162,4 +162,5 @@ def _product(func: Any, first: Any, second: Any, *args: Any, **kwargs: Any) -> T
         inner = func(own._dropped(x), own._left, *args, **kwargs)
         update = func(inner, own._right, *args, **kwargs)
         base = func(x, own._weight, *args, **kwargs)
-    return base + own._scaling * update
+    result: Tensor = base + own._scaling * update
+    return result

@@ -80,7 +80,8 @@ def _grouped_experts(model: nn.Module) -> Iterator[None]:
 
     A loop over the experts that have tokens cannot run without values, and holds as much.
     """
-    configs = {id(c): c for m in model.modules() if hasattr(c := getattr(m, "config", None), _EXPERTS)}
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, _EXPERTS)}
     before = [(config, getattr(config, _EXPERTS)) for config in configs.values()]
     try:
         for config, _ in before:
