@@ -29,6 +29,47 @@ class MatrixShape(NamedTuple):
     out_features: int
     in_features: int
 
+    @property
+    def num_matrices(self) -> int:
+        """How many matrices of these sizes stand in one parameter: 1, but for a :class:`StackShape`."""
+        return 1
+
+    @property
+    def sizes(self) -> list[int]:
+        """The sizes of the whole, as files have them: ``[out, in]``, of a stack ``[num_matrices, out, in]``."""
+        return [*self]
+
+    @staticmethod
+    def of(sizes: Sequence[int]) -> MatrixShape:
+        """The shape that :attr:`sizes` are of."""
+        *num, out_features, in_features = sizes
+        return StackShape(num[0], out_features, in_features) if num else MatrixShape(out_features, in_features)
+
+
+class StackShape(MatrixShape):
+    """The sizes of one of several matrices in one parameter, as of the experts of a mixture; and how many they are."""
+
+    _num_matrices: int
+
+    def __new__(cls, num_matrices: int, out_features: int, in_features: int) -> StackShape:
+        """Make the shape of a stack."""
+        shape = super().__new__(cls, out_features, in_features)
+        shape._num_matrices = num_matrices
+        return shape
+
+    @property
+    @override
+    def num_matrices(self) -> int:
+        return self._num_matrices
+
+    @property
+    @override
+    def sizes(self) -> list[int]:
+        return [self.num_matrices, *self]
+
+    def __getnewargs__(self) -> tuple[int, int, int]:
+        return self.num_matrices, *self
+
 
 class Role(NamedTuple):
     """What an optimizer is told of a parameter of an adapter.
@@ -193,6 +234,22 @@ class Factor(AdapterModule, ABC):
             matrices = cls.make_many(factors, dtype=None)
             torch.autograd.backward(matrices, [gradient.to(matrices[0].dtype) for gradient in gradients])
 
+    def with_parts(self, parts: Sequence[Tensor]) -> Self:
+        """A factor like this one of other tensors, in the order of their roles; they need not be parameters."""
+        factor = object.__new__(type(self))
+        factor.__dict__.update(self.__dict__, _parameters=dict(zip(self.roles, parts, strict=True)), _buffers={})
+        return factor
+
+    def make_stack(self, parts: Sequence[Tensor], *, dtype: torch.dtype | None) -> Tensor:
+        """Make the matrices ``(E, rank, num_entries)`` of E factors like this one; here by :meth:`make_many`.
+
+        Args:
+            parts: Their parameters, stacked, in the order of their roles.
+            dtype: Of the result; the parameters' if ``None``.
+        """
+        factors = [self.with_parts(own) for own in zip(*(part.unbind(0) for part in parts), strict=True)]
+        return torch.stack([*self.make_many(factors, dtype=dtype)])
+
     @property
     def cost(self) -> int:
         """Numbers that making the matrix needs in between, which decides how many are made at once."""
@@ -303,7 +360,7 @@ class FactorPair(WeightUpdate):
 
     @override
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.A(), self.B().T
+        return self.A(), self.B().mT
 
     @override
     def extra_repr(self) -> str:

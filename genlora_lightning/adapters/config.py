@@ -24,6 +24,7 @@ ALL_LINEAR = "all-linear"
 RUN_ONLY = {"run_only": True}
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _LISTS = ("target_modules", "exclude_modules", "modules_to_train")
+_LEFT_OUT_IF_EMPTY = ("layers_to_transform", "target_parameters", *_PATTERNS)
 
 
 class Described(Protocol):
@@ -52,7 +53,11 @@ class AdapterConfig(ABC):
         dropout: Probability of dropping an entry of the adapter's input while training.
         target_modules: Layers to adapt: ``"all-linear"`` (each linear but the output head), a list of module names or
             their last parts (``["q_proj", "v_proj"]``), or a regular expression that must match the whole module name.
-            Embeddings, convolutions and ``nn.MultiheadAttention`` are adapted where they are named.
+            Embeddings, convolutions and ``nn.MultiheadAttention`` are adapted where they are named. It may be empty
+            beside ``target_parameters``.
+        target_parameters: Parameters to adapt that hold a stack of matrices, such as the experts of a mixture
+            (``["experts.gate_up_proj", "experts.down_proj"]``): names, last parts of names, or regular expressions of
+            either, as in ``rank_pattern``. Each matrix gets an update of its own.
         exclude_modules: Names, or last parts of names, of layers not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.
@@ -77,6 +82,7 @@ class AdapterConfig(ABC):
     scaling: ScalingRule
     dropout: float = field(default=0.0, metadata=RUN_ONLY)
     target_modules: str | list[str] = ALL_LINEAR
+    target_parameters: list[str] = field(default_factory=list)
     exclude_modules: list[str] = field(default_factory=list)
     modules_to_train: list[str] = field(default_factory=list)
     layers_to_transform: list[int] | None = None
@@ -95,6 +101,7 @@ class AdapterConfig(ABC):
         check_choice("scaling", self.scaling, get_args(ScalingRule))
         check_number("dropout", self.dropout, least=0.0, below=1.0)
         self._check_module_names()
+        self._check_parameter_names()
         self._check_layers()
         for name in _PATTERNS:
             self._check_patterns(name)
@@ -111,6 +118,16 @@ class AdapterConfig(ABC):
             check_integer("layers_to_transform", number, least=0)
         object.__setattr__(self, "layers_to_transform", list(numbers))
 
+    def _check_parameter_names(self) -> None:
+        names = self.target_parameters
+        if not isinstance(names, (list, tuple)):
+            raise TypeError(f"`target_parameters` must be a list of parameter names, got {shown(names)}.")
+        for name in names:
+            if not isinstance(name, str) or not name or not is_text(name):
+                raise TypeError(f"`target_parameters` must hold non-empty parameter names, got {shown(name)}.")
+            _check_expression("target_parameters", name)
+        object.__setattr__(self, "target_parameters", list(names))
+
     def _check_patterns(self, field_name: str) -> None:
         patterns = getattr(self, field_name)
         if not isinstance(patterns, Mapping):
@@ -118,13 +135,7 @@ class AdapterConfig(ABC):
         for pattern, value in patterns.items():
             if not isinstance(pattern, str) or not pattern or not is_text(pattern):
                 raise TypeError(f"`{field_name}` must have non-empty names of linears as keys, got {shown(pattern)}.")
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"`{field_name}` has {shown(pattern)}, which is neither a name nor a valid regular expression "
-                    f"({error})."
-                ) from error
+            _check_expression(field_name, pattern)
             where = f"{field_name}[{shown(pattern)}]"
             if field_name == "rank_pattern":
                 check_integer(where, value, least=1)
@@ -160,7 +171,7 @@ class AdapterConfig(ABC):
             object.__setattr__(self, name, list(value))  # a copy: the caller's list may change
         if isinstance(self.target_modules, str):
             return
-        if not self.target_modules:
+        if not self.target_modules and not self.target_parameters:
             raise ValueError(f"`target_modules` is an empty list. Give module names, or {ALL_LINEAR!r}.")
         both = sorted(set(self.exclude_modules) & set(self.target_modules))
         if both:
@@ -238,7 +249,7 @@ class AdapterConfig(ABC):
 
         Layers and patterns are left out where none were given: a file is then one that older releases read.
         """
-        absent = {name for name in ("layers_to_transform", *_PATTERNS) if not getattr(self, name)}
+        absent = {name for name in _LEFT_OUT_IF_EMPTY if not getattr(self, name)}
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in absent}
         return {"kind": self.kind, **values}
 
@@ -287,6 +298,15 @@ class AdapterConfig(ABC):
 def matches(pattern: str, *names: str) -> bool:
     """Whether a key of ``rank_pattern`` or ``alpha_pattern`` is for a linear of one of these names."""
     return any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in names)
+
+
+def _check_expression(field_name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`{field_name}` has {shown(pattern)}, which is neither a name nor a valid regular expression ({error})."
+        ) from error
 
 
 def _check_alpha(name: str, value: Any) -> None:

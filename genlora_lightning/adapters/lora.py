@@ -91,6 +91,8 @@ class LoRAConfig(AdapterConfig):
         dropout: Probability of dropping an entry of the adapter's input while training.
         target_modules: Linear layers to adapt: ``"all-linear"`` (each but the output head), a list of module names or
             their last parts (``["q_proj", "v_proj"]``), or a regular expression that must match the whole module name.
+        target_parameters: Parameters to adapt that hold a stack of matrices, such as a mixture's experts
+            (``["experts.gate_up_proj"]``): names, their last parts, or regular expressions of either.
         exclude_modules: Names, or last parts of names, of linears not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.

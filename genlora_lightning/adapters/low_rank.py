@@ -19,15 +19,15 @@ def singular_values(A: Tensor, B: Tensor) -> Tensor:
     With ``B = Q_B R_B`` and ``Aᵀ = Q_A R_A`` they are those of the small matrix ``R_B R_Aᵀ``.
 
     Args:
-        A: ``(R, I)``.
-        B: ``(O, R)``.
+        A: ``(..., R, I)``.
+        B: ``(..., O, R)``.
 
     Returns:
-        ``(min(R, I, O))`` values in descending order, computed in float64.
+        ``(..., min(R, I, O))`` values in descending order, computed in float64.
     """
     r_b = torch.linalg.qr(B.double(), mode="r").R
-    r_a = torch.linalg.qr(A.double().T, mode="r").R
-    values: Tensor = torch.linalg.svdvals(r_b @ r_a.T)
+    r_a = torch.linalg.qr(A.double().mT, mode="r").R
+    values: Tensor = torch.linalg.svdvals(r_b @ r_a.mT)
     return values
 
 
@@ -71,14 +71,19 @@ def effective_rank(A: Tensor, B: Tensor, kind: RankKind = "entropy") -> float:
     equal singular values. ``"stable"``: ``Σ σ_i² / σ_1²``.
 
     Args:
-        A: ``(R, I)``.
+        A: ``(R, I)``, or those of a stack of matrices.
         B: ``(O, R)``.
         kind: Which of the two.
 
     Returns:
-        The effective rank; 0.0 for a product that is zero, such as a new adapter's.
+        The effective rank; 0.0 for a product that is zero, such as a new adapter's. Of a stack the mean.
     """
     values = singular_values(A, B)
+    ranks = [_effective_rank(own, kind) for own in values.reshape(-1, values.shape[-1])]
+    return sum(ranks) / len(ranks)
+
+
+def _effective_rank(values: Tensor, kind: RankKind) -> float:
     if not values.numel() or values[0] <= 0:
         return 0.0
     if kind == "stable":
@@ -95,7 +100,7 @@ def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, f
     Computed in float64.
 
     Args:
-        A: ``(R, I)``.
+        A: ``(R, I)``, or those of a stack of matrices.
         B: ``(O, R)``.
         rank: r. Where ``B @ A`` has fewer singular values, the rest is zeros.
 
@@ -104,14 +109,14 @@ def truncate_factors(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, f
         kept, 1 for a product that is zero.
     """
     q_b, r_b = torch.linalg.qr(B.double())
-    q_a, r_a = torch.linalg.qr(A.double().T)
-    u, s, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    q_a, r_a = torch.linalg.qr(A.double().mT)
+    u, s, vh = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
     total = float(s.square().sum())
-    kept = float(s[:rank].square().sum())
-    root = s[:rank].sqrt()
-    low_b = (q_b @ u[:, :rank]) * root
-    low_a = root.unsqueeze(1) * (vh[:rank] @ q_a.T)
-    missing = rank - root.numel()
+    kept = float(s[..., :rank].square().sum())
+    root = s[..., :rank].sqrt()
+    low_b = (q_b @ u[..., :rank]) * root.unsqueeze(-2)
+    low_a = root.unsqueeze(-1) * (vh[..., :rank, :] @ q_a.mT)
+    missing = rank - root.shape[-1]
     if missing > 0:
         low_b = nn.functional.pad(low_b, (0, missing))
         low_a = nn.functional.pad(low_a, (0, 0, 0, missing))

@@ -35,7 +35,7 @@ from genlora_lightning.backbone.identity import IDENTITY_SHAPE
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
 from genlora_lightning.layers.adapted import AdaptedLayer
-from genlora_lightning.layers.sites import adapt
+from genlora_lightning.layers.sites import adapt, without_memory
 from genlora_lightning.layers.ties import Ties
 from genlora_lightning.storage.atomic import find_folder
 from genlora_lightning.storage.digests import sha256
@@ -134,8 +134,7 @@ class StoredLayers:
 
     def without_values(self, name: str, shape: MatrixShape) -> AdaptedLayer:
         """Make the adapter of a linear, tied to those before it."""
-        base = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
-        layer = adapt(base, self._configs[name])
+        layer = adapt(without_memory(shape), self._configs[name])
         self._ties.tie(name, layer)
         return layer
 
@@ -260,7 +259,7 @@ def read_adapter(folder: str | os.PathLike[str]) -> StoredAdapter:
         config=config,
         configs={name: others.get(name, config) for name in manifest["layers"]},
         tensors=format1.upgraded_names(tensors) if is_format1 else tensors,
-        layers={name: MatrixShape(*shape) for name, shape in manifest["layers"].items()},
+        layers={name: MatrixShape.of(shape) for name, shape in manifest["layers"].items()},
         sites=manifest.get("sites", {}),
         trained_modules=manifest["trained_modules"],
         base=manifest["base"],

@@ -78,7 +78,7 @@ class AdapterRecord:
         state: The adapter's tensors by name.
         configs: The configuration of each adapted linear.
         base: The base's identity (:func:`~genlora_lightning.backbone.identity.base_identity`).
-        layers: ``[out_features, in_features]`` of each adapted layer.
+        layers: ``[out_features, in_features]`` of each adapted layer; of a stack of matrices with their number first.
         sites: What those of them are that are no linears.
         trained_modules: The names of the tensors of each module trained in full.
         base_is_transformers: Whether the base is one of transformers' models.
@@ -119,7 +119,7 @@ def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> Adap
         state=state,
         configs=adapter_configs(model),
         base=base_identity(model) if base is None else base,
-        layers={name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
+        layers={name: layer.shape.sizes for name, layer in layers.items()},
         sites={name: layer.noun for name, layer in layers.items() if layer.named_only},
         trained_modules={
             name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()
@@ -166,7 +166,7 @@ def write_adapter(
     state = checked_tensors(content.state, folder)
     try:
         num_trained = check_layers(
-            {name: MatrixShape(*shape) for name, shape in content.layers.items()},
+            {name: MatrixShape.of(shape) for name, shape in content.layers.items()},
             content.configs,
             content.trained_modules,
             state,
@@ -352,7 +352,8 @@ def fitted(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
 
     All its names then begin with one prefix, that of the model in the module: ``"lm."``.
     """
-    modules = {name for name, _ in model.named_modules() if name}
+    # Parameters too, of which some hold stacks of matrices.
+    modules = {name for name, _ in (*model.named_modules(), *model.named_parameters()) if name}
     names = [*stored.layers, *stored.trained_modules]
     # Adapted linears are there under the same name, with adapters and without.
     if not names or modules.issuperset(names):

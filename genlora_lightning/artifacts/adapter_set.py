@@ -226,6 +226,8 @@ class AdapterSet(nn.Module):
         if isinstance(adapter, (AdapterConfig, Mapping)):
             config = read_config(adapter)
             _check_nothing_in_full(config.modules_to_train, f"The configuration of {name!r}")
+            if config.target_parameters:
+                raise ValueError(f"{name!r} has `target_parameters`, and a set adapts whole layers: use it alone.")
             with self._bare():
                 inject_adapters(self.model, config, generator=generator)
                 self._train(name, adapter_layers(self.model))
@@ -291,7 +293,7 @@ class AdapterSet(nn.Module):
             state={n: parameter.detach() for n, parameter in state.items()},
             configs={n: layer.config for n, layer in layers.items()},
             base=base_identity(self.model),
-            layers={n: [layer.out_features, layer.in_features] for n, layer in layers.items()},
+            layers={n: layer.shape.sizes for n, layer in layers.items()},
             sites={n: layer.noun for n, layer in layers.items() if layer.named_only},
             trained_modules={},
             base_is_transformers=type(self.model).__module__.startswith("transformers."),

@@ -155,7 +155,7 @@ def keep_adapters_only(
         "base": without_samples(base_of(module), _base_names(root, prefix, kept)),
         "prefix": prefix,
         # As in an adapter folder, but by the names in this state dict.
-        "layers": {name: [layer.out_features, layer.in_features] for name, layer in layers.items()},
+        "layers": {name: layer.shape.sizes for name, layer in layers.items()},
         "num_linears": count_linears(root),
         "trained_modules": {
             name: [sys.intern(own) for own in tensors] for name, tensors in tensors_trained_in_full(module).items()

@@ -71,6 +71,7 @@ class LayerDescription:
         effective_rank: Entropy effective rank of its update; see :func:`effective_rank`.
         parameters: Trained values of its adapter, as the plan and the summary of a run count them.
         fixed: Values of its adapter that are stored and were not trained.
+        num_matrices: How many matrices of these sizes it is, of a mixture's experts; the effective rank is their mean.
     """
 
     module: str
@@ -80,6 +81,7 @@ class LayerDescription:
     effective_rank: float
     parameters: int
     fixed: int
+    num_matrices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +133,7 @@ class AdapterDescription:
         rows = [
             (
                 layer.module,
-                f"({layer.out_features}, {layer.in_features})",
+                f"({f'{layer.num_matrices}, ' * (layer.num_matrices > 1)}{layer.out_features}, {layer.in_features})",
                 str(layer.rank),
                 f"{layer.effective_rank:.2f}",
                 f"{layer.parameters:,}",
@@ -227,7 +229,7 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     try:
         stored = StoredLayers(configs, dict(tensors))
         for name, shape in described["layers"].items():
-            layer, own = stored.make(name, MatrixShape(*shape))
+            layer, own = stored.make(name, MatrixShape.of(shape))
             layers.append(_describe_layer(name, layer, own, path))
             for own_name in own:
                 del tensors[f"{name}.{own_name}"]
@@ -272,4 +274,5 @@ def _describe_layer(name: str, layer: AdaptedLayer, own: list[str], source: Path
         effective_rank=rank,
         parameters=trained,
         fixed=stored - trained,
+        num_matrices=layer.shape.num_matrices,
     )

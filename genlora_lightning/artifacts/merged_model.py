@@ -16,7 +16,8 @@ from genlora_lightning.backbone.tasks import transformers_base
 from genlora_lightning.injection.full_training import original_dtype, trained_modules
 from genlora_lightning.injection.inject import adapter_layers, require_adapters
 from genlora_lightning.injection.merging import MergeReport, MergeRow, measure_drift, naming, warn_of_losses
-from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.adapted import AdaptedLayer, is_place
+from genlora_lightning.layers.experts import AdaptedExperts
 from genlora_lightning.storage.folders import check_replaceable, write_folder
 
 # In a merged folder: which files were written, with their sizes and times, so that only what is unchanged is replaced.
@@ -126,14 +127,19 @@ def _merged_state(base: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str,
     state: dict[str, Tensor] = {}
     cast: dict[int, Tensor] = {}
     own = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
-    places = {name: m for name, m in base.named_modules(remove_duplicate=False) if isinstance(m, AdaptedLayer)}
+    places = {name: m for name, m in base.named_modules(remove_duplicate=False) if is_place(m)}
+    alone = {name: m for name, m in places.items() if isinstance(m, AdaptedLayer)}
+    sums = {f"{name}.base_layer.{layer.parameter}": merged[id(layer)] for name, layer in alone.items()}
+    for name, module in places.items():
+        if isinstance(module, AdaptedExperts):
+            sums |= {f"{name}.base_layer.{own}": merged[id(stack)] for own, stack in module.stacks.items()}
     for name, tensor in base.state_dict(keep_vars=True).items():
         if id(tensor) in own:
             continue
         parent = next((place for place in places if name.startswith(f"{place}.")), None)
         key = name if parent is None else parent + name.removeprefix(f"{parent}.base_layer")
-        if parent is not None and name == f"{parent}.base_layer.{places[parent].parameter}":
-            state[key] = merged[id(places[parent])]
+        if name in sums:
+            state[key] = sums[name]
             continue
         if id(tensor) not in cast:
             target = (dtype or trained_dtype.get(id(tensor)) or tensor.dtype) if tensor.is_floating_point() else None

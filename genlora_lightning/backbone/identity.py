@@ -28,8 +28,8 @@ from genlora_lightning.backbone.low_memory import WeightSource, weight_source
 from genlora_lightning.backbone.quantization import quantization_of
 from genlora_lightning.errors import WrongBaseError
 from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.injection.places import adapter_places, base_name
-from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.quantized import codes, is_quantized, matrix_size
 from genlora_lightning.storage.digests import dtype_name, sha256
 
@@ -68,8 +68,7 @@ def base_parameters(model: nn.Module, without: Iterable[str] = ()) -> Iterator[t
     """
     places = adapter_places(model)
     own = {id(p) for place in places.values() for p in place.adapter_parameters().values()}
-    layers = [place.module for place in places.values() if isinstance(place.module, AdaptedLayer)]
-    originals: dict[int, Tensor] = {id(layer.weight): layer.base_weight for layer in layers}
+    originals: dict[int, Tensor] = {id(layer.weight): layer.base_weight for layer in adapter_layers(model).values()}
     wanted = set(without)
     trained = [*trained_modules(model).values(), *(part for name, part in model.named_modules() if name in wanted)]
     trained += [place.module for place in places.values() if place.is_copy]

@@ -90,6 +90,13 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
         "--target-modules", nargs="+", metavar="NAME", default=[], help="linears to adapt (default: all)"
     )
     parser.add_argument(
+        "--target-parameters",
+        nargs="+",
+        metavar="NAME",
+        default=[],
+        help="stacks of matrices to adapt, such as experts.gate_up_proj (default: none)",
+    )
+    parser.add_argument(
         "--layers-to-transform", nargs="+", type=int, metavar="N", help="numbers of the layers to adapt (default: all)"
     )
     parser.add_argument("--exclude-modules", nargs="+", metavar="NAME", default=[], help="linears to leave alone")
@@ -119,6 +126,7 @@ def _config(options: argparse.Namespace, sizes: dict[str, Any]) -> AdapterConfig
         {
             "kind": options.kind,
             "target_modules": targets,
+            "target_parameters": options.target_parameters,
             "exclude_modules": options.exclude_modules,
             "modules_to_train": options.modules_to_train,
             "layers_to_transform": options.layers_to_transform,
@@ -188,7 +196,9 @@ def run_budget(options: argparse.Namespace) -> None:
     model = build_on_meta(*_model(options), trust_remote_code=options.trust_remote_code)
     inject_adapters(model, smallest)
     shapes = [layer.shape for layer in adapter_layers(model).values()]
-    wanted = options.parameters or round(options.like_lora_rank * sum(map(sum, shapes)))
+    wanted = options.parameters or round(
+        options.like_lora_rank * sum(shape.num_matrices * sum(shape) for shape in shapes)
+    )
     found = fit_budget(kind, shapes, wanted)
     chosen: dict[str, Any] = {"kind": kind.kind} if options.kind != _KINDS[0] else {}
     chosen |= {name: getattr(found.config, name) for name in _SIZES if hasattr(kind, name)}

@@ -25,7 +25,8 @@ from genlora_lightning.injection.places import plain_name
 from genlora_lightning.injection.report import BESIDE_PARTS, InjectionReport, InjectionRow
 from genlora_lightning.injection.targets import all_names, configurations, match_modules, select_targets
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
-from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.adapted import AdaptedLayer, is_place
+from genlora_lightning.layers.experts import AdaptedExperts, AdaptedStack, stack_of_matrices
 from genlora_lightning.layers.quantized import is_quantized
 from genlora_lightning.layers.sharing import share_generation, stop_sharing_generation
 from genlora_lightning.layers.sites import adapt, is_linear, matrix_shape, obstacle
@@ -166,7 +167,7 @@ def inject_adapters(
     check_no_foreign_adapters(model)
     can_be_adapted = is_linear if config.target_modules == ALL_LINEAR else matrix_shape
     linears = {name: module for name, module in model.named_modules() if can_be_adapted(module)}
-    if not linears:
+    if not linears and not config.target_parameters:
         raise ValueError(
             f"This {type(model).__name__} has no nn.Linear or Conv1D to adapt{_other_sites(model)}. If its backbone is "
             "built later (`configure_model`), inject after that."
@@ -203,6 +204,10 @@ def inject_layers(
         return _go_on(model, configs)
     check_no_foreign_adapters(model)
     modules = dict(model.named_modules())
+    for name in configs:
+        holder, _, own = name.rpartition(".")
+        if name not in modules and holder in modules and (stack := stack_of_matrices(modules[holder], own)) is not None:
+            modules[name] = stack
     absent = [name for name in configs if name not in modules or matrix_shape(modules[name]) is None]
     absent += [name for name in trained if name not in modules]
     if absent:
@@ -255,12 +260,27 @@ def _put_in(
     model.requires_grad_(False)
     adapted = {name: adapt(module, config, generator) for name, (module, config) in layers.items()}
     tie_modules(adapted, stored)
-    _replace(model, {id(module): adapted[name] for name, (module, _) in layers.items()})
+    _replace(model, _replacements(adapted, layers))
     train_in_full(model, list(trained.values()))
     _disable_fast_paths(model)
     share_generation(model)
     note(model, _SKIPPED, skipped)
     return _report(model, skipped)
+
+
+def _replacements(
+    adapted: Mapping[str, AdaptedLayer], layers: Mapping[str, tuple[nn.Module, AdapterConfig]]
+) -> dict[int, nn.Module]:
+    """What is to stand in the place of each module (by id): its adapted layer, or the one around its parameters'."""
+    replacements: dict[int, nn.Module] = {}
+    stacks: dict[int, tuple[nn.Module, dict[str, AdaptedStack]]] = {}
+    for name, layer in adapted.items():
+        if isinstance(layer, AdaptedStack):
+            holder, own = layer.weight_place
+            stacks.setdefault(id(holder), (holder, {}))[1][own] = layer
+        else:
+            replacements[id(layers[name][0])] = layer
+    return replacements | {key: AdaptedExperts(holder, own) for key, (holder, own) in stacks.items()}
 
 
 def _go_on(model: nn.Module, configs: Mapping[str, AdapterConfig]) -> InjectionReport:
@@ -317,7 +337,7 @@ def remove_adapters(model: nn.Module, *, keep_merged: bool = False) -> None:
             layer.unmerge()
         restore_dtypes(model)
     stop_sharing_generation(model)
-    _replace(model, {id(layer): layer.base_layer for layer in layers.values()})
+    _replace(model, {id(module): module.base_layer for module in model.modules() if is_place(module)})
     for module in trained_modules(model).values():
         stop_training_in_full(module)
     for module in model.modules():
@@ -392,12 +412,13 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
     adapted = tuple(
         InjectionRow(
             module=name,
-            kind=type(layer.base_layer).__name__,
-            shape=f"({layer.out_features}, {layer.in_features})",
+            kind=type(layer.weight_place[0]).__name__,
+            shape=f"({', '.join(map(str, layer.shape.sizes))})",
             trainable_parameters=sum(
                 p.numel() for p in layer.adapter_parameters().values() if p.requires_grad and owners[p] == name
             ),
-            lora_parameters=layer.config.rank * (layer.in_features + layer.out_features),
+            lora_parameters=layer.shape.num_matrices * layer.config.rank * sum(layer.shape),
+            matrices=layer.shape.num_matrices,
             rank=layer.config.rank,
             is_linear=not layer.named_only,
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.adapted import is_place
 from genlora_lightning.overrides import forget, note, noted
 
 _WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -38,15 +38,21 @@ class Place:
         """The base's module."""
         return getattr(self.module, self.base)  # type: ignore[no-any-return]
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether this library has made it."""
+        return is_place(self.module)
+
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their names in the place; fixed ones are among them."""
-        if isinstance(self.module, AdaptedLayer):
-            return self.module.adapter_parameters()
+        if self.is_ours:
+            own: dict[str, nn.Parameter] = self.module.adapter_parameters()  # type: ignore[operator]
+            return own
         return {name: tensor for name, tensor in self._tensors() if isinstance(tensor, nn.Parameter)}
 
     def adapter_buffers(self) -> dict[str, Tensor]:
         """The adapter's buffers that a state dict holds, by their names in the place."""
-        if isinstance(self.module, AdaptedLayer):
+        if self.is_ours:
             return {}
         return {name: tensor for name, tensor in self._tensors() if not isinstance(tensor, nn.Parameter)}
 
@@ -75,7 +81,7 @@ def adapter_places(model: nn.Module) -> dict[str, Place]:
     """The places of a model's adapters by name, each once; empty if the model has none."""
     found: dict[str, Place] = {}
     for name, module in model.named_modules():
-        if isinstance(module, AdaptedLayer):
+        if is_place(module):
             found[name] = Place(module)
         elif (mark := noted(module, _MARK)) is not None:
             found[name] = Place(module, *mark)
@@ -84,7 +90,7 @@ def adapter_places(model: nn.Module) -> dict[str, Place]:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model has adapters, whoever put them in."""
-    return any(isinstance(m, AdaptedLayer) or noted(m, _MARK) is not None for m in model.modules())
+    return any(is_place(m) or noted(m, _MARK) is not None for m in model.modules())
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,7 +16,7 @@ _IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, UNTIED, TIED_TO_ADAPTED, STACK, BESIDE_PART
 
 @dataclass(frozen=True, kw_only=True)
 class InjectionRow:
-    """One line of a :class:`InjectionReport`: an adapted layer or a module trained in full."""
+    """One line of a :class:`InjectionReport`: an adapted layer, a stack of matrices or a module trained in full."""
 
     module: str
     kind: str
@@ -25,6 +25,7 @@ class InjectionRow:
     lora_parameters: int
     rank: int | None = None
     is_linear: bool = True
+    matrices: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ class InjectionReport:
 
     @property
     def noun(self) -> str:
-        """What the adapted layers are."""
-        return "linears" if all(row.is_linear for row in self.adapted) else "layers"
+        """What the adapted layers are, but for stacks of matrices."""
+        return "linears" if all(row.is_linear for row in self.adapted if row.matrices == 1) else "layers"
 
     @property
     def _ranks(self) -> list[int]:
@@ -68,7 +69,10 @@ class InjectionReport:
     def summary(self) -> str:
         """The report in one or two lines."""
         share = 100 * self.trainable_parameters / max(self.total_parameters, 1)
-        text = f"{self.title} adapts {len(self.adapted)} {self.noun} with {self.adapter_parameters:,} parameters"
+        stacks = [row.matrices for row in self.adapted if row.matrices > 1]
+        text = f"{self.title} adapts {len(self.adapted) - len(stacks)} {self.noun}"
+        text += f" and {len(stacks)} stacks of {sum(stacks):,} matrices" if stacks else ""
+        text += f" with {self.adapter_parameters:,} parameters"
         if len(self._ranks) > 1:
             text += f", of ranks {', '.join(map(str, self._ranks))}"
         if self.adapter_parameters != self.lora_parameters:

@@ -12,10 +12,11 @@ from torch.nn.modules.conv import _ConvNd
 from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig, matches
 from genlora_lightning.injection.heads import TIED_TO_ADAPTED, UNTIED, output_heads
 from genlora_lightning.injection.uncalled import uncalled_layers
-from genlora_lightning.layers.sites import obstacle
+from genlora_lightning.layers.experts import StackOfMatrices, stack_of_matrices
+from genlora_lightning.layers.sites import matrix_shape, obstacle
 
 # A reason for leaving a module alone that its user should know of.
-STACK = "several matrices in one parameter, as in a mixture of experts, are no nn.Linear"
+STACK = "several matrices in one parameter, as in a mixture of experts: `target_parameters` names such parameters"
 
 
 def _named(name: str, patterns: Iterable[str]) -> bool:
@@ -82,9 +83,11 @@ def select_targets(
         else:
             candidates[name] = module
 
+    stacks = _select_stacks(model, config, inside_trained, inside_excluded, numbers)
     if config.target_modules == ALL_LINEAR:
         targets = candidates
-        skipped |= _stacks_of_matrices(model, inside_trained | inside_excluded)
+        adapted = {id(stack.module) for stack in stacks.values()}
+        skipped |= _stacks_of_matrices(model, inside_trained | inside_excluded | adapted)
     elif isinstance(config.target_modules, str):
         expression = re.compile(config.target_modules)
         targets = {
@@ -103,6 +106,7 @@ def select_targets(
             if any(_named(alias, config.target_modules) for alias in names[id(module)])
         }
         skipped = {name: reason for name, reason in skipped.items() if _named(name, config.target_modules)}
+    targets = {**targets, **stacks}
     if not targets:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ValueError(
@@ -111,6 +115,60 @@ def select_targets(
             + f" {_near(str(config.target_modules), linears)}"
         )
     return targets, skipped | _untied(model, inside_trained) | _tied_to(model, targets)
+
+
+def _select_stacks(
+    model: nn.Module, config: AdapterConfig, trained: set[int], excluded: set[int], numbers: set[int] | None
+) -> dict[str, StackOfMatrices]:
+    """Choose the stacks of matrices to adapt, by the parameters' names.
+
+    Raises:
+        ValueError: A name matches no parameter that can be adapted.
+    """
+    chosen: dict[str, StackOfMatrices] = {}
+    unmatched = dict.fromkeys(config.target_parameters, "")
+    aliases = all_names(model) if unmatched else {}
+    for module_name, module in model.named_modules() if unmatched else ():
+        for own, parameter in module._parameters.items():
+            names = [f"{alias}.{own}" if alias else own for alias in aliases[id(module)]]
+            asked = [pattern for pattern in config.target_parameters if matches(pattern, *names)]
+            if parameter is None or not asked:
+                continue
+            name = f"{module_name}.{own}" if module_name else own
+            stack = stack_of_matrices(module, own)
+            reason = None
+            if isinstance(module, _ConvNd):
+                reason = "it is a convolution's"
+            elif matrix_shape(module) is not None:
+                reason = "it is a linear's: name the linear in `target_modules`"
+            elif module is model:
+                reason = "it is the model's own: put the model into a module"
+            elif stack is None:
+                reason = (
+                    f"it is {tuple(parameter.shape)} {str(parameter.dtype).removeprefix('torch.')}, and a stack of "
+                    "matrices has three dimensions, of floating point numbers of 16 bits or more"
+                )
+            elif id(module) in trained:
+                reason = "trained in full"
+            elif id(module) in excluded:
+                reason = "in `exclude_modules`"
+            elif numbers is not None and not any(_layer_number(alias) in numbers for alias in names):
+                reason = "in no layer of `layers_to_transform`"
+            if reason is None and stack is not None:
+                chosen[name] = stack
+            for pattern in asked:
+                if reason is None:
+                    unmatched.pop(pattern, None)
+                elif pattern in unmatched:
+                    unmatched[pattern] = f"{name} cannot be adapted: {reason}."
+    for pattern, reason in unmatched.items():
+        if reason:
+            raise ValueError(f"`target_parameters` names {pattern!r}, but {reason}")
+        own = ((n, m) for m in model.modules() if not isinstance(m, _ConvNd) for n in m._parameters)
+        there = {name: module for name, module in own if stack_of_matrices(module, name) is not None}
+        known = f" {_near(pattern, there)}" if there else " The model has no stacks of matrices."
+        raise ValueError(f"`target_parameters` names {pattern!r}, which no parameter matches.{known}")
+    return chosen
 
 
 def configurations(
@@ -128,6 +186,10 @@ def configurations(
         ValueError: A pattern matches none of them.
     """
     names = all_names(model)
+    for name, module in targets.items():
+        if isinstance(module, StackOfMatrices):  # which is no module of the model
+            own = name.rpartition(".")[2]
+            names[id(module)] = [f"{alias}.{own}" for alias in names[id(module.module)]]
     for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
         for pattern in patterns:
             if any(matches(pattern, *names[id(module)]) for module in targets.values()):
@@ -173,7 +235,9 @@ def _unmatched_target(model: nn.Module, pattern: str, candidates: dict[str, nn.M
             return f"`target_modules` names {pattern!r}, but {name} is a {type(module).__name__}, not a linear.{hint}"
     for name, parameter in model.named_parameters():
         if _named(name, [pattern]):
-            what = ": matrices in one, as of experts, are not supported yet" if parameter.dim() > 2 else ", no linear"
+            what = ", no linear"
+            if parameter.dim() == 3:  # as of a mixture's experts
+                what = f": put it into `target_parameters`, as {'.'.join(name.split('.')[-2:])!r}"
             return (
                 f"`target_modules` names {pattern!r}, but {name} is a parameter of shape {tuple(parameter.shape)}"
                 f"{what}. {_near(pattern, candidates)}"

@@ -28,6 +28,7 @@ from genlora_lightning.injection.named import check_one_active
 from genlora_lightning.interop.lora_files import has_mark
 from genlora_lightning.interop.lora_sites import to_peft, unlike_peft
 from genlora_lightning.layers.adapted import AdaptedLayer
+from genlora_lightning.layers.experts import AdaptedStack
 from genlora_lightning.layers.linear import is_conv1d
 from genlora_lightning.layers.sites import matrix_shape
 from genlora_lightning.storage.folders import check_replaceable, write_folder
@@ -70,6 +71,7 @@ class LoRAExport:
         modules_to_save: Modules that were trained in full and are saved with the adapter.
         task_type: PEFT's name of the task, if it is known.
         named_only: Of the layers those that are no linears: embeddings and convolutions.
+        target_parameters: Stacks of matrices among the rows: PEFT's name for them.
     """
 
     folder: Path
@@ -78,6 +80,7 @@ class LoRAExport:
     modules_to_save: tuple[str, ...]
     task_type: str | None
     named_only: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
 
     @property
     def served_rank(self) -> int | None:
@@ -93,6 +96,11 @@ class LoRAExport:
             return (
                 f"vLLM serves no adapter with modules trained in full ({names}): load it with PEFT, or merge it into "
                 "the base."
+            )
+        if self.target_parameters:
+            return (
+                "The experts' updates are in PEFT's form of them (`target_parameters`), of which servers are not known "
+                "to load: use PEFT, or merge it into the base."
             )
         if self.served_rank is None:
             return (
@@ -166,10 +174,12 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         and not name.endswith(".base_layer")
         and any(name.endswith(f".{own}") for own in layers)
     ]
+    stacks = [name for name, layer in layers.items() if isinstance(layer, AdaptedStack)]
     config = _peft_config(
         rows,
         settings,
         alphas,
+        stacks=stacks,
         base_model_name_or_path=base_model_name(base),
         task_type=task,
         fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in layers.values()),
@@ -183,7 +193,8 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         rows=tuple(rows),
         modules_to_save=tuple(trained),
         task_type=task,
-        named_only=tuple(name for name, layer in layers.items() if layer.named_only),
+        named_only=tuple(n for n, layer in layers.items() if layer.named_only and n not in stacks),
+        target_parameters=tuple(stacks),
     )
 
 
@@ -241,9 +252,26 @@ def _lora_tensors(
         A, B, energy = _exported_factors(layer, own if rank is None else min(rank, own), 1.0 if settings else None)
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"The update of {name} holds NaN or infinite values; nothing was exported.")
-        state |= {f"{_PREFIX}{own}": tensor for own, tensor in to_peft(name, layer, A, B).items()}
-        rows.append(ExportRow(module=name, rank=A.shape[0], energy_kept=energy, bytes=4 * (A.numel() + B.numel())))
+        rows.append(ExportRow(module=name, rank=A.shape[-2], energy_kept=energy, bytes=4 * (A.numel() + B.numel())))
+        if isinstance(layer, AdaptedStack):
+            place = _wrapper(name, layer, layers)
+            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)  # (E·r, I), and B's columns by rank, then by matrix
+            own_tensors = {f"{place}.lora_A.weight": A, f"{place}.lora_B.weight": B}
+        else:
+            own_tensors = to_peft(name, layer, A, B)
+        state |= {f"{_PREFIX}{key}": tensor for key, tensor in own_tensors.items()}
     return state, rows, settings
+
+
+def _wrapper(name: str, layer: AdaptedStack, layers: Mapping[str, AdaptedLayer]) -> str:
+    """The name that PEFT's wrapper of a parameter has.
+
+    It puts one around the other, for the module's parameters in turn; the last one's stands in the module's place.
+    """
+    module, _ = layer.weight_place
+    holder = name.rpartition(".")[0]
+    adapted = [own for own in module._parameters if f"{holder}.{own}" in layers]
+    return holder + ".base_layer" * (len(adapted) - 1 - adapted.index(name.rpartition(".")[2]))
 
 
 def _write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -272,8 +300,13 @@ def _exported_factors(layer: AdaptedLayer, rank: int, scaling: float | None) -> 
 
 
 def _peft_config(
-    rows: list[ExportRow], settings: dict[str, Any] | None, alphas: Mapping[str, float] | None, **facts: Any
+    rows: list[ExportRow],
+    settings: dict[str, Any] | None,
+    alphas: Mapping[str, float] | None,
+    stacks: list[str] | None = None,
+    **facts: Any,
 ) -> dict[str, Any]:
+    stacks = stacks or []
     ranks = {row.module: row.rank for row in rows}
     rank = max(ranks.values())
     settings = settings or {"lora_alpha": rank}
@@ -288,7 +321,8 @@ def _peft_config(
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": False,
-        "target_modules": list(ranks),
+        "target_modules": [name for name in ranks if name not in stacks],
+        **({"target_parameters": stacks} if stacks else {}),
         "exclude_modules": None,
         "modules_to_save": None,
         "inference_mode": True,

@@ -34,6 +34,8 @@ class AdaptedLayer(FactorLayer):
         ValueError: The configuration does not fit the matrix.
     """
 
+    #: Whether the layer stands where a module of the base stood, which it holds as ``base_layer``.
+    is_place: ClassVar[bool] = True
     #: Whether ``"all-linear"`` leaves the site out, so that only what a configuration names is adapted.
     named_only: ClassVar[bool] = False
     #: What a layer of the site is called in files.
@@ -50,14 +52,17 @@ class AdaptedLayer(FactorLayer):
         self.out_features, self.in_features = shape
         self.config = config
         self.base_layer = base_layer.requires_grad_(False)
-        self.update: WeightUpdate = config.make(shape, device=self.weight.device, generator=generator)
+        self.update: WeightUpdate = self._make_update(config, generator)
         self.set_dropout(config)
         self.enabled = True
         self.store = FactorStore()
         self.train(base_layer.training)  # dropout follows the mode of the model it is put into
         # The weight as it was before `merge`, kept out of the module's parameters so that no state dict holds it.
         self._unmerged_weight: tuple[nn.Parameter, ...] = ()
-        save_by_base_names(AdaptedLayer)
+        save_by_base_names(is_place)
+
+    def _make_update(self, config: AdapterConfig, generator: torch.Generator | None) -> WeightUpdate:
+        return config.make(self.shape, device=self.weight.device, generator=generator)
 
     # -- what a site says ---------------------------------------------------------------------------------------------
 
@@ -134,6 +139,11 @@ class AdaptedLayer(FactorLayer):
         return bias
 
     @property
+    def weight_place(self) -> tuple[nn.Module, str]:
+        """The module that has :attr:`weight` for a parameter, and the name of it there."""
+        return self.base_layer, self.parameter
+
+    @property
     def merged(self) -> bool:
         """Whether the update is added into the base layer's weight at present."""
         return bool(self._unmerged_weight)
@@ -191,12 +201,11 @@ class AdaptedLayer(FactorLayer):
                 has hooks or computes something else with it, or the update, or the sum in ``dtype``, is not finite.
         """
         weight = self.base_weight
-        shape = self.to_stored(torch.empty(self.shape, device="meta")).shape
-        obstacle = obstacle_in_weight(self.base_layer, weight, shape, self.parameter) or obstacle_in_hooks(
-            self.base_layer
-        )
+        shape = self.to_stored(torch.empty(self.shape.sizes, device="meta")).shape
+        module, name = self.weight_place
+        obstacle = obstacle_in_weight(module, weight, shape, name) or obstacle_in_hooks(module)
         if obstacle is not None:
-            raise ValueError(f"Cannot merge into this {type(self.base_layer).__name__}: {obstacle}")
+            raise ValueError(f"Cannot merge into this {type(module).__name__}: {obstacle}")
         delta = self.stored_delta()
         compute_dtype = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(delta.device, compute_dtype) + delta.to(compute_dtype)
@@ -259,8 +268,13 @@ class AdaptedLayer(FactorLayer):
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        save_by_base_names(AdaptedLayer)  # a pickle may be loaded where nothing was adapted yet
+        save_by_base_names(is_place)  # a pickle may be loaded where nothing was adapted yet
 
     @override
     def extra_repr(self) -> str:
         return f"scaling={self.scaling:.4g}, merged={self.merged}"
+
+
+def is_place(module: nn.Module) -> bool:
+    """Whether a module of ours stands where a module of the base stood, which it holds as ``base_layer``."""
+    return getattr(type(module), "is_place", False)

@@ -21,7 +21,7 @@ def obstacle_in_weight(base: nn.Module, weight: Tensor, shape: torch.Size, name:
         base: The layer.
         weight: Its weight.
         shape: Of the update, as the layer would store it.
-        name: Of the weight in the layer.
+        name: The weight's, in the layer.
     """
     if parametrize.is_parametrized(base, name):
         return _computed(base, f'torch.nn.utils.parametrize.remove_parametrizations(base_layer, "{name}")')

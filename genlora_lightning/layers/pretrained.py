@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 import warnings
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
 
@@ -15,7 +16,7 @@ from genlora_lightning.overrides import note, noted
 _INSTALLED = "saves_by_base_names"
 
 
-def save_by_base_names(layer_class: type[nn.Module]) -> None:
+def save_by_base_names(is_ours: Callable[[nn.Module], bool]) -> None:
     """Override transformers' ``save_pretrained``, if transformers is in use; models without adapted layers see nothing.
 
     By the names in the state dict, ``q_proj.base_layer.weight``, ``from_pretrained`` would find no weight for
@@ -23,7 +24,7 @@ def save_by_base_names(layer_class: type[nn.Module]) -> None:
     that it is a part of, and each of them may be saved.
 
     Args:
-        layer_class: The class of adapted layers, with their layer as ``base_layer``, and ``merged``.
+        is_ours: Whether a module is an adapted one, with what it adapts as ``base_layer``, and ``merged``.
     """
     transformers = sys.modules.get("transformers.modeling_utils")
     if transformers is None:
@@ -36,7 +37,7 @@ def save_by_base_names(layer_class: type[nn.Module]) -> None:
     @wraps(original)
     def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> Any:
         given = inspect.signature(original).bind(model, *args, **kwargs)
-        places = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, layer_class)}
+        places = {n: m for n, m in model.named_modules(remove_duplicate=False) if is_ours(m)}
         if places:
             given.arguments["state_dict"] = _by_base_names(model, places, given.arguments.get("state_dict"))
         return original(*given.args, **given.kwargs)
@@ -52,8 +53,16 @@ def _by_base_names(model: Any, places: dict[str, Any], state: dict[str, Any] | N
     transformers' Trainer has it do when it goes on from a checkpoint.
 
     Raises:
-        ValueError: The base is quantized: transformers takes the names from the model then.
+        ValueError: The base is quantized: transformers takes the names from the model then. Or a stack of experts is
+            adapted and not merged: transformers stores experts by other names, and would take its tensors for theirs.
     """
+    stacks = [name for name, module in places.items() if not module.merged and hasattr(module, "stacks")]
+    if stacks:
+        raise ValueError(
+            f"transformers stores the experts of a mixture one by one, and would take the adapter's tensors in "
+            f"{stacks[0]} for theirs. Keep what was trained with `save_adapter(model, folder)`, save the merged model "
+            "with `save_merged(model, folder)`, or take the adapters off first; nothing was saved."
+        )
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "transformers cannot save a quantized model with adapters so that it loads again. Keep what was trained "

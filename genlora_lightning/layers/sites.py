@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from genlora_lightning.adapters.base import MatrixShape
+from genlora_lightning.adapters.base import MatrixShape, StackShape
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.attention import AdaptedAttention
 from genlora_lightning.layers.convolution import AdaptedConv
 from genlora_lightning.layers.embedding import AdaptedEmbedding
+from genlora_lightning.layers.experts import AdaptedStack, StackOfMatrices
 from genlora_lightning.layers.linear import AdaptedLinear
 
 # The first one that knows a module adapts it.
-SITES: list[type[AdaptedLayer]] = [AdaptedLinear, AdaptedEmbedding, AdaptedConv, AdaptedAttention]
+SITES: list[type[AdaptedLayer]] = [AdaptedLinear, AdaptedEmbedding, AdaptedConv, AdaptedAttention, AdaptedStack]
 
 
 def site_of(module: nn.Module) -> type[AdaptedLayer] | None:
@@ -38,6 +39,13 @@ def obstacle(module: nn.Module) -> str | None:
     """Why a module of a site cannot be adapted all the same; ``None`` if it can."""
     site = site_of(module)
     return None if site is None else site.obstacle(module)
+
+
+def without_memory(shape: MatrixShape) -> nn.Module:
+    """A module on the meta device whose matrix, or stack of matrices, has these sizes: for adapters without a base."""
+    if isinstance(shape, StackShape):
+        return StackOfMatrices.on_meta(shape)
+    return nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta")
 
 
 def adapt(module: nn.Module, config: AdapterConfig, generator: torch.Generator | None = None) -> AdaptedLayer:

@@ -35,6 +35,10 @@ from genlora_lightning.layers.sharing import batch_key, generated, layers_of, nu
 _FEW = 2
 
 
+_EXPERTS = "_experts_implementation"
+_GROUPED = [op.default for op in (getattr(torch.ops.aten, "_grouped_mm", None),) if op is not None]
+
+
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes of a training step at its peak, beside parameters and inputs.
@@ -73,8 +77,27 @@ def count_step(
         generation: What :func:`count_generation` gives for the model, if it is known: it is the same in every mode.
     """
     generation = generation or count_generation(model, autocast)
-    own = _count_pass(model, batch, tokens, autocast, num_labels)
+    with _grouped_experts(model):
+        own = _count_pass(model, batch, tokens, autocast, num_labels)
     return max(own, generation, key=lambda moment: moment.activations)
+
+
+@contextmanager
+def _grouped_experts(model: nn.Module) -> Iterator[None]:
+    """Context manager in which a mixture computes its experts by grouped products, whatever its configuration says.
+
+    A loop over the experts that have tokens cannot run without values, and holds as much.
+    """
+    found: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    configs = {id(config): config for config in found if hasattr(config, _EXPERTS)}
+    before = [(config, getattr(config, _EXPERTS)) for config in configs.values()]
+    try:
+        for config, _ in before:
+            config._experts_implementation = "grouped_mm"
+        yield
+    finally:
+        for config, way in before:
+            config._experts_implementation = way
 
 
 def _count_pass(model: nn.Module, batch: int, tokens: int, autocast: bool, num_labels: int | None) -> StepMemory:
@@ -209,7 +232,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        results = func(*args, **(kwargs or {}))
+        product = _grouped_product if func in _GROUPED else func
+        results = product(*args, **(kwargs or {}))
         for result in tree_leaves(results):
             if isinstance(result, Tensor):
                 self._add(result.untyped_storage())
@@ -230,6 +254,28 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _release(self, size: int, factors: int) -> None:
         self.now -= size
         self.factors_now -= factors
+
+
+def _grouped_product(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """What torch's grouped product of experts gives without values: its own shape rule takes bfloat16 alone.
+
+    Rows ``(S, K)`` with a stack ``(E, K, N)`` give ``(S, N)``; two without a stack, whose inner dimension is cut into
+    groups, ``(E, M, N)``; and so on.
+    """
+    if a.dim() == b.dim() == 2:
+        assert offs is not None
+        shape = (len(offs), a.shape[0], b.shape[1])
+    elif a.dim() == b.dim() == 3:
+        shape = (a.shape[0], a.shape[1], b.shape[2])
+    else:
+        shape = (a.shape[-2], b.shape[-1])  # type: ignore[assignment]
+    return a.new_empty(shape, dtype=out_dtype or a.dtype)
 
 
 @contextmanager

@@ -98,7 +98,7 @@ _LADDERS: dict[type[AdapterConfig], Callable[..., Iterator[AdapterConfig]]] = {
 
 def count(config: AdapterConfig, shapes: Iterable[MatrixShape]) -> int:
     """Count the parameters that a configuration trains on some matrices."""
-    return sum(config.count_parameters(shape) for shape in shapes) + config.count_shared()
+    return sum(s.num_matrices * config.count_parameters(s) for s in shapes) + config.count_shared()
 
 
 def fit_budget(config: AdapterConfig, shapes: Sequence[MatrixShape], parameters: int) -> Budget:
@@ -122,7 +122,7 @@ def fit_budget(config: AdapterConfig, shapes: Sequence[MatrixShape], parameters:
     if ladder is None:
         known = ", ".join(kind.__name__ for kind in _LADDERS)
         raise ValueError(f"A budget decides the sizes of {known}, and knows none for {type(config).__name__}.")
-    per_rank = sum(sum(shape) for shape in shapes)
+    per_rank = sum(shape.num_matrices * sum(shape) for shape in shapes)
     best: AdapterConfig | None = None
     best_size = 0
     for candidate in ladder(config, shapes, parameters):

@@ -133,8 +133,8 @@ def model_sizes(model: nn.Module) -> Sizes:
     for module in model.modules():
         unit = unit_of.get(id(module), 0)
         if isinstance(module, AdaptedLayer):
-            rank = module.config.rank
-            lora[unit] += [(rank, module.in_features), (module.out_features, rank)]
+            rank, several = module.config.rank, module.shape.sizes[:-2]
+            lora[unit] += [(*several, rank, module.in_features), (*several, module.out_features, rank)]
         for parameter in module.parameters(recurse=False):
             if id(parameter) in seen:
                 continue

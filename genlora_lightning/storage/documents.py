@@ -51,9 +51,9 @@ def check_document(source: str, value: Any, shape: Shape, place: str = "") -> No
 
 
 def is_matrix_shape(value: Any) -> bool:
-    """Whether a value is a pair of sizes."""
+    """Whether a value is a pair of sizes, or, for a stack of matrices, three: their number first."""
     return (
         isinstance(value, (list, tuple))
-        and len(value) == 2
+        and len(value) in (2, 3)
         and all(isinstance(size, int) and not isinstance(size, bool) and 1 <= size < 2**31 for size in value)
     )

@@ -17,7 +17,6 @@ from genlora_lightning.adapters.base import Role, trained_by_role
 from genlora_lightning.adapters.steps import hook_steps
 from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number, shown
 from genlora_lightning.injection.places import adapter_places
-from genlora_lightning.layers.adapted import AdaptedLayer
 
 Schedule = Literal["cosine", "linear", "constant"]
 
@@ -162,7 +161,7 @@ def _roles_of_others(model: nn.Module) -> dict[str, tuple[Role, list[nn.Paramete
     """Groups for adapters of another library, which does not say what decays: matrices, as elsewhere."""
     found: dict[int, nn.Parameter] = {}
     for place in adapter_places(model).values():
-        if not isinstance(place.module, AdaptedLayer) and not place.is_copy:
+        if not place.is_ours and not place.is_copy:
             found |= {id(p): p for p in place.adapter_parameters().values() if p.requires_grad}
     matrices = [p for p in found.values() if p.ndim > 1]
     vectors = [p for p in found.values() if p.ndim <= 1]

@@ -174,6 +174,6 @@ def test_summary_says_what_training_in_full_unties(trained, other):
 def test_parameter_of_experts_that_is_named_as_a_target_is_an_error_that_says_what_it_is():
     model = nn.ModuleDict({"v_proj": nn.Linear(4, 4), "experts": nn.Module()})
     model["experts"].gate_up_proj = nn.Parameter(torch.zeros(3, 4, 4))
-    message = r"experts.gate_up_proj is a parameter of shape \(3, 4, 4\): matrices in one, as of experts"
+    message = r"experts.gate_up_proj is a parameter of shape \(3, 4, 4\): put it into `target_parameters`, as"
     with pytest.raises(ValueError, match=message):
         inject_adapters(model, small_config(target_modules=["gate_up_proj"]))

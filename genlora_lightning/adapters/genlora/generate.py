@@ -76,6 +76,8 @@ def generate_matrices(
 
     Args:
         parameters: For each generator latent, weight, centres and logarithms of widths, as :func:`generate` takes them.
+            Or one tuple of the four stacked, each with the dimension of the generators first: then there is one
+            matrix ``(L, R, n)``, and nothing is copied on the way in or out.
         kernel: Name of the radial basis function.
         scale: A factor on the matrices.
         signs: The same for all of them.
@@ -114,7 +116,8 @@ class _Generate(torch.autograd.Function):
             matrices *= _grouped(signs, latent)
         matrices = matrices.flatten(-2)  # (L, R, Q, K, n)
         matrices = matrices.sum((2, 3)) if matrices.shape[2] * matrices.shape[3] > 1 else matrices[:, :, 0, 0]
-        return (matrices if dtype is None else matrices.to(dtype)).unbind(0)
+        matrices = matrices if dtype is None else matrices.to(dtype)
+        return (matrices,) if _are_stacked(flat) else matrices.unbind(0)
 
     @staticmethod
     @override
@@ -179,6 +182,11 @@ def _of_parameters(
     signs: Tensor | None,
 ) -> list[Tensor | None]:
     """Gradients of all parameters, from those of the matrices; ``None`` where there is none or none is needed."""
+    if _are_stacked(flat):
+        (of_stack,) = gradients
+        if of_stack is None:
+            return [None] * len(flat)
+        return [*_gradients(flat, of_stack.to(flat[0].dtype), kernel, scale, signs, needed)]
     used = [(i, gradient) for i, gradient in enumerate(gradients) if gradient is not None]
     result: list[Tensor | None] = [None] * len(flat)
     if used:
@@ -194,12 +202,19 @@ def _of_parameters(
     return result
 
 
+def _are_stacked(flat: Sequence[Tensor]) -> bool:
+    """Whether the parameters are stacked ones of several generators."""
+    return flat[0].dim() == 3  # a generator's latent has two
+
+
 def _stacked(flat: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Latents, scaled weights, centres and inverse widths of L generators, broadcastable to (L, R, Q, K, G, n/G).
 
     Where the entries cannot be divided evenly, each is a group of its own, with the weight of the one it belongs to.
     """
-    latent, weight, centers, log_widths = (torch.stack([*flat[kind::_PER_GENERATOR]]) for kind in range(_PER_GENERATOR))
+    latent, weight, centers, log_widths = (
+        flat if _are_stacked(flat) else (torch.stack([*flat[kind::_PER_GENERATOR]]) for kind in range(_PER_GENERATOR))
+    )
     (num, num_entries, num_latents), num_groups = latent.shape, weight.shape[1]
     latent = latent.mT.reshape(num, num_latents, num_entries)
     weight = weight.permute(0, 2, 3, 4, 1)  # (L, R, Q, K, G)
@@ -229,7 +244,7 @@ def _gradients(
     Each line is a pass over as many numbers as the matrices have, and these passes are what a generator costs.
     """
     latent, weight, centers, inverse_widths = _stacked(flat, scale)
-    (num, rank, num_entries), num_groups = gradient.shape, flat[1].shape[0]
+    (num, rank, num_entries), num_groups = gradient.shape, flat[1].shape[-4]
     gradient = gradient.reshape(num, rank, 1, 1, *latent.shape[-2:])
     if signs is not None:
         gradient = gradient * _grouped(signs, latent)
@@ -258,7 +273,7 @@ def _gradients(
             of_log_widths = -(by_t * latent).sum((-1, -2))
         of_latent = by_t.sum((1, 3)).view(num, -1, num_entries).mT
         of_latent = of_latent.flatten().view(of_latent.shape)
-    return of_latent, of_weight, of_centers, of_log_widths
+    return of_latent if wanted[0] else None, of_weight, of_centers, of_log_widths
 
 
 def _group_of_entry(like: Tensor, num_groups: int) -> Tensor:

@@ -144,11 +144,11 @@ class RBFGenerator(Factor):
         elif self.zero_start == "zero_weight":
             self.weight.zero_()
 
-    def signs(self) -> Tensor | None:
-        """The fixed signs ``(R, Q, n)``, if there are any."""
+    def signs(self, device: torch.device | None = None) -> Tensor | None:
+        """The fixed signs ``(R, Q, n)``, if there are any; on the parameters' device or another one."""
         if self.sign_table is None:
             return None
-        return entry_signs(self.sign_table, self.rank, self.num_latents, self.num_entries, self.latent.device)
+        return entry_signs(self.sign_table, self.rank, self.num_latents, self.num_entries, device or self.latent.device)
 
     @override
     def is_trained(self, name: str) -> bool:
@@ -202,6 +202,11 @@ class RBFGenerator(Factor):
         first = factors[0]
         parameters = [_parts(factor) for factor in factors]
         pass_gradients_on(parameters, gradients, first.kernel, scale=first.weight_gain, signs=first.signs())
+
+    @override
+    def make_stack(self, parts: Sequence[Tensor], *, dtype: torch.dtype | None) -> Tensor:
+        one, signs = cast(_Parts, tuple(parts)), self.signs(parts[0].device)
+        return generate_matrices([one], self.kernel, scale=self.weight_gain, signs=signs, dtype=dtype)[0]
 
     @override
     def forward(self, *, dtype: torch.dtype | None = None, plain: bool = False) -> Tensor:
