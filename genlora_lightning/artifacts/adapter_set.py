@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,31 +14,21 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning.adapters.combined import combine_updates
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.kinds import read_config
+from genlora_lightning.artifacts.active import Active, CountedBatches, Layers, Made, Which, make_layers
 from genlora_lightning.artifacts.adapter_folder import StoredAdapter, adapter_place, read_adapter
 from genlora_lightning.artifacts.adapter_io import AdapterRecord, fitted, write_adapter
 from genlora_lightning.artifacts.peft_folder import is_peft_folder
 from genlora_lightning.backbone.identity import BaseCheck, base_identity, require_same_base
-from genlora_lightning.fields import check_choice, check_integer, check_number, shown
+from genlora_lightning.fields import check_choice, check_integer, shown
 from genlora_lightning.injection.held import held_root
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters, inject_layers, remove_adapters
 from genlora_lightning.injection.named import check_no_set, forget_set, note_set
 from genlora_lightning.injection.state import load_adapter_state
 from genlora_lightning.layers.accumulation import is_generated_once
-from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.factors import FactorStore
-from genlora_lightning.layers.linear import AdaptedLinear
-from genlora_lightning.layers.routed import RoutedLinear, Routing, with_update
-from genlora_lightning.layers.sharing import generate_for_good
 from genlora_lightning.layers.sites import matrix_shape
-
-Which = str | Sequence[str] | Mapping[str, float] | None
-Layers = dict[str, AdaptedLayer]
-
-# Bytes that the modules of one adapted layer take beside its tensors; counted so that small adapters are bounded, too.
-_BYTES_OF_MODULES = 16 << 10
 
 
 @dataclass(frozen=True)
@@ -57,53 +46,6 @@ class _Stored:
     base_check: BaseCheck
     configs: dict[str, AdapterConfig]
     data: bytes | None
-
-
-@dataclass(frozen=True)
-class _Active:
-    """What a model computes with.
-
-    Args:
-        weights: The adapters that all rows have, with their weights.
-        rows: The adapter of each row, instead.
-    """
-
-    weights: tuple[tuple[str, float], ...] = ()
-    rows: tuple[str | None, ...] | None = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The adapters, each once."""
-        if self.rows is None:
-            return tuple(name for name, _ in self.weights)
-        return tuple(sorted({name for name in self.rows if name is not None}))
-
-    @property
-    def one(self) -> str | None:
-        """The adapter that acts alone, as it is."""
-        return self.weights[0][0] if len(self.weights) == 1 and self.weights[0][1] == 1 else None
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        """What other rows of the same adapters have in common."""
-        return ("sum", self.weights) if self.rows is None else ("rows", self.names)
-
-
-@dataclass
-class _Made:
-    """The layers that stand in the model while something is active.
-
-    Args:
-        layers: By the names of the places.
-        names: The adapters in them.
-        num_bytes: Of what was generated for them, and of their modules.
-        routing: Common to them, if rows have adapters of their own.
-    """
-
-    layers: Layers
-    names: tuple[str, ...]
-    num_bytes: int
-    routing: Routing | None = None
 
 
 class AdapterSet(nn.Module):
@@ -149,9 +91,9 @@ class AdapterSet(nn.Module):
         self._identity: dict[str, Any] | None = None
         self._stored: dict[str, _Stored] = {}
         self._trained: dict[str, Layers] = {}
-        self._made: OrderedDict[tuple[Any, ...], _Made] = OrderedDict()
+        self._made: OrderedDict[tuple[Any, ...], Made] = OrderedDict()
         self._placed: Layers = {}
-        self._active = _Active()
+        self._active = Active()
         self._place = self._current_place()
         self._hooks: list[Any] = []
         self._is_closed = False
@@ -178,7 +120,7 @@ class AdapterSet(nn.Module):
     @property
     def is_one(self) -> bool:
         """Whether the model computes with one adapter as it is, or with none."""
-        return self._active == _Active() or self._active.one is not None
+        return self._active == Active() or self._active.one is not None
 
     @property
     def cached_bytes(self) -> int:
@@ -341,7 +283,7 @@ class AdapterSet(nn.Module):
         self._hooks = []
         if made.routing is not None:
             made.routing.rows = wanted.rows or ()
-            self._hooks = _CountedBatches(made.routing).put_on(self.model)
+            self._hooks = CountedBatches(made.routing).put_on(self.model)
         self._forget_oldest()
 
     @contextmanager
@@ -383,61 +325,26 @@ class AdapterSet(nn.Module):
         for hook in self._hooks:
             hook.remove()
         self._made.clear()
-        self._placed, self._hooks, self._active = {}, [], _Active()
+        self._placed, self._hooks, self._active = {}, [], Active()
 
     # -- how ----------------------------------------------------------------------------------------------------------
 
-    def _wanted(self, which: Which, rows: Sequence[str | None] | None) -> _Active:
-        if rows is not None:
-            if which is not None:
-                raise ValueError("Give either what all rows have, or `rows`, not both.")
-            if isinstance(rows, str) or not rows:
-                raise ValueError(f"`rows` must be a list with a name for each row (None: the base), got {shown(rows)}.")
-            wanted = _Active(rows=tuple(rows))
-        elif which is None:
-            wanted = _Active()
-        else:
-            if isinstance(which, str):
-                which = [which]
-            if not which:
-                raise ValueError(f"{shown(which)} names no adapter; None is the base alone.")
-            if not isinstance(which, Mapping):
-                if len(set(which)) < len(which):
-                    raise ValueError(f"{shown(list(which))} names an adapter twice; give weights: {{name: 2.0}}.")
-                which = dict.fromkeys(which, 1.0)
-            for name, weight in which.items():
-                check_number(f"weight of {name}", weight)
-                if not math.isfinite(weight):
-                    raise ValueError(f"The weight of {name!r} must be finite, got {weight}.")
-            wanted = _Active(tuple((name, float(weight)) for name, weight in which.items()))
+    def _wanted(self, which: Which, rows: Sequence[str | None] | None) -> Active:
+        wanted = Active.of(which, rows)
         for name in wanted.names:
             self._check_known(name)
         return wanted
 
-    def _make(self, wanted: _Active) -> _Made:
+    def _make(self, wanted: Active) -> Made:
         """The layers for what is wanted, made or remembered."""
-        key = wanted.key
-        made = self._made.get(key)
+        made = self._made.get(wanted.key)
         if made is not None:
-            self._made.move_to_end(key)
+            self._made.move_to_end(wanted.key)
             return made
-        parts = {name: self._layers(name) for name in wanted.names}
-        routing = Routing() if wanted.rows is not None else None
-        if routing is not None:
-            layers = _routed(parts, routing)
-        elif wanted.one is not None:
-            layers = parts[wanted.one]
-        else:
-            layers = _summed(parts, dict(wanted.weights))
-        num_bytes = len(layers) * _BYTES_OF_MODULES
-        if layers and not any(name in self._trained for name in wanted.names):
-            routed = {place: layer for place, layer in layers.items() if isinstance(layer, RoutedLinear)}
-            joined = {place: layer.join_generated() for place, layer in routed.items()}
-            num_bytes += sum(joined.values())
-            num_bytes += generate_for_good(layer for place, layer in layers.items() if not joined.get(place))
-        made = _Made(layers, wanted.names, num_bytes, routing)
-        if layers:
-            self._made[key] = made
+        is_fixed = not any(name in self._trained for name in wanted.names)
+        made = make_layers({name: self._layers(name) for name in wanted.names}, wanted, is_fixed=is_fixed)
+        if made.layers:
+            self._made[wanted.key] = made
         return made
 
     def _layers(self, name: str) -> Layers:
@@ -445,7 +352,7 @@ class AdapterSet(nn.Module):
         self._check_known(name)
         if name in self._trained:
             return self._trained[name]
-        made = self._made.get(_Active(((name, 1.0),)).key)
+        made = self._made.get(Active(((name, 1.0),)).key)
         if made is not None:
             return made.layers
         stored = self._stored[name]
@@ -571,62 +478,3 @@ def _check_nothing_in_full(modules: Sequence[str], what: str) -> None:
             f"{what} has modules trained in full ({', '.join(modules)}), of which a model has one set. Use it alone, "
             "with `load_adapter`."
         )
-
-
-def _by_place(parts: Mapping[str, Layers]) -> dict[str, dict[str, AdaptedLayer]]:
-    """For each place its layers by the adapters' names."""
-    found: dict[str, dict[str, AdaptedLayer]] = {}
-    for name, layers in parts.items():
-        for place, layer in layers.items():
-            found.setdefault(place, {})[name] = layer
-    return found
-
-
-def _summed(parts: Mapping[str, Layers], weights: Mapping[str, float]) -> Layers:
-    result: Layers = {}
-    for place, layers in _by_place(parts).items():
-        first = next(iter(layers.values()))
-        if any("update" not in layer._modules for layer in layers.values()):
-            raise ValueError(f"{place} ({type(first).__name__}) takes one adapter at a time.")
-        update = combine_updates([layer.update for layer in layers.values()], [weights[name] for name in layers])
-        result[place] = with_update(first, update)
-    return result
-
-
-def _routed(parts: Mapping[str, Layers], routing: Routing) -> Layers:
-    result: Layers = {}
-    for place, layers in _by_place(parts).items():
-        other = next((layer for layer in layers.values() if type(layer) is not AdaptedLinear), None)
-        if other is not None:
-            raise ValueError(
-                f"{place} ({type(other).__name__}) takes one adapter for all rows: only linears are computed by row."
-            )
-        result[place] = RoutedLinear(layers, routing)
-    return result
-
-
-class _CountedBatches:
-    """Has a model's forwards say how many rows their batch has."""
-
-    def __init__(self, routing: Routing) -> None:
-        self.routing = routing
-
-    def put_on(self, model: nn.Module) -> list[Any]:
-        """Do so from now on; what is to be removed in the end."""
-        return [
-            model.register_forward_pre_hook(self.begin, with_kwargs=True),
-            model.register_forward_hook(self.end, always_call=True),
-        ]
-
-    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the forward: the first tensor's first dimension is the batch."""
-        given = [*args, *kwargs.values()]
-        given += [value for item in given if isinstance(item, Mapping) for value in item.values()]
-        size = next((item.shape[0] for item in given if isinstance(item, Tensor) and item.ndim), None)
-        if size is not None:
-            self.routing.check_batch(size)
-        self.routing.batch_size = size
-
-    def end(self, *_: Any) -> None:
-        """After it, also if it failed."""
-        self.routing.batch_size = None

@@ -16,8 +16,10 @@ from tests.cli.conftest import word_tokenizer
 from tests.conftest import perturb, small_config
 from tests.hub import Hub
 from tests.models import tiny_llama
+from tests.pictures import SIDE, save_folders, save_vit
 
 MODEL = "data/quickstart/model"
+PICTURES = "facebook/dinov2-small"  # on the same Hub
 NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on a Hub that the tests serve
 # Added to each training.
 SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.limit_train_batches=2"]
@@ -37,6 +39,7 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("train", "val", "test"):
         rows = [{"prompt": f"w{n} w{n + 1}", "completion": "w6 w7" if n % 2 else "w8"} for n in range(6, 22)]
         write_json_lines(root / f"data/quickstart/{name}.jsonl", rows)
+    shutil.copy(root / "data/quickstart/test.jsonl", root / "test.jsonl")
     write_json_lines(root / "questions.jsonl", [{"prompt": "w6 w7"}])
     chats = [
         {"messages": [{"role": "user", "content": f"w{n}"}, {"role": "assistant", "content": "w6 w7"}]}
@@ -67,7 +70,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.config._name_or_path = model.name_or_path = NAME
     inject_adapters(model, small_config(exclude_modules=["lm_head"]))
     perturb(model, 1.0)
-    save_adapter(model, root / "runs/reviews/adapter")
+    for name in ("reviews", "other", "support", "legal"):
+        save_adapter(model, root / f"runs/{name}/adapter")
     export_lora(model, root / "lora")
     remove_adapters(model)
     return root
@@ -79,3 +83,15 @@ def folder(prepared: Path, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyP
     hub.repos[NAME] = {"main": {file.name: file.read_bytes() for file in (prepared / MODEL).iterdir()}}
     monkeypatch.chdir(tmp_path / "reader")
     return tmp_path / "reader"
+
+
+@pytest.fixture
+def pictures(folder: Path, hub: Hub, tmp_path: Path) -> None:
+    """Pictures in folders, and a model of pictures on the Hub."""
+    from transformers import Dinov2Config, Dinov2Model
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIDE, "patch_size": 8}
+    save_vit(tmp_path / "dinov2", Dinov2Model(Dinov2Config(**sizes)))
+    hub.repos[PICTURES] = {"main": {file.name: file.read_bytes() for file in (tmp_path / "dinov2").iterdir()}}
+    for name in ("pictures", "new_pictures"):
+        save_folders(folder / name, each=6, colours=("blue", "red"))

@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from genlora_lightning import GenLoRAConfig, GenLoRAFinetuning
+from genlora_lightning import GenLoRAConfig, GenLoRAFinetuning, LoRAConfig
 from genlora_lightning.cli.main import main
 from tests.docs.conftest import MODEL, NAME, SHORT
 
@@ -61,6 +61,9 @@ STAND_INS = {
     "ADAPTER": "runs/reviews/adapter",
     "CKPT": "last.ckpt",
 }
+
+# Models that are planned, where no figures are shown: those take seconds.
+SMALLER = dict.fromkeys(("llama-8b", "llama-70b"), "llama-1b")
 
 
 class Block(NamedTuple):
@@ -127,9 +130,34 @@ def your_data() -> Any:
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, torch.arange(12) % 3), batch_size=4)
 
 
-def run_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def names_of_several() -> dict[str, Any]:
+    """What the page on several adapters takes for granted."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(NAME)
+    batch = {"input_ids": torch.tensor([[6, 7, 8]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
+    four = {name: tensor.repeat(4, 1) for name, tensor in batch.items()}
+    names = ["reviews", "support", "legal", "reviews"]
+    return {
+        "torch": torch,
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "CONFIGS": {"reviews": GenLoRAConfig(rank=4), "support": LoRAConfig(rank=2)},
+        "GenLoRAConfig": GenLoRAConfig,
+        "LoRAConfig": LoRAConfig,
+        "LightningModule": LightningModule,
+        "model": model,
+        "batch": batch,
+        "batch_of_four": four,
+        "batches": [{"adapter": names, **four}],
+        "loss_of": lambda model, batch: model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss,
+    }
+
+
+def run_command(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], **stand_ins: str
+) -> str:
     """Run `genlora …` as a reader would, and return what it prints."""
-    words = [STAND_INS.get(word, word) for word in shlex.split(command.split(" | ")[0], comments=True)]
+    words = [{**STAND_INS, **stand_ins}.get(word, word) for word in shlex.split(command.split(" | ")[0], comments=True)]
     assert words.pop(0) == "genlora", f"{command}: neither run nor in NOT_RUN"
     words = [
         next(iter(sorted(Path().glob(word.replace("…", "*")))), word) if "/….ckpt" in word else word for word in words
@@ -152,7 +180,7 @@ def run_command(command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.stem)
-def test_blocks_run(page, folder, monkeypatch, capsys):
+def test_blocks_run(page, folder, request, monkeypatch, capsys):
     namespace: dict[str, Any] = {
         "__name__": "reader",
         "GenLoRAFinetuning": GenLoRAFinetuning,
@@ -161,6 +189,10 @@ def test_blocks_run(page, folder, monkeypatch, capsys):
         "config": GenLoRAConfig(rank=4, modules_to_train=["classifier"]),
         "your_data": your_data(),
     }
+    if page.stem == "images":
+        request.getfixturevalue("pictures")
+    if page.stem == "several":
+        namespace |= names_of_several()
     if page.stem == "plan":  # which shows figures of the real model, from its configuration alone
         (folder / MODEL / "config.json").write_text(json.dumps(SMOLLM2))
     for block in blocks(page):
@@ -168,8 +200,10 @@ def test_blocks_run(page, folder, monkeypatch, capsys):
         if block.language in ("console", "sh"):
             for command in commands(block):
                 if not command.startswith(tuple(NOT_RUN)):
-                    run_command(command, monkeypatch, capsys)
+                    run_command(command, monkeypatch, capsys, **SMALLER)
         elif block.language == "python":
+            if "AdapterSet(model)" in block.text and "adapters" in namespace:
+                namespace["adapters"].close()  # the page begins anew
             source = re.sub("|".join(map(re.escape, STAND_INS)), lambda word: STAND_INS[word[0]], block.text)
             exec(compile(source, where, "exec"), namespace)
         elif block.language == "yaml":
@@ -177,9 +211,11 @@ def test_blocks_run(page, folder, monkeypatch, capsys):
             Path(name[1] if name else "block.yaml").write_text(block.text)
             if name is None:
                 run_command("genlora fit --config my_task.yaml --config block.yaml --print_config", monkeypatch, capsys)
-        elif block.text.startswith("$ "):  # a command and what it prints
-            command, _, shown = block.text.partition("\n")
-            assert run_command(command[2:], monkeypatch, capsys).strip() == shown.strip(), where
+        elif block.text.startswith("$ "):  # commands and what they print
+            for command, shown in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n?)*)", block.text, re.MULTILINE):
+                printed = run_command(command, monkeypatch, capsys)
+                if page.stem == "plan":  # the others show a real model's
+                    assert printed.strip() == shown.strip(), where
         else:
             assert block.language == "text", f"{where}: a block of an unknown language {block.language!r}"
 
