@@ -99,7 +99,7 @@ class AdaptedLayer(FactorLayer):
         return torch.float32 if pair is None else pair[0].own_dtype
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """The active rows of ``A (rank, in_features)`` and ``B (rank, out_features)``; ``None`` if there are no such."""
+        """The active rows of ``A (rank, in_features)`` and ``B (rank, out_features)``; ``None`` without such."""
         pair = self.pair
         if pair is None:
             return None
