@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=200, help="of an adapter's training (default: %(default)s)")
     parser.add_argument("--base-steps", type=int, default=600, help="of the base's (default: %(default)s)")
-    parser.add_argument("--rates", default='{"lora": 0.01, "genlora": 0.016}', help="JSON (default: %(default)s)")
+    parser.add_argument("--rates", default='{"lora": 0.005, "genlora": 0.008}', help="JSON (default: %(default)s)")
     parser.add_argument("--only", choices=["full"], help="the trainings at full rank alone, to choose the rates")
     options = parser.parse_args()
     rates = json.loads(options.rates)
@@ -71,12 +71,9 @@ def main() -> None:
         result[kind] = {"mean": {name: statistics.mean(losses) for name, losses in found.items()}, "losses": found}
         if options.seeds > 1:
             result[kind]["more than alone"] = {
-                f"{way} {rank}": estimate(
-                    [a - b for a, b in zip(found[f"{way} {rank}"], found[f"alone {rank}"], strict=True)]
-                ).text()
-                for rank in ranks
-                for way in ("elastic", "one draw", "svd")
-                if f"{way} {rank}" in found
+                name: estimate([a - b for a, b in zip(losses, found[f"alone {name.split()[-1]}"], strict=True)]).text()
+                for name, losses in found.items()
+                if not name.startswith("alone")
             }
     print(json.dumps(result, indent=1))
 
