@@ -28,7 +28,7 @@ class StoredFactor(Factor):
     """
 
     is_stored: ClassVar[bool] = True
-    ROWS_ALONG: ClassVar[Mapping[str, int]] = {"matrix": 0}
+    ROWS_ALONG: ClassVar[Mapping[str, int]] = {"matrix": -2}
 
     def __init__(
         self,
