@@ -134,8 +134,8 @@ class Factor(AdapterModule, ABC):
 
     #: Whether the matrix is a parameter: then nothing is gained by making many at once, or by keeping what was made.
     is_stored: ClassVar[bool] = False
-    #: Along which dimension of a parameter, counted from its end, the rows lie, by its name; other parameters are common
-    #: to all rows. It is for kinds that :attr:`~genlora_lightning.adapters.config.AdapterConfig.can_be_elastic`.
+    #: Along which dimension of a parameter, counted from its end, the rows lie, by its name; all rows have the other
+    #: parameters in common. For kinds that :attr:`~genlora_lightning.adapters.config.AdapterConfig.can_be_elastic`.
     ROWS_ALONG: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, rank: int, num_entries: int) -> None:
