@@ -302,6 +302,8 @@ PLACED = {
     for name, config in ALL.items()
     if name != "genlora"
 }
+# Its ranks are drawn, on all processes alike.
+PLACED["lora"] = dataclasses.replace(PLACED["lora"], elastic=[1, 2, 3])
 # Kinds that cannot lie in pieces, and what of them can.
 WHOLE = {"polar": "field needs its matrices whole", "compacter": "share the matrices of its Kronecker products"}
 IN_PIECES = {"compacter": dataclasses.replace(PLACED["compacter"], shared=False)}

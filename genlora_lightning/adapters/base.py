@@ -175,6 +175,9 @@ class Factor(AdapterModule, ABC):
 
     #: Whether the matrix is a parameter: then nothing is gained by making many at once, or by keeping what was made.
     is_stored: ClassVar[bool] = False
+    #: Along which dimension of a parameter, counted from its end, the rows lie, by its name; all rows have the other
+    #: parameters in common. For kinds that :attr:`~genlora_lightning.adapters.config.AdapterConfig.can_be_elastic`.
+    ROWS_ALONG: ClassVar[Mapping[str, int]] = {}
 
     def __init__(self, rank: int, num_entries: int) -> None:
         super().__init__()
@@ -336,8 +339,11 @@ class FactorPair(WeightUpdate):
     Args:
         A: ``(rank, in_features)``.
         B: ``(rank, out_features)``: transposed, so that both are made by the same code.
-        scaling: s.
+        scaling: s, whatever :attr:`active_rank` is.
     """
+
+    #: How many of the first rows of A and B make up ΔW at present; all if ``None``.
+    active_rank: int | None = None
 
     def __init__(self, A: Factor, B: Factor, scaling: float) -> None:
         super().__init__(MatrixShape(B.num_entries, A.num_entries))
@@ -360,7 +366,13 @@ class FactorPair(WeightUpdate):
 
     @override
     def factors(self) -> tuple[Tensor, Tensor]:
-        return self.A(), self.B().mT
+        A, B = self.active_rows(self.A(), self.B())
+        return A, B.mT
+
+    def active_rows(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+        """The first :attr:`active_rank` rows of ``A (rank, in)`` and ``B (rank, out)``, as views."""
+        rank = self.active_rank
+        return (A, B) if rank is None else (A[..., :rank, :], B[..., :rank, :])
 
     @override
     def extra_repr(self) -> str:

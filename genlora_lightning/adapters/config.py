@@ -24,7 +24,7 @@ ALL_LINEAR = "all-linear"
 RUN_ONLY = {"run_only": True}
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _LISTS = ("target_modules", "exclude_modules", "modules_to_train")
-_LEFT_OUT_IF_EMPTY = ("layers_to_transform", "target_parameters", *_PATTERNS)
+_LEFT_OUT_IF_EMPTY = ("elastic", "layers_to_transform", "target_parameters", *_PATTERNS)
 
 
 class Described(Protocol):
@@ -67,6 +67,9 @@ class AdapterConfig(ABC):
             a regular expression of either, as in PEFT: it must match the name to its end, from its start or from
             after a dot (``^…`` from its start alone). The first that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        elastic: Ranks to train for, rising, the last of them ``rank``: in each step each layer computes with the first
+            rows of A and B alone, of a number that is drawn from these. Afterwards the adapter may be used, and cut, at
+            any of them. A layer that has another rank by name has those of them that are below it, and its own.
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.
@@ -76,6 +79,8 @@ class AdapterConfig(ABC):
     kind: ClassVar[str]
     title: ClassVar[str]  # the kind's name in texts
     usual_rates: ClassVar[tuple[float, float] | None] = None  # of Adam, for the parameters that learn slowest
+    #: Whether the first rows of A and B are an adapter of a lower rank: what `elastic` needs.
+    can_be_elastic: ClassVar[bool] = False
 
     rank: int
     alpha: float
@@ -88,6 +93,7 @@ class AdapterConfig(ABC):
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    elastic: list[int] | None = None
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -105,6 +111,28 @@ class AdapterConfig(ABC):
         self._check_layers()
         for name in _PATTERNS:
             self._check_patterns(name)
+        self._check_elastic()
+
+    def _check_elastic(self) -> None:
+        ranks = self.elastic
+        if ranks is None:
+            return
+        if not self.can_be_elastic:
+            able = " and ".join(kind.title for kind in KINDS.values() if kind.can_be_elastic)
+            raise ValueError(
+                f"`elastic` is {shown(ranks)}, and the first rows of {self.title}'s matrices are no adapter of a lower "
+                f"rank: leave it out, or take {able}."
+            )
+        if not isinstance(ranks, (list, tuple)):
+            raise TypeError(f"`elastic` must be a list of ranks, got {shown(ranks)}.")
+        for rank in ranks:
+            check_integer("elastic", rank, least=1)
+        if len(ranks) < 2 or list(ranks) != sorted(set(ranks)) or ranks[-1] != self.rank:
+            raise ValueError(
+                f"`elastic` must be two or more rising ranks, the last of them `rank`, which is {self.rank}; got "
+                f"{shown(list(ranks))}."
+            )
+        object.__setattr__(self, "elastic", list(ranks))
 
     def _check_layers(self) -> None:
         numbers = self.layers_to_transform
@@ -242,12 +270,34 @@ class AdapterConfig(ABC):
         for field_name, patterns in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
             found = [value for pattern, value in patterns.items() if matches(pattern, *names)]
             values |= {field_name: found[0]} if found else {}
-        return dataclasses.replace(self, **values)
+        return dataclasses.replace(self, **values, elastic=self._elastic_up_to(values.get("rank", self.rank)))
+
+    def of_first_rows(self, rank: int) -> Self:
+        """The configuration of the adapter that the first rows of this one's A and B are; it has the same scaling.
+
+        Args:
+            rank: How many rows.
+        """
+        if rank == self.rank:
+            return self
+        scaling, root = self.scaling_factor, math.sqrt(rank) if self.scaling == "sqrt_rank" else rank
+        near = scaling * root
+        # Of the numbers beside the product one mostly gives the scaling in every bit.
+        candidates = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+        alpha = next((alpha for alpha in candidates if alpha / root == scaling), near)
+        values: dict[str, Any] = {name: {} for name in _PATTERNS}
+        return dataclasses.replace(self, rank=rank, alpha=alpha, elastic=self._elastic_up_to(rank), **values)
+
+    def _elastic_up_to(self, rank: int) -> list[int] | None:
+        """The ranks to train for of a layer of a rank; ``None`` if there is but one."""
+        ranks = [*(lower for lower in self.elastic or () if lower < rank), rank]
+        return ranks if len(ranks) > 1 else None
 
     def to_dict(self) -> dict[str, Any]:
         """The kind and the fields as plain numbers, strings and lists, fit for JSON, YAML and safe loading.
 
-        Layers and patterns are left out where none were given: a file is then one that older releases read.
+        Layers, patterns and elastic ranks are left out where none were given: a file is then one that older releases
+        read.
         """
         absent = {name for name in _LEFT_OUT_IF_EMPTY if not getattr(self, name)}
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in absent}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ class StoredFactor(Factor):
     """
 
     is_stored: ClassVar[bool] = True
+    ROWS_ALONG: ClassVar[Mapping[str, int]] = {"matrix": -2}
 
     def __init__(
         self,
@@ -100,6 +102,8 @@ class LoRAConfig(AdapterConfig):
         rank_pattern: Ranks other than ``rank``, by a name, its last part, or a regular expression of either; the first
             that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        elastic: Ranks to train for, rising, the last of them ``rank``; each step draws one for each layer. Afterwards
+            the adapter may be used at any of them, and cut to it (``genlora slice``).
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.
@@ -108,6 +112,7 @@ class LoRAConfig(AdapterConfig):
 
     kind: ClassVar[str] = "lora"
     title: ClassVar[str] = "LoRA"
+    can_be_elastic: ClassVar[bool] = True
     usual_rates: ClassVar[tuple[float, float] | None] = (1e-4, 2e-3)
 
     rank: int = 16

@@ -38,6 +38,7 @@ class StackedFactor(Factor):
         self.num_matrices = len(factors)
         self.roles = first.roles
         self.is_stored = first.is_stored  # type: ignore[misc]
+        self.ROWS_ALONG = first.ROWS_ALONG  # type: ignore[misc]
         for name in self.roles:
             parts = [getattr(factor, name).detach() for factor in factors]
             self.register_parameter(name, nn.Parameter(torch.stack(parts), requires_grad=first.is_trained(name)))

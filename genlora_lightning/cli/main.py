@@ -11,6 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from genlora_lightning.backbone.catalog import TASKS
@@ -199,6 +200,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_adapter_base_out(export, "LoRA adapter folder to write")
     export.add_argument("--rank", type=int, help="lower the rank to this (default: exact, the adapter's rank)")
 
+    cut = _command(
+        commands,
+        "slice",
+        _slice,
+        "cut an elastic adapter to a lower rank, exactly and without its base",
+        "runs/reviews/adapter adapter-8 --rank 8",
+    )
+    cut.add_argument("adapter", metavar="ADAPTER", help="adapter folder that was trained with `elastic`, or its name")
+    cut.add_argument("out", metavar="OUT", help="adapter folder to write")
+    to = cut.add_mutually_exclusive_group(required=True)
+    to.add_argument("--rank", type=int, help="of all layers that have more")
+    to.add_argument("--rank-pattern", metavar="FILE", help="ranks by names of layers: JSON, {name or expression: rank}")
+    _add_overwrite(cut)
+
     imported = _command(
         commands,
         "import-lora",
@@ -374,6 +389,24 @@ def _export_lora(options: argparse.Namespace) -> None:
     from genlora_lightning.interop.lora_export import export_lora
 
     print(export_lora(_load_adapted(options), options.out, rank=options.rank))
+
+
+def _slice(options: argparse.Namespace) -> None:
+    from genlora_lightning.artifacts.inspection import describe_adapter
+    from genlora_lightning.artifacts.slicing import slice_adapter
+
+    _check_out(options)
+    rank = options.rank
+    if options.rank_pattern:
+        try:
+            rank = json.loads(Path(options.rank_pattern).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{options.rank_pattern} is no JSON: {error}.") from error
+        if not isinstance(rank, dict):
+            raise ValueError(f"{options.rank_pattern} must hold ranks by names of layers, {{name: rank}}.")
+    folder = slice_adapter(options.adapter, options.out, rank)
+    ranks = sorted({layer.rank for layer in describe_adapter(folder).layers})
+    print(f"The adapter of rank {', '.join(map(str, ranks))} is in {folder}.")
 
 
 def _merge(options: argparse.Namespace) -> None:

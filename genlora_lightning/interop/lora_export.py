@@ -159,7 +159,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
     _check_taken_by_peft(base, layers)
 
     state, rows, settings = _lora_tensors(layers, rank)
-    alphas = {name: layer.config.alpha for name, layer in layers.items()} if settings else None
+    alphas = {name: layer.active_config.alpha for name, layer in layers.items()} if settings else None
     trained = _outermost(trained_modules(base))
     for name, module in trained.items():
         for key, tensor in module.state_dict().items():
@@ -248,7 +248,7 @@ def _lora_tensors(
     rows = []
     settings = _lora_settings(layers, rank)
     for name, layer in layers.items():
-        own = layer.config.rank
+        own = layer.active_config.rank
         A, B, energy = _exported_factors(layer, own if rank is None else min(rank, own), 1.0 if settings else None)
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"The update of {name} holds NaN or infinite values; nothing was exported.")
@@ -282,7 +282,7 @@ def _write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> No
 
 def _lora_settings(layers: dict[str, AdaptedLayer], rank: int | None) -> dict[str, Any] | None:
     """PEFT's words for the scaling, if they say it for all layers; else it is multiplied into B."""
-    configs = list({id(layer.config): layer.config for layer in layers.values()}.values())
+    configs = [layer.active_config for layer in layers.values()]
     if rank is not None and any(rank != config.rank for config in configs):
         return None
     # `rank_pattern` and `alpha_pattern` say ranks and alphas layer by layer, and there is one word for the rule.
@@ -294,7 +294,7 @@ def _lora_settings(layers: dict[str, AdaptedLayer], rank: int | None) -> dict[st
 def _exported_factors(layer: AdaptedLayer, rank: int, scaling: float | None) -> tuple[Tensor, Tensor, float]:
     A, B = layer.factors()
     B = (layer.scaling if scaling is None else scaling) * B
-    if rank == layer.config.rank or not (A.isfinite().all() and B.isfinite().all()):
+    if rank == layer.active_config.rank or not (A.isfinite().all() and B.isfinite().all()):
         return A, B, 1.0
     return truncate_factors(A, B, rank)
 

@@ -104,13 +104,15 @@ class AdaptedLayer(FactorLayer):
         return torch.float32 if pair is None else pair[0].own_dtype
 
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """``A (rank, in_features)`` and ``B (rank, out_features)`` for a forward; ``None`` if there are no such."""
+        """The active rows of ``A (rank, in_features)`` and ``B (rank, out_features)``; ``None`` without such."""
         pair = self.pair
         if pair is None:
             return None
         if not self.fused or in_transform():
-            return pair[0](plain=True).to(dtype), pair[1](plain=True).to(dtype)
-        return self.store.matrices(*pair, dtype)
+            A, B = pair[0](plain=True).to(dtype), pair[1](plain=True).to(dtype)
+        else:
+            A, B = self.store.matrices(*pair, dtype)
+        return self.update.active_rows(A, B)  # type: ignore[operator, no-any-return]
 
     @override
     def wanted_dtype(self) -> torch.dtype | None:
@@ -123,6 +125,13 @@ class AdaptedLayer(FactorLayer):
     def scaling(self) -> float:
         """The factor s in ``ΔW = s · B @ A``."""
         return self.update.scaling
+
+    @property
+    def active_config(self) -> AdapterConfig:
+        """The configuration of what the layer computes with at present: that of the active rows of A and B."""
+        update = self.update
+        rank = update.active_rank if isinstance(update, FactorPair) else None
+        return self.config if rank is None else self.config.of_first_rows(rank)
 
     @property
     def weight(self) -> Tensor:

@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from typing_extensions import override
 
 from genlora_lightning.adapters.autograd import in_transform
-from genlora_lightning.adapters.base import MatrixShape, StackShape, WeightUpdate
+from genlora_lightning.adapters.base import FactorPair, MatrixShape, StackShape, WeightUpdate
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.stacked import make_stack
 from genlora_lightning.layers.adapted import AdaptedLayer
@@ -153,6 +153,8 @@ class AdaptedStack(AdaptedLayer):
             A, B = (factor(dtype=weight.dtype, plain=True) for factor in pair)
         else:
             A, B = self.store.matrices(*pair, weight.dtype)
+        assert isinstance(self.update, FactorPair)
+        A, B = self.update.active_rows(A, B)
         # For the grouped product's sake: rows of zeros add nothing.
         short = -A.shape[-2] % max(1, _GROUPED_ALIGNMENT // weight.element_size()) if weight.is_cuda else 0
         if short:

@@ -95,9 +95,9 @@ class AdaptedLinear(AdaptedLayer):
         scaling = update.scaling
         if not self.fused or in_transform():
             output = base(x, *args, **kwargs)
-            A, B = pair[0](plain=True), pair[1](plain=True).T
+            A, B = update.active_rows(pair[0](plain=True), pair[1](plain=True))
             # The small A and B take x's dtype, never x theirs: a copy of x in float32 would be kept for the backward.
-            update_of_x: Tensor = scaling * F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.to(x.dtype))
+            update_of_x: Tensor = scaling * F.linear(F.linear(self.dropout(x), A.to(x.dtype)), B.T.to(x.dtype))
             return output + update_of_x
         # A class that was derived from these may compute something else.
         is_linear = type(base) is nn.Linear
@@ -106,11 +106,15 @@ class AdaptedLinear(AdaptedLayer):
         if own is not None:
             weight, bias = own
             dtype = compute_dtype(weight)
+            A, B = self.store.matrices(*pair, dtype)
+            if update.active_rank is not None:
+                A, B = update.active_rows(A, B)
             return adapted_linear(
                 x,
                 weight,
                 bias,
-                *self.store.matrices(*pair, dtype),
+                A,
+                B,
                 scaling=scaling,
                 dropout=self.config.dropout if self._modules["dropout"].training else 0.0,  # type: ignore[union-attr]
                 transposed=transposed,
@@ -118,7 +122,7 @@ class AdaptedLinear(AdaptedLayer):
                 dtype=dtype,
             )
         output = base(x, *args, **kwargs)
-        A, B = self.store.matrices(*pair, compute_dtype(x))
+        A, B = update.active_rows(*self.store.matrices(*pair, compute_dtype(x)))
         return output + F.linear(scaling * F.linear(self.dropout(x), A), B.T)
 
     @override

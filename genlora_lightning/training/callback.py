@@ -53,6 +53,7 @@ from genlora_lightning.training.checks import (
     set_train_mode,
     warn_of_low_rates,
 )
+from genlora_lightning.training.elastic import ElasticRanks
 from genlora_lightning.training.lightning_internals import STRICT_LOADING
 from genlora_lightning.training.outcome import Outcome, planned_folder
 from genlora_lightning.training.peft_support import check_not_shared, check_support
@@ -198,6 +199,7 @@ class AdapterFinetuning(Callback):
         self._sync: AdapterSync | None = None
         self._untrained = False
         self._steps: StepGeneration | None = None
+        self._elastic: ElasticRanks | None = None
 
     # -- setting up -------------------------------------------------------------------------------------------------
 
@@ -225,6 +227,7 @@ class AdapterFinetuning(Callback):
         self._averaging = [AveragedTraining(callback) for callback in averaging]
         self._snapshots = Snapshots(trainer)
         keep_base_out_of_files(trainer)
+        self._elastic = ElasticRanks(trainer, pl_module) if stage == "fit" else None
         if stage == "fit":
             use_resumable_loaders(trainer)
             self._outcome = Outcome(
@@ -258,6 +261,8 @@ class AdapterFinetuning(Callback):
             self._stop_if_spoiled(pl_module)
             original_save(checkpoint)
             write_content(trainer, pl_module, checkpoint)
+            if self._elastic is not None:
+                self._elastic.write(checkpoint[CHECKPOINT_KEY])
 
         def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
             upgrade(checkpoint)
@@ -272,6 +277,8 @@ class AdapterFinetuning(Callback):
             self._untrained = False
             if trainer.state.fn == "fit":
                 resume_run(trainer, checkpoint[CHECKPOINT_KEY].get("run"))
+                if self._elastic is not None:
+                    self._elastic.load(checkpoint[CHECKPOINT_KEY])
                 self._resume = Resume(checkpoint, source)
                 if trainer.strategy.restore_checkpoint_after_setup:  # with the optimizers there
                     self._resume.prepare(trainer, pl_module)
@@ -420,10 +427,14 @@ class AdapterFinetuning(Callback):
         self._outcome_of_run.settle(pl_module)
         if self.stop_if_diverged and self._watch is not None:
             self._watch.watch_loss(pl_module)
+        if self._elastic is not None:
+            self._elastic.begin()
         self._times = ReadingTimes(trainer)  # not earlier: a resumed run has its steps by now
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self._elastic is not None:
+            self._elastic.before_batch()
         if self._steps is not None:
             self._steps.before_batch()
 
@@ -461,6 +472,7 @@ class AdapterFinetuning(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         assert self._times is not None
         assert self._watch is not None
+        self._end_draw()
         self._watch.after_batch(outputs)
         if self._times.due():
             self._stop_if_spoiled(pl_module)
@@ -470,6 +482,7 @@ class AdapterFinetuning(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_draw()  # where a batch was skipped
         if self._steps is not None:  # left open where the epoch was cut short
             self._steps.end()
 
@@ -484,6 +497,7 @@ class AdapterFinetuning(Callback):
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end_draw()
         hint = describe_timeout(trainer, exception)
         if hint is not None:
             print(hint, file=sys.stderr, flush=True)  # from whichever rank it is
@@ -496,6 +510,10 @@ class AdapterFinetuning(Callback):
                 self._steps.end()
         self._end_watch()
         self._unwrap(trainer, pl_module)
+
+    def _end_draw(self) -> None:
+        if self._elastic is not None:
+            self._elastic.end()
 
     def _end_watch(self) -> None:
         if self._watch is not None:

@@ -29,6 +29,8 @@ def test_kind_peft_takes_peft_s_own_fields():
 
 def test_each_kind_has_its_fields():
     assert parsed("--adapter.kind=polar", "--adapter.landing=1") == PoLARConfig(landing=1.0)
+    given = parsed("--adapter.kind=lora", "--adapter.rank=4", "--adapter.elastic=[2, 4]")
+    assert given == LoRAConfig(rank=4, elastic=[2, 4])
     given = parsed("--adapter.kind=compacter", "--adapter.num_products=2", "--adapter.shared=false")
     assert given == CompacterConfig(num_products=2, shared=False)
     with pytest.raises(ValueError, match=r"Unknown LoRAConfig fields \['landing'\]"):

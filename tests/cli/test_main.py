@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 import genlora_lightning
-from genlora_lightning import export_lora, inject_adapters, load_adapter, save_adapter
+from genlora_lightning import LoRAConfig, export_lora, inject_adapters, load_adapter, save_adapter
 from genlora_lightning.artifacts.checkpoint import keep_adapters_only
 from genlora_lightning.cli.main import main
+from genlora_lightning.injection.elastic import set_active_rank
 from genlora_lightning.injection.inject import adapter_layers
 from tests.conftest import perturb, small_config
 from tests.interop.test_lora_export import adapted, load_with_peft, logits
@@ -65,6 +66,36 @@ def test_exported_lora_computes_what_the_adapter_computes(files, capsys):
     assert (logits(loaded) - logits(model)).abs().max() <= 1e-5
     assert run("export-lora", folder / "adapter", folder / "base", folder / "lora", "--rank", 2) == 0
     assert "LoRA adapter of rank 2 for 14 layers" in capsys.readouterr().out
+
+
+def test_slice_of_an_elastic_adapter_is_of_the_ranks_asked_for(tmp_path, capsys):
+    model = tiny_llama().eval()
+    inject_adapters(model, LoRAConfig(rank=4, elastic=[1, 2, 4]))
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    assert run("slice", tmp_path / "adapter", tmp_path / "two", "--rank", 2) == 0
+    assert capsys.readouterr().out == f"The adapter of rank 2 is in {tmp_path / 'two'}.\n"
+    set_active_rank(model, 2)
+    sliced = tiny_llama().eval()
+    load_adapter(sliced, tmp_path / "two")
+    assert torch.equal(logits(sliced), logits(model))
+
+    (tmp_path / "ranks.json").write_text('{"q_proj": 1, "mlp.*": 2}')
+    assert run("slice", tmp_path / "adapter", tmp_path / "many", "--rank-pattern", tmp_path / "ranks.json") == 0
+    assert capsys.readouterr().out.startswith("The adapter of rank 1, 2, 4 is in")
+    assert "holds an adapter. Give another OUT, or --overwrite" in failure(
+        capsys, "slice", tmp_path / "adapter", tmp_path / "many", "--rank", 1
+    )
+    assert run("slice", tmp_path / "adapter", tmp_path / "many", "--rank", 1, "--overwrite") == 0
+    for text, message in (
+        ("[2]", "must hold ranks by names of layers"),
+        ("{", "is no JSON: "),
+        ('{"x": 1}', "'x' mat"),
+    ):
+        (tmp_path / "ranks.json").write_text(text)
+        out = tmp_path / "none"
+        assert message in failure(capsys, "slice", tmp_path / "adapter", out, "--rank-pattern", tmp_path / "ranks.json")
+        assert not out.exists()
 
 
 def test_merged_folder_computes_what_the_adapter_computes(files, capsys):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, get_args
 
 import torch
-from typing_extensions import override
+from typing_extensions import Self, override
 
 from genlora_lightning.adapters.base import FactorPair, MatrixShape
 from genlora_lightning.adapters.config import AdapterConfig, ScalingRule, explain_arguments
@@ -71,6 +71,8 @@ class GenLoRAConfig(AdapterConfig):
         rank_pattern: Ranks other than ``rank``, by a name, its last part, or a regular expression of either; the first
             that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        elastic: Ranks to train for, rising, the last of them ``rank``; each step draws one for each layer. Afterwards
+            the adapter may be used at any of them, and cut to it (``genlora slice``).
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.
@@ -79,6 +81,7 @@ class GenLoRAConfig(AdapterConfig):
 
     kind: ClassVar[str] = "genlora"
     title: ClassVar[str] = "GenLoRA"
+    can_be_elastic: ClassVar[bool] = True
     usual_rates: ClassVar[tuple[float, float] | None] = (1e-3, 8e-3)  # docs/method.md
 
     rank: int = 64
@@ -115,6 +118,11 @@ class GenLoRAConfig(AdapterConfig):
         if self.weight_gain is not None:
             return self.weight_gain
         return SIGNED_GAIN / math.sqrt(self.rank) if self.entry_signs else 1.0
+
+    @override
+    def of_first_rows(self, rank: int) -> Self:
+        # The rows' weights are divided by the gain of all of them.
+        return self if rank == self.rank else replace(super().of_first_rows(rank), weight_gain=self.gain)
 
     @override
     def make(

@@ -72,6 +72,8 @@ class RBFGenerator(Factor):
         "centers": Role("rbf_shapes", decayed=False),
         "log_widths": Role("rbf_shapes", decayed=False),
     }
+    # Signs depend on the row's number alone, and all rows read the same latents.
+    ROWS_ALONG: ClassVar[Mapping[str, int]] = {"weight": -3, "centers": -3, "log_widths": -3}
 
     def __init__(
         self,
