@@ -77,3 +77,22 @@ def tiny_t5():
         decoder_start_token_id=0,
     )
     return T5ForSequenceClassification(config)
+
+
+def tiny_squeezebert():
+    """Whose layers are convolutions, with groups and without."""
+    from transformers import SqueezeBertConfig, SqueezeBertForSequenceClassification
+
+    torch.manual_seed(0)
+    config = SqueezeBertConfig(
+        vocab_size=64,
+        hidden_size=16,
+        embedding_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        q_groups=2,
+        num_labels=3,
+    )
+    return SqueezeBertForSequenceClassification(config)

@@ -39,7 +39,6 @@ from genlora_lightning import (
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, Role, WeightUpdate
 from genlora_lightning.adapters.config import KINDS, AdapterConfig, ScalingRule
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
-from genlora_lightning.injection.state import adapter_state_dict
 from genlora_lightning.layers.accumulation import generated_once
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.sites import SITES
@@ -47,9 +46,8 @@ from genlora_lightning.planning.plan import make_plan
 from genlora_lightning.planning.traffic import Setup
 from genlora_lightning.training.optim import parameter_groups
 from tests.conftest import perturb, small_config
-from tests.distributed.runs import POLICIES, PlainLlama, SaveAt, fit, llama_loader
+from tests.distributed.runs import PlainLlama, SaveAt, fit, llama_loader
 from tests.models import tiny_llama
-from tests.ranks import on_ranks
 
 
 class SinhFactor(Factor):
@@ -276,8 +274,8 @@ def test_gradients_of_one_generation_per_step_are_those_of_one_per_micro_batch(c
         torch.testing.assert_close(adapter_parameters(model)[name].grad, gradient, rtol=1e-4, atol=1e-6)
 
 
-@each
-def test_plan_counts_the_kind(config):
+@pytest.mark.parametrize("config", [ALL["sinh"], ALL["outer"]], ids=["sinh", "outer"])
+def test_plan_counts_a_kind_that_it_does_not_know(config):
     config = dataclasses.replace(config, target_modules=r".*(_proj|embed_tokens)")
     plan = make_plan(llama().config, "tiny", "causal-lm", config, Setup(gpus=2, strategy="ddp", batch=1, tokens=8))
     model = llama()
@@ -294,80 +292,7 @@ def run(place: tuple[str, str], folder: Path, config: AdapterConfig, *callbacks:
     return fit(strategy, policy, folder, PlainLlama("init", "adamw"), *callbacks, adapter=callback, **settings)
 
 
-PLACES = [("ddp", "replicate"), *((kind, policy) for kind in ("fsdp1", "fsdp2") for policy in POLICIES)]
 SINGLE = ("single", "replicate")
-# GenLoRA has a file of its own. The linears, and a layer of another site.
-PLACED = {
-    name: dataclasses.replace(config, target_modules=r".*(_proj|embed_tokens)")
-    for name, config in ALL.items()
-    if name != "genlora"
-}
-# Its ranks are drawn, on all processes alike.
-PLACED["lora"] = dataclasses.replace(PLACED["lora"], elastic=[1, 2, 3])
-# Kinds that cannot lie in pieces, and what of them can.
-WHOLE = {"polar": "field needs its matrices whole", "compacter": "share the matrices of its Kronecker products"}
-IN_PIECES = {"compacter": dataclasses.replace(PLACED["compacter"], shared=False)}
-
-
-def cases(place: tuple[str, str]) -> dict[str, AdapterConfig]:
-    """The kinds that a strategy and a policy take."""
-    return PLACED if place[1] == "replicate" else {k: c for k, c in PLACED.items() if k not in WHOLE} | IN_PIECES
-
-
-@pytest.mark.timeout(280)
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch is built without torch.distributed")
-@pytest.mark.filterwarnings("ignore:.* has both parameters with requires_grad=True and False:UserWarning")
-def test_every_kind_trains_and_resumes_the_same_under_every_strategy_and_policy(tmp_path):
-    run(SINGLE, tmp_path, PLACED["lora"], SaveAt(tmp_path / "lora.ckpt", 2))
-    expected: dict[str, list[Any]] = {name: [] for name in cases(SINGLE)}
-    for name in expected:
-        for config in {id(c[name]): c[name] for p in PLACES if name in (c := cases(p))}.values():
-            expected[name].append((config, run(SINGLE, tmp_path, config)))
-
-    def all_places() -> list[Any]:
-        found = []
-        for place in PLACES:
-            for name, config in cases(place).items():
-                whole = run(place, tmp_path, config, SaveAt(tmp_path / f"{name}-{'-'.join(place)}.ckpt", 2))
-                resumed = whole
-                if name == "lora":  # the others are here for the strategies
-                    resumed = run(place, tmp_path, config, ckpt_path=tmp_path / "lora.ckpt")
-                found.append((name, place, whole.losses, whole.state, resumed.state))
-        for place, (name, why) in zip([p for p in PLACES if p[1] == "shard"], WHOLE.items(), strict=True):
-            with pytest.raises(ValueError, match=rf'cannot be sharded: .*{why}. Set `adapter_sharding="replicate"`'):
-                run(place, tmp_path, PLACED[name])
-        return found
-
-    for kind, place, losses, state, resumed in on_ranks(all_places, seconds=240)[0]:
-        one = next(record for config, record in expected[kind] if config is cases(place)[kind])
-        torch.testing.assert_close(losses, one.losses, rtol=0, atol=1e-6, msg=lambda m, at=(kind, place): f"{at} {m}")
-        assert state.keys() == one.state.keys() == resumed.keys()
-        assert any("embed_tokens.update" in name for name in state)
-        for name, tensor in one.state.items():
-            torch.testing.assert_close(state[name], tensor, rtol=0, atol=1e-6, msg=lambda m, at=place: f"{at} {m}")
-            torch.testing.assert_close(resumed[name], tensor, rtol=0, atol=1e-6, msg=lambda m, at=place: f"{at} {m}")
-        module = PlainLlama()
-        load_adapter(module, tmp_path / f"{kind}-{'-'.join(place)}" / "adapter")
-        for name, tensor in adapter_state_dict(module).items():
-            assert torch.equal(tensor, resumed[name]), (kind, place, name)  # written by the later run
-        if kind != "lora":
-            continue
-        # A checkpoint of any place goes on in one process.
-        back = run(SINGLE, tmp_path, PLACED[kind], ckpt_path=tmp_path / f"{kind}-{'-'.join(place)}.ckpt")
-        for name, tensor in one.state.items():
-            torch.testing.assert_close(back.state[name], tensor, rtol=0, atol=1e-6)
-
-
-@each
-def test_resumed_run_equals_an_uninterrupted_one_in_every_bit(config, tmp_path):
-    config = dataclasses.replace(config, target_modules=r".*(_proj|embed_tokens)")
-    file = tmp_path / "half.ckpt"
-    whole = run(SINGLE, tmp_path, config, SaveAt(file, 3), accumulate_grad_batches=2, loader=llama_loader(32))
-    resumed = run(SINGLE, tmp_path, config, ckpt_path=file, accumulate_grad_batches=2, loader=llama_loader(32))
-    assert all(torch.equal(tensor, resumed.state[name]) for name, tensor in whole.state.items())
-    start = adapter_state_dict(load_module(PlainLlama(), file))
-    assert any(not torch.equal(start[name], tensor) for name, tensor in whole.state.items())
-    assert convert_checkpoint(file, PlainLlama(), tmp_path / "converted").is_dir()
 
 
 # -- ranks, alphas and layers of their own -----------------------------------------------------------------------------
@@ -547,42 +472,10 @@ def with_table() -> nn.Module:
     return nn.Sequential(Table(10, 6), nn.Linear(6, 4))
 
 
-def with_layer(layer: Callable[[], nn.Module], *around: nn.Module) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        return nn.Sequential(layer(), *around, nn.Linear(6, 4))
-
-    return make
-
-
-class First(nn.Module):
-    """Gives the first of several outputs."""
-
-    def forward(self, outputs: tuple[Tensor, ...]) -> Tensor:
-        return outputs[0]
-
-
-class SelfAttention(nn.MultiheadAttention):
-    """Takes its input for queries, keys and values."""
-
-    def forward(self, x: Tensor) -> Any:
-        return super().forward(x, x, x)
-
-
 ROWS = torch.tensor([1, 3, 3, 9])
-IMAGE = torch.arange(4 * 5 * 5.0).view(1, 4, 5, 5).sin()
-TO_ROWS = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-OF_SITES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
-    "AdaptedTable": (with_table, ROWS),
-    "AdaptedEmbedding": (with_layer(lambda: nn.Embedding(10, 6, padding_idx=3)), ROWS),
-    "AdaptedConv": (with_layer(lambda: nn.Conv2d(4, 6, 3, padding=1), TO_ROWS), IMAGE),
-    "AdaptedAttention": (with_layer(lambda: SelfAttention(6, 2), First()), IMAGE[..., :3].reshape(5, 2, 6)),
-    "AdaptedConv, groups": (with_layer(lambda: nn.Conv2d(4, 6, 3, groups=2, stride=2), TO_ROWS), IMAGE),
-}
 
 
 @pytest.mark.usefixtures("site")
-@pytest.mark.parametrize("name", OF_SITES)
 @pytest.mark.parametrize(
     "config",
     [
@@ -595,14 +488,13 @@ OF_SITES: dict[str, tuple[Callable[[], nn.Module], Tensor]] = {
     ],
     ids=ALL,
 )
-def test_site_takes_every_kind(config, name, tmp_path):
-    make, ids = OF_SITES[name]
-    model = make()
-    config = dataclasses.replace(config, target_modules=["0", "1" if len(model) == 2 else "2"])
+def test_site_takes_every_kind(config, tmp_path):
+    model, ids = with_table(), ROWS
+    config = dataclasses.replace(config, target_modules=["0", "1"])
     before = model(ids)
     report = inject_adapters(model, config)
     layers = adapter_layers(model).values()
-    assert [type(layer).__name__ for layer in layers] == [name.partition(",")[0], "AdaptedLinear"]
+    assert [type(layer).__name__ for layer in layers] == ["AdaptedTable", "AdaptedLinear"]
     trained = sum(config.count_parameters(layer.shape) for layer in layers) + config.count_shared()
     assert report.adapter_parameters == report.trainable_parameters == trained
     assert torch.equal(model(ids), before)
@@ -618,7 +510,7 @@ def test_site_takes_every_kind(config, name, tmp_path):
     save_adapter(model, tmp_path / "adapter")
     verify_adapter(tmp_path / "adapter")
     assert describe_adapter(tmp_path / "adapter").parameters == trained
-    again = make()
+    again = with_table()
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(again(ids), wanted)
     merge_adapters(model)

@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from genlora_lightning import (
+    GenLoRAConfig,
     GenLoRAFinetuning,
     LoRAConfig,
     describe_adapter,
@@ -28,6 +29,8 @@ from genlora_lightning import (
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.artifacts.adapter_folder import read_adapter
 from genlora_lightning.artifacts.loading import load_module
+from genlora_lightning.artifacts.slicing import slice_adapter
+from genlora_lightning.injection.elastic import set_active_rank
 from genlora_lightning.injection.inject import adapter_layers, adapters_disabled, effective_ranks
 from genlora_lightning.injection.state import adapter_state_dict
 from genlora_lightning.interop.lora_export import write_stored_lora
@@ -37,7 +40,7 @@ from genlora_lightning.planning.plan import make_plan
 from genlora_lightning.planning.traffic import Setup
 from tests.distributed.runs import POLICIES, PlainLlama, SaveAt, fit, llama_loader
 from tests.layers.test_experts import CONFIGS, IDS
-from tests.mixtures import KINDS, mixture, perturb
+from tests.mixtures import KINDS, PARAMETERS, mixture, perturb
 from tests.ranks import on_ranks
 
 each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -170,6 +173,24 @@ def test_merging_saving_and_loading_give_the_same_model(config, kind, tmp_path):
 
 
 # PEFT says that it passes over a parameter's rank, and takes it.
+@pytest.mark.parametrize("config", [GenLoRAConfig(rank=4, elastic=[1, 4]), LoRAConfig(rank=4, elastic=[1, 4])])
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+def test_elastic_ranks_are_cut_in_a_forward_in_merging_and_in_a_slice(config, experts, tmp_path):
+    config = dataclasses.replace(config, target_modules=[], target_parameters=PARAMETERS)
+    model, again = mixture(experts=experts), mixture(experts=experts)
+    inject_adapters(model, config)
+    perturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    whole = logits(model)
+    set_active_rank(model, 1)
+    cut = logits(model)
+    assert not torch.allclose(cut, whole, atol=1e-4)
+    load_adapter(again, slice_adapter(tmp_path / "adapter", tmp_path / "sliced", 1))
+    torch.testing.assert_close(logits(again), cut)
+    merge_adapters(model)
+    torch.testing.assert_close(logits(model), cut, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.filterwarnings(
     "ignore:The following (rank|alpha)_pattern keys did not match any targeted module:RuntimeWarning"
 )

@@ -60,9 +60,8 @@ class AdaptedLinear(AdaptedLayer):
         if isinstance(module, nn.Linear):
             return MatrixShape(module.out_features, module.in_features)
         if is_conv1d(module):
-            weight = module.weight
-            assert isinstance(weight, Tensor)
-            return MatrixShape(int(weight.shape[1]), int(weight.shape[0]))
+            sizes: Any = module  # not the weight's, of which FSDP1 holds a flat piece between two forwards
+            return MatrixShape(sizes.nf, sizes.nx)
         return None
 
     @override

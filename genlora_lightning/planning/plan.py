@@ -73,7 +73,11 @@ GIB = 2**30
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one GPU; the module's docstring has the formulas. ``factors`` is a part of ``activations``."""
+    """Bytes on one GPU; the module's docstring has the formulas.
+
+    ``factors`` is a part of ``activations``. ``activations_other_way`` is ``None`` for a model that does not support
+    gradient checkpointing.
+    """
 
     base: int
     base_gathered: int
@@ -82,7 +86,7 @@ class Memory:
     optimizer: int
     buckets: int
     activations: int
-    activations_other_way: int
+    activations_other_way: int | None
     factors: int
 
     @property
@@ -173,8 +177,8 @@ def make_plan(
             them is turned into while it computes.
 
     Raises:
-        ValueError: The adapters' configuration does not fit the model, or a sharded strategy is to be planned for a
-            quantized base.
+        ValueError: The adapters' configuration does not fit the model, a sharded strategy is to be planned for a
+            quantized base, or gradient checkpointing for a model that does not support it.
     """
     if quantization is not None and (setup.is_sharded or setup.adapter_sharding == "shard"):
         raise ValueError(
@@ -182,6 +186,12 @@ def make_plan(
             "`single` or `ddp`, with which each GPU has the whole base."
         )
     model = build_on_meta(model_config, task, dtype, trust_remote_code=trust_remote_code)
+    can_checkpoint = bool(model.supports_gradient_checkpointing)
+    if setup.gradient_checkpointing and not can_checkpoint:
+        raise ValueError(
+            f"`gradient_checkpointing` is True, and transformers' {type(model).__name__} does not support it: plan "
+            "without it."
+        )
     linears = {} if quantization is None else quantized_linears(model)
     report = inject_adapters(model, config)
     sizes = model_sizes(model)
@@ -195,7 +205,7 @@ def make_plan(
     model.train()
     counts = {}
     generation = count_generation(model, setup.autocast)
-    for checkpointing in (False, True):
+    for checkpointing in (False, True)[: 1 + can_checkpoint]:
         if checkpointing:
             enable_gradient_checkpointing(model)
         counts[checkpointing] = count_step(
@@ -203,8 +213,10 @@ def make_plan(
         )
 
     def memory(setup: Setup) -> Memory:
-        here, other = (counts[on] for on in (setup.gradient_checkpointing, not setup.gradient_checkpointing))
-        return _memory(sizes, setup, here.activations, here.factors, other.activations)
+        here, other = (counts.get(on) for on in (setup.gradient_checkpointing, not setup.gradient_checkpointing))
+        here = here or counts[False]  # a remedy that there is not, which changes nothing
+        other_way = None if other is None else other.activations
+        return _memory(sizes, setup, here.activations, here.factors, other_way)
 
     if setup.strategy == "auto" and quantization is not None:
         setup = dataclasses.replace(setup, strategy="single" if setup.gpus == 1 else "ddp")
@@ -270,14 +282,15 @@ def _remedy(setup: Setup, memory: Callable[[Setup], Memory], *, can_shard: bool 
                     return f"It would fit on {where}{how}: {held.total / GIB:.1f} GiB on each."
     if not can_shard:
         return "A quantized base is whole on each GPU: take fewer tokens, a smaller micro-batch or fewer bits."
-    least = min(memory(setup).activations, memory(setup).activations_other_way)
+    held = memory(setup)
+    least = min(held.activations, held.activations_other_way or held.activations)
     return (
         f"No number of GPUs changes that: the activations alone take {least / GIB:.1f} GiB. Take fewer tokens or a "
         "smaller micro-batch."
     )
 
 
-def _memory(sizes: Sizes, setup: Setup, activations: int, factors: int, other_way: int) -> Memory:
+def _memory(sizes: Sizes, setup: Setup, activations: int, factors: int, other_way: int | None) -> Memory:
     size, n = sizes.base_itemsize, setup.gpus if setup.is_sharded else 1
     whole = setup.adapter_sharding == "replicate" or not setup.is_sharded
     root, *blocks = (count_values([unit]) for unit in sizes.base)
@@ -332,7 +345,9 @@ def _text(plan: Plan) -> str:
         f"{'with' if setup.gradient_checkpointing else 'without'} gradient checkpointing.",
         "",
         text_table(("each GPU holds", "GiB"), [(label, f"{value / GIB:.3f}") for label, value in rows]),
-        f"({other} activations take {memory.activations_other_way / GIB:.3f} GiB)",
+        "(the model does not support gradient checkpointing)"
+        if memory.activations_other_way is None
+        else f"({other} activations take {memory.activations_other_way / GIB:.3f} GiB)",
         "",
     ]
     if setup.gpus > 1:

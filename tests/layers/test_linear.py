@@ -46,6 +46,14 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 5e-2}
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_sizes_are_known_while_the_weight_is_a_flat_piece(kind):
+    layer = base(kind)
+    for piece in (torch.empty(7), torch.empty(0)):  # as FSDP1 leaves it on a rank, outside of forwards
+        layer.weight = nn.Parameter(piece)
+        assert AdaptedLinear.matrix_shape(layer) == (20, 12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("init", ["zero_latent", "zero_weight"])
 def test_new_adapter_changes_no_bit_of_the_output(kind, dtype, init):

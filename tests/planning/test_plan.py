@@ -11,7 +11,7 @@ from genlora_lightning.injection.inject import inject_adapters
 from genlora_lightning.planning.plan import GIB, Plan, make_plan
 from genlora_lightning.planning.traffic import Setup
 from tests.conftest import small_config
-from tests.models import tiny_bert, tiny_llama
+from tests.models import tiny_bert, tiny_llama, tiny_squeezebert
 
 PLANS: dict[str, Plan] = {}
 
@@ -73,6 +73,19 @@ def test_memory_of_one_gpu_is_that_of_its_tensors():
     parts = (memory.base, memory.adapters, memory.gradients, memory.optimizer, memory.activations)
     assert memory.total == sum(parts)
     assert memory.activations_other_way < memory.activations  # with gradient checkpointing
+
+
+def test_model_without_gradient_checkpointing_is_planned_without_it():
+    def plan(**setup: object) -> Plan:
+        config, adapter = tiny_squeezebert().config, small_config(target_modules=["query"])
+        return make_plan(config, "tiny", "sequence-classification", adapter, Setup(batch=1, tokens=8, **setup))
+
+    assert plan().memory.activations_other_way is None
+    assert "does not support gradient checkpointing" in str(plan())
+    small = plan(gpu_memory=1e-9)
+    assert "the activations alone take" in str(small)
+    with pytest.raises(ValueError, match="SqueezeBertForSequenceClassification does not support it: plan without it"):
+        plan(gradient_checkpointing=True)
 
 
 def test_sharding_divides_the_base_and_gathers_root_and_two_layers():
