@@ -77,6 +77,8 @@ class Hub:
                 if line["key"] == "file":
                     files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
             return 200, {"commitUrl": f"{self.address}/{name}/commit/{commit(files)}", "commitOid": commit(files)}, {}
+        if what == "tree" and file:
+            return 404, {"error": "Entry not found"}, {"X-Error-Code": "EntryNotFound"}  # there are no folders here
         if what == "tree":
             return 200, [{"type": "file", "path": f, "size": len(c), "oid": oid(c)} for f, c in files.items()], {}
         if what == "resolve":
@@ -139,12 +141,13 @@ def reset_connections() -> None:
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A Hub that is reached instead of the real one, with an empty cache and a token that may write."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     made = Hub()
     with _serving(made) as made.address:
         template = made.address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", made.address)
+        monkeypatch.setattr(hf_api.api, "endpoint", made.address)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub-cache"))

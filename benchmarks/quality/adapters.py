@@ -1,15 +1,14 @@
-"""Kinds that PEFT does not have: (nearly) orthonormal directions, and an elementwise sine of a low-rank product.
+"""Kinds that PEFT does not have: orthonormal directions, and an elementwise sine of a low-rank product.
 
 Shapes: R rank, I in_features, O out_features, n entries of a factor's rows (I or O).
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +23,14 @@ from .factors import FormulaFactor
 class Directions(FormulaFactor):
     """``M = Xᵀ`` with orthonormal columns in ``X (n, R)``, or ``M = s · (X Θ)ᵀ`` with a free Θ ``(R, R)``.
 
-    X starts at random, Θ at zero. Without `landing` X's gradient is projected to the manifold's tangent space before
-    the optimizer sees it, and each step is followed by a retraction (to the polar factor, the nearest orthonormal
-    matrix) when the factor is next used.
+    X starts at random, Θ at zero. X's gradient is projected to the manifold's tangent space before the optimizer sees
+    it, and each step is followed by a retraction (to the polar factor, the nearest orthonormal matrix) when the factor
+    is next used.
 
     Args:
         num_entries: n.
         rank: R.
         mixed: s; ``None``: without Θ.
-        landing: λ: the gradient G of X is replaced by PoLAR's landing field ``G (XᵀX) − X (GᵀX) + λ X (XᵀX − I)``, and
-            nothing else holds X near the manifold.
         device: Where the parameters are made.
         generator: Random number generator for the initial values.
     """
@@ -44,17 +41,14 @@ class Directions(FormulaFactor):
         rank: int,
         *,
         mixed: float | None = None,
-        landing: float | None = None,
         device: torch.device | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(rank, num_entries)
         self.mixed = mixed
-        self.landing = landing
-        self.roles = {"directions": Role("directions")}
-        self.directions = nn.Parameter(torch.empty(num_entries, rank, dtype=torch.float32, device=device))
-        change = _project_gradient if landing is None else functools.partial(_land_gradient, strength=landing)
-        self.directions.register_post_accumulate_grad_hook(change)
+        self.roles = {"frame": Role("frame")}
+        self.frame = nn.Parameter(torch.empty(num_entries, rank, dtype=torch.float32, device=device))
+        self.frame.register_post_accumulate_grad_hook(_project_gradient)
         if mixed is not None:
             self.roles = {**self.roles, "theta": Role("core")}
             self.theta = nn.Parameter(torch.empty(rank, rank, dtype=torch.float32, device=device))
@@ -65,7 +59,7 @@ class Directions(FormulaFactor):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.is_meta:
             return
-        self.directions.copy_(_polar(self.directions.normal_(generator=generator)))
+        self.frame.copy_(_polar(self.frame.normal_(generator=generator)))
         if self.mixed is not None:
             self.theta.zero_()
 
@@ -76,41 +70,9 @@ class Directions(FormulaFactor):
 
     @override
     def matrix(self) -> Tensor:
-        if self.landing is None:
-            with torch.no_grad():
-                self.directions.copy_(_polar(self.directions))
-        return self.directions.T if self.mixed is None else (self.mixed * self.directions @ self.theta).T
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolarConfig(AdapterConfig):
-    """PoLAR (arXiv 2506.03133): ``ΔW = (alpha / R) · X Θ Yᵀ`` with nearly orthonormal X ``(O, R)`` and Y ``(I, R)``.
-
-    Before the optimizer's step the gradients of X and Y become landing fields, which pull them to the Stiefel manifold.
-
-    Args:
-        landing: λ, the strength of that.
-    """
-
-    kind: ClassVar[str] = "polar"
-    title: ClassVar[str] = "PoLAR"
-
-    rank: int = 2
-    alpha: float = 32.0
-    scaling: ScalingRule = "rank"
-    landing: float = 5e-3
-
-    @override
-    def make(
-        self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
-    ) -> FactorPair:
-        made: dict[str, Any] = {"landing": self.landing, "device": device, "generator": generator}
-        X = Directions(shape.out_features, self.rank, mixed=1.0, **made)
-        return FactorPair(Directions(shape.in_features, self.rank, **made), X, self.scaling_factor)
-
-    @override
-    def count_parameters(self, shape: MatrixShape) -> int:
-        return self.rank * (sum(shape) + self.rank)
+        with torch.no_grad():
+            self.frame.copy_(_polar(self.frame))
+        return self.frame.T if self.mixed is None else (self.mixed * self.frame @ self.theta).T
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,15 +175,6 @@ def _polar(matrix: Tensor) -> Tensor:
     """``X (XᵀX)^(−1/2)``, by the eigenvalues of the small matrix."""
     values, vectors = torch.linalg.eigh(matrix.T @ matrix)
     return matrix @ (vectors * values.clamp_min(1e-12).rsqrt()) @ vectors.T
-
-
-def _land_gradient(X: nn.Parameter, strength: float) -> None:
-    """Replace X's gradient by ``(G Xᵀ − X Gᵀ) X + λ X (XᵀX − I)``, as the authors do, without an n × n matrix."""
-    if X.grad is not None:
-        with torch.no_grad():
-            gram = X.T @ X
-            eye = torch.eye(len(gram), device=X.device)
-            X.grad.copy_(X.grad @ gram - X @ (X.grad.T @ X) + strength * X @ (gram - eye))
 
 
 def _project_gradient(factor: Tensor) -> None:

@@ -41,13 +41,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning import GenLoRAConfig, inject_adapters
+from genlora_lightning import GenLoRAConfig, PoLARConfig, inject_adapters
 from genlora_lightning.adapters.base import trained_by_role
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.layers.sharing import set_fused
 
-from .adapters import PolarConfig, SineConfig, StiefelConfig
+from .adapters import SineConfig, StiefelConfig
 from .variants import inject_variant
 
 Shapes = dict[str, tuple[int, int]]  # name: (in_features, out_features)
@@ -353,7 +353,7 @@ METHODS: dict[str, Method] = {
     "lily": Method(_peft("lily"), _lily_size),
     "unilora": Method(_peft("unilora"), _unilora_size),
     "polar": Method(
-        _kind(lambda settings: PolarConfig(rank=settings["r"])), lambda shapes, budget: {"r": max(1, round(budget))}
+        _kind(lambda settings: PoLARConfig(rank=settings["r"])), lambda shapes, budget: {"r": max(1, round(budget))}
     ),
     "stiefel": Method(
         _kind(lambda settings: StiefelConfig(rank=settings["r"])), lambda shapes, budget: {"r": max(1, round(budget))}

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import genlora_lightning
+from genlora_lightning.adapters.steps import hook_steps
 
 from .batches import on_device
 from .methods import METHODS, deltas, linear_shapes, lora_unit
@@ -96,6 +97,7 @@ def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[
     train_started = time.perf_counter()
     if optimizer_groups:
         optimizer = torch.optim.AdamW(optimizer_groups, lr=0.0, fused=True)
+        hook_steps(model.base, optimizer)
         for step, batch in enumerate(task.batches(spec.seed, spec.steps)):
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * schedule(step, spec.steps)

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from benchmarks.quality.adapters import PolarConfig, SineConfig
+from benchmarks.quality.adapters import SineConfig, StiefelConfig
 from benchmarks.quality.experiments import EXPERIMENTS
 from benchmarks.quality.rows import RESULTS, read_rows
 from benchmarks.quality.variants import READERS, FactorForm, inject_variant, variant_config
@@ -23,7 +23,7 @@ SIGNED = {"R": 8, "G": 1, "kernel": "linear", "signs": "shifted", "equal": True,
 CORE = {"R": 4, "a": {"dense": "frozen"}, "b": {"dense": "frozen"}, "core": True, "start": "weight"}
 MIXED = {"R": 4, "a": {"dense": "train", "a_scale": 0.5}, "grouping": "strided", "K": 2, "freeze": ["centers"]}
 CONFIGS = {
-    "polar": PolarConfig(rank=3),
+    "stiefel": StiefelConfig(rank=3),
     "sine": SineConfig(rank=3),
     **{name: variant_config(spec) for name, spec in (("signed", SIGNED), ("core", CORE), ("mixed", MIXED))},
 }

@@ -38,7 +38,7 @@ def test_a_run_keeps_messages_environment_answers_and_spectra(config, tmp_path, 
     assert captured.err.count("The adapter is saved in ") == 1
     lines = [found for found in map(LINE.match, log_of(tmp_path).splitlines()) if found]
     modules = [(line["module"], line["level"]) for line in lines]
-    for name in ("data._base", "training.callback", "callbacks.progress", "training.outcome", "cli.train"):
+    for name in ("data._records", "training.callback", "callbacks.progress", "training.outcome", "cli.train"):
         assert (name, "INFO") in modules
     assert captured.out.splitlines() == [line["text"] for line in lines if line["module"] == "callbacks.progress"]
     run = tmp_path / "out/logs/version_0"

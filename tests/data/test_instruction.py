@@ -106,26 +106,11 @@ def test_template_that_teaches_no_end_is_reported(
     write: Write, tokenizer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
-    with info_of_lightning(caplog):
+    with caplog.at_level(logging.INFO, "genlora_lightning"):
         module(tokenizer, write("train.jsonl", pairs(1))).setup("fit")
         assert "cannot learn where to stop" not in caplog.text
         module(tokenizer, write("train.jsonl", pairs(1)), chat_template=template).setup("fit")
     assert "cannot learn where to stop" in caplog.text
-
-
-class info_of_lightning:  # noqa: N801
-    """Lets caplog see what Lightning logs whether or not it has a handler of its own."""
-
-    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
-        self.logger, self.handler = logging.getLogger("lightning.pytorch"), caplog.handler
-
-    def __enter__(self) -> None:
-        self.propagate, self.logger.propagate = self.logger.propagate, False
-        self.logger.addHandler(self.handler)
-
-    def __exit__(self, *_: object) -> None:
-        self.logger.propagate = self.propagate
-        self.logger.removeHandler(self.handler)
 
 
 # Splits
@@ -209,7 +194,7 @@ def test_truncation_is_reported_once_with_its_counts(
 ) -> None:
     records = [*pairs(3), {"prompt": "one two three four " * 20, "completion": "five"}]
     path = write("train.jsonl", records)
-    with info_of_lightning(caplog):
+    with caplog.at_level(logging.INFO, "genlora_lightning"):
         data = module(tokenizer, path, max_length=64)
         data.setup("fit")
         data.setup("fit")
