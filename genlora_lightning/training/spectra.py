@@ -40,7 +40,7 @@ class UpdateSpectra(Callback):
     At the start and the end of training, after steps 1, 2, 4, …, and 64 times at equal distances, as long as it takes
     at most 1 % of the time: ``spectra.jsonl`` in the run's folder. It is done by the first rank, and looks at the
     parameters as they are, without the forwards of the model. What cannot be looked at is said once: sharded adapters,
-    PEFT's, and kinds that have no factors.
+    PEFT's, stacks of matrices, and kinds that have no factors.
 
     Args:
         share: The most that it may take of the time since training has started; 1: as much as it takes.
@@ -74,7 +74,10 @@ class UpdateSpectra(Callback):
         self._layers = {name: layer for name, layer in layers.items() if _is_readable(layer)}
         if len(self._layers) < len(layers) or not layers:
             of = f"{len(layers) - len(self._layers)} of {len(layers)}" if layers else "PEFT's"
-            _log.info(f"Effective ranks of {of} adapters are not recorded: they are sharded, or have no factors.")
+            _log.info(
+                f"Effective ranks of {of} adapters are not recorded: they are sharded, are stacks, or have no "
+                "factors."
+            )
         if not self._layers:
             return
         steps = trainer.estimated_stepping_batches
@@ -140,7 +143,7 @@ def measure(layers: dict[str, AdaptedLayer], step: int) -> SpectrumPoint:
 
 def _is_readable(layer: AdaptedLayer) -> bool:
     pair = layer.pair
-    return pair is not None and all(factor.is_whole for factor in pair)
+    return pair is not None and layer.shape.num_matrices == 1 and all(factor.is_whole for factor in pair)
 
 
 def _groups(layers: dict[str, AdaptedLayer]) -> Iterator[list[str]]:

@@ -12,8 +12,9 @@ from genlora_lightning import GenLoRAFinetuning, LoRAConfig, describe_adapter, e
 from genlora_lightning.adapters.low_rank import effective_rank, singular_values, singular_values_of_many
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
 from genlora_lightning.reports.spectra import read_spectra
-from genlora_lightning.training.spectra import UpdateSpectra, measure
+from genlora_lightning.training.spectra import UpdateSpectra, _is_readable, measure
 from tests.conftest import perturb, small_config
+from tests.mixtures import PARAMETERS, mixture
 from tests.models import tiny_llama
 from tests.plain import PlainMLP, mlp_loader, trainer
 from tests.test_kinds_and_sites import OuterConfig
@@ -55,6 +56,15 @@ def test_layers_of_all_shapes_are_measured_as_one_by_one(config, monkeypatch):
     for layer, largest, ratios in zip(layers.values(), point.largest, point.ratios, strict=True):
         exact = abs(layer.scaling) * singular_values(*layer.factors())
         assert [largest * ratio for ratio in ratios][: len(exact)] == pytest.approx(exact.tolist(), rel=1e-5, abs=1e-7)
+
+
+def test_stacks_of_matrices_are_left_out():
+    model = mixture()
+    inject_adapters(model, LoRAConfig(rank=2, target_parameters=PARAMETERS))
+    layers = adapter_layers(model)
+    assert {name for name, layer in layers.items() if not _is_readable(layer)} == {
+        f"model.layers.{number}.mlp.{own}" for number in range(2) for own in PARAMETERS
+    }
 
 
 def fit(folder, share=1.0, config=None, *, steps=9, **settings):
