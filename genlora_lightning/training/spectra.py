@@ -75,8 +75,7 @@ class UpdateSpectra(Callback):
         if len(self._layers) < len(layers) or not layers:
             of = f"{len(layers) - len(self._layers)} of {len(layers)}" if layers else "PEFT's"
             _log.info(
-                f"Effective ranks of {of} adapters are not recorded: they are sharded, are stacks, or have no "
-                "factors."
+                f"Effective ranks of {of} adapters are not recorded: they are sharded, are stacks, or have no factors."
             )
         if not self._layers:
             return
