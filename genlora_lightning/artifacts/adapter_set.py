@@ -226,13 +226,12 @@ class AdapterSet(nn.Module):
             OSError: It cannot be written.
         """
         layers = self._layers(name)
-        state: dict[str, Tensor] = {}
+        named: dict[nn.Parameter, str] = {}
         for n, layer in layers.items():
             for own, parameter in layer.adapter_parameters().items():
-                if not any(parameter is known for known in state.values()):  # what layers share is the first one's
-                    state[f"{n}.{own}"] = parameter
+                named.setdefault(parameter, f"{n}.{own}")  # what layers share is the first one's
         record = AdapterRecord(
-            state={n: parameter.detach() for n, parameter in state.items()},
+            state={n: parameter.detach() for parameter, n in named.items()},
             configs={n: layer.config for n, layer in layers.items()},
             base=base_identity(self.model),
             layers={n: layer.shape.sizes for n, layer in layers.items()},

@@ -24,7 +24,7 @@ def slice_adapter(folder: str | os.PathLike[str], out: str | os.PathLike[str], r
 
     Args:
         folder: An adapter folder, or its name on the Hugging Face Hub.
-        out: Where to write; replaced if it is an adapter folder already.
+        out: Where to write; replaced if it is another adapter folder already.
         rank: For all layers that have more rows; or by names of layers, as in ``rank_pattern``, all others staying
             whole.
 
@@ -34,11 +34,13 @@ def slice_adapter(folder: str | os.PathLike[str], out: str | os.PathLike[str], r
     Raises:
         FileNotFoundError: There is no such folder, or a file of it is missing.
         TypeError: A rank is no integer.
-        ValueError: The folder is damaged, a layer to be cut is not elastic, a name matches nothing, or a rank is less
-            than 1 or more than there are rows. Nothing is written then.
+        ValueError: The folder is damaged, a layer to be cut is not elastic, a name matches nothing, a rank is less
+            than 1 or more than there are rows, or ``out`` is ``folder`` itself. Nothing is written then.
         OSError: It cannot be written; then nothing is left behind.
     """
     stored = read_adapter(folder)
+    if os.path.exists(out) and os.path.samefile(stored.folder, out):
+        raise ValueError(f"{out} is the adapter that is cut, and its other rows would be lost. Give another folder.")
     own = {name: config.rank for name, config in stored.configs.items()}
     wanted = {name: r for name, r in ranks_by_name(own, rank).items() if r < own[name]}
     made: dict[tuple[int, int], AdapterConfig] = {}  # layers of one configuration share one again

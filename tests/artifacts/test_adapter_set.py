@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from genlora_lightning import (
     AdapterSet,
+    CompacterConfig,
     LoRAConfig,
     effective_ranks,
     export_lora,
@@ -32,6 +33,7 @@ from genlora_lightning.layers.accumulation import generated_once
 from genlora_lightning.layers.linear import AdaptedLinear
 from genlora_lightning.layers.sharing import set_fused
 from tests.conftest import perturb, small_config
+from tests.mixtures import PARAMETERS, mixture
 from tests.models import tiny_gpt2, tiny_llama
 
 CONFIGS = {
@@ -411,6 +413,31 @@ def test_each_adapter_is_saved_by_its_name(folders, tmp_path):
         verify_adapter(tmp_path / name)
         assert torch.equal(logits(loaded(tmp_path, name), ids()), logits(loaded(folders, name), ids()))
     assert adapters.active == "few"
+
+
+def test_what_layers_share_is_saved_once_and_comes_back(tmp_path):
+    adapters = AdapterSet(tiny_llama().eval())
+    adapters.add("shared", CompacterConfig(rank=4, num_products=2))
+    with torch.no_grad():
+        for parameter in adapters.parameters_of("shared"):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    adapters.activate("shared")
+    expected = logits(adapters.model, ids())
+    folder = adapters.save("shared", tmp_path / "shared")
+    assert len(read_adapter(folder).tensors) == len([*adapters.parameters()])
+    alone = tiny_llama().eval()
+    load_adapter(alone, folder)
+    adapters.add("again", folder)
+    adapters.activate("again")
+    for model in (alone, adapters.model):
+        torch.testing.assert_close(logits(model, ids()), expected)
+
+
+def test_adapters_of_parameters_are_refused_and_nothing_is_added():
+    adapters = AdapterSet(mixture())
+    with pytest.raises(ValueError, match="'experts' has `target_parameters`, and a set adapts whole layers"):
+        adapters.add("experts", LoRAConfig(target_parameters=PARAMETERS))
+    assert adapters.names == []
 
 
 @pytest.mark.parametrize("active", [None, "all", ["all", None]])

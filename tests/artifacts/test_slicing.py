@@ -82,6 +82,15 @@ def test_what_cannot_be_cut_is_refused_before_anything_is_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_adapter_is_not_cut_in_its_own_place(tmp_path):
+    save_adapter(adapted(ELASTIC["lora"]), tmp_path / "adapter")
+    (tmp_path / "link").symlink_to(tmp_path / "adapter")
+    for out in ("adapter", "link"):
+        with pytest.raises(ValueError, match="is the adapter that is cut, and its other rows would be lost"):
+            slice_adapter(tmp_path / "adapter", tmp_path / out, 4)
+    assert {layer.rank for layer in describe_adapter(tmp_path / "adapter").layers} == {6}
+
+
 def test_peft_folder_wants_a_slice():
     with pytest.raises(ValueError, match=r"`elastic` is \[1, 4, 6\].*`genlora slice`"):
         peft_fields(ELASTIC["genlora"])
