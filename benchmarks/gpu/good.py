@@ -1,16 +1,18 @@
 """How good: the quality benchmark's texts and questions for SmolLM2-135M, several runs at a time on one card.
 
 Any prefix of the order is useful: first LoRA and GenLoRA once at the rate that short runs suggest, then at twice and
-half that rate, then more seeds at the rate with the lowest validation loss; then other forms, then other methods.
+half that rate, and beyond, as long as the best one is the last on its side; then more seeds at the rate with the lowest
+validation loss; then other forms, then other methods.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from benchmarks.quality.experiments import (
     GENLORAS,
     LEADERS,
     OTHERS,
+    RELATIVES,
     SHARED_DIRECTION,
     Arm,
     groups_only,
@@ -32,7 +35,7 @@ from benchmarks.quality.runs import Spec, execute, get_task, start_worker
 EXPERIMENT = "quality"  # the CSV file's name
 TASKS = CAPACITY_TASKS
 SEEDS = (0, 1, 2)
-FACTORS = (1.0, 2.0, 0.5)  # on an arm's rate, with the first seed
+FACTORS = (1.0, 2.0, 0.5)  # on an arm's rate, with the first seed; then beyond, while the best is the last on its side
 # What the claim is about, then what else could be better, then other methods, each at a rate that shorter runs suggest.
 CORE = (
     lora(2, 4e-3),
@@ -49,7 +52,11 @@ FORMS = (
     replace(GENLORAS[3], lr=4e-3),
     lora(64, 5e-4),
 )
-METHODS = (*(replace(arm, lr=2 * arm.lr) for arm in OTHERS if arm.method in ("vera", "randlora", "lokr")), *LEADERS)
+METHODS = (
+    *(replace(arm, lr=2 * arm.lr) for arm in OTHERS if arm.method in ("vera", "randlora", "lokr")),
+    *RELATIVES,
+    *LEADERS,
+)
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class Size:
         arms: Which, in groups: the runs of one are all made before those of the next.
         tasks: Which.
         seeds: The first tries the rates, the others take its best.
+        furthest: How far from an arm's rate others are tried, as a factor up or down.
     """
 
     steps: int
@@ -69,10 +77,11 @@ class Size:
     arms: tuple[tuple[Arm, ...], ...]
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
+    furthest: float
 
 
-FULL = Size(400, 12, (CORE, FORMS, METHODS), TASKS, SEEDS)
-TINY = Size(3, 1, ((CORE[0],), (FORMS[2],)), TASKS[:1], SEEDS[:2])
+FULL = Size(400, 12, (CORE, FORMS, METHODS), TASKS, SEEDS, 8.0)
+TINY = Size(3, 1, ((CORE[0],), (FORMS[2],)), TASKS[:1], SEEDS[:2], 1.0)
 
 
 def run(folder: Path, device: str, end: float, *, tiny: bool) -> bool:
@@ -91,12 +100,12 @@ def run(folder: Path, device: str, end: float, *, tiny: bool) -> bool:
         while True:
             done = read_rows(folder)
             busy = {spec.key for _, spec in started.values()}
-            for arm, spec in _order(groups, size.seeds, done, busy | skipped):
+            for arm, spec in _order(groups, size, done, busy | skipped):
                 if len(started) >= size.workers or time.time() + longest > end:
                     break
                 started[pool.submit(execute, spec, EXPERIMENT, arm, device)] = (arm, spec)
             if not started:
-                return next(_order(groups, size.seeds, done, set()), None) is None
+                return next(_order(groups, size, done, set()), None) is None
             for future in wait(started, timeout=max(0.0, end - time.time()), return_when=FIRST_COMPLETED).done:
                 arm, spec = started.pop(future)
                 try:
@@ -118,18 +127,33 @@ def run(folder: Path, device: str, end: float, *, tiny: bool) -> bool:
 
 
 def _order(
-    groups: list[list[tuple[str, Spec]]], seeds: tuple[int, ...], done: dict[str, Row], skip: set[str]
+    groups: list[list[tuple[str, Spec]]], size: Size, done: Mapping[str, Row], skip: set[str]
 ) -> Iterator[tuple[str, Spec]]:
     """The runs that are missing, the most worth knowing first."""
     wanted = []
     for cells in groups:
-        wanted += [(arm, replace(spec, lr=spec.lr * factor)) for factor in FACTORS for arm, spec in cells]
-        for seed in seeds[1:]:
-            for arm, spec in cells:
-                tries = [replace(spec, lr=spec.lr * factor) for factor in FACTORS]
-                if all(one.key in done for one in tries):
-                    wanted.append((arm, replace(min(tries, key=lambda one: _loss(done[one.key])), seed=seed)))
+        tried = [(arm, tried_rates(spec, done, size.furthest)) for arm, spec in cells]
+        for round_ in itertools.zip_longest(*(specs for _, (specs, _) in tried)):
+            wanted += [(arm, spec) for (arm, _), spec in zip(tried, round_, strict=True) if spec is not None]
+        for seed in size.seeds[1:]:
+            wanted += [(arm, replace(best, seed=seed)) for arm, (_, best) in tried if best is not None]
     yield from ((arm, spec) for arm, spec in wanted if spec.key not in done and spec.key not in skip)
+
+
+def tried_rates(spec: Spec, done: Mapping[str, Row], furthest: float) -> tuple[list[Spec], Spec | None]:
+    """The first seed's runs, and the best of them when all are there and rates on both sides of it are worse."""
+    factors = [*FACTORS]
+    while True:
+        tries = {factor: replace(spec, lr=spec.lr * factor) for factor in factors}
+        if any(one.key not in done for one in tries.values()):
+            return [*tries.values()], None
+        best = min(factors, key=lambda factor: _loss(done[tries[factor].key]))
+        if best == max(factors) and best < furthest:
+            factors.append(2 * best)
+        elif best == min(factors) and best > 1 / furthest:
+            factors.append(best / 2)
+        else:
+            return [*tries.values()], tries[best]
 
 
 def _spec(size: Size, arm: Arm, task: str, shapes: Shapes) -> Spec:

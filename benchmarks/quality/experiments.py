@@ -127,9 +127,13 @@ OTHERS = (
     Arm(name="sine LoRA r2", method="sine", lr=1e-3),
 )
 
-# The leaders of PEFT's own comparison, at LoRA rank 2's size.
-LEADERS = (
+# The package's other kinds, at LoRA rank 2's size.
+RELATIVES = (
     Arm(name="PoLAR r2", method="polar", lr=2e-3),
+    Arm(name="Compacter b2", method="compacter", lr=5e-4),
+)
+# The leaders of PEFT's own comparison, at that size.
+LEADERS = (
     Arm(name="MiSS b2", method="miss", lr=5e-4),
     Arm(name="SHiRA r2", method="shira", lr=2e-3),
     Arm(name="HiRA r2", method="hira", lr=2e-3),
@@ -334,7 +338,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "shared-parts": Experiment(arms=_shared(4e-3), tasks=("siqa", *SENTIMENT_TASKS), trials=1, final=False),
     "shared-parts-slow": Experiment(arms=_shared(2e-3), tasks=("siqa",), trials=1, final=False),
     # The main table and the Pareto picture.
-    "main": Experiment(arms=(*LORAS, *GENLORAS, *GROUPS_ONLY, *OTHERS)),
+    "main": Experiment(arms=(*LORAS, *GENLORAS, *GROUPS_ONLY, *OTHERS, *RELATIVES)),
     # The same for the small language model and for pictures; their rows stand in the main table too.
     "llm": Experiment(arms=(*LORAS, *GENLORAS, *GROUPS_ONLY, *OTHERS), tasks=LANGUAGE_TASKS),
     # Longer runs on tasks of which a larger adapter learns more, with what training made the model forget.
@@ -349,6 +353,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             *SHARED_DIRECTION,
             Arm(name="frozen + head", method="frozen", lr=1e-3, budget=0),
             *(arm for arm in OTHERS if arm.method in ("rslora", "vera", "randlora", "lokr")),
+            *RELATIVES,
             *LEADERS,
         ),
         tasks=CAPACITY_TASKS,

@@ -9,6 +9,7 @@ come nearest to the budget:
 | LoRA, rsLoRA, LoRA+, sine | rank | r · (in + out), exact |
 | DoRA | rank, one higher on the kinds of linears that fill the budget best | r · (in + out) + out |
 | PoLAR, Stiefel retraction | rank | r · (in + out) + r² |
+| Compacter's products | inner rank K, of P = 4 products | K · (in + out), and P³ for all |
 | VeRA | nothing: rank 256 as in PEFT (below) | out + r |
 | RandLoRA | rank of the bases | n · (r + min(in, out)), n = ⌈min(in, out) / r⌉ |
 | FourierFT | number of frequencies, the same for every linear | n |
@@ -41,7 +42,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning import GenLoRAConfig, PoLARConfig, inject_adapters
+from genlora_lightning import CompacterConfig, GenLoRAConfig, PoLARConfig, inject_adapters
 from genlora_lightning.adapters.base import trained_by_role
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.injection.inject import adapter_layers
@@ -354,6 +355,10 @@ METHODS: dict[str, Method] = {
     "unilora": Method(_peft("unilora"), _unilora_size),
     "polar": Method(
         _kind(lambda settings: PoLARConfig(rank=settings["r"])), lambda shapes, budget: {"r": max(1, round(budget))}
+    ),
+    "compacter": Method(
+        _kind(lambda settings: CompacterConfig(rank=settings["r"], alpha=settings["r"])),  # the scaling is 1
+        lambda shapes, budget: {"r": 16 * max(1, round(budget))},
     ),
     "stiefel": Method(
         _kind(lambda settings: StiefelConfig(rank=settings["r"])), lambda shapes, budget: {"r": max(1, round(budget))}

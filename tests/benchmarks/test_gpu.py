@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -20,8 +21,10 @@ import pytest
 import torch
 
 from benchmarks.gpu import pack as packing
+from benchmarks.gpu.good import tried_rates
 from benchmarks.gpu.report import BARS_HEADER, bars, write_report
 from benchmarks.gpu.rows import Rows, append, latest, read
+from benchmarks.quality.runs import Spec
 from benchmarks.speed.models import load_base
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -235,3 +238,23 @@ def test_parts_become_the_model_when_all_are_there_and_are_not_damaged(tmp_path,
     packing.unpack([tmp_path / "2"], target)
     assert (target / "model").is_dir()
     assert (target / "downloads" / package.filename).read_bytes() == content
+
+
+def test_rates_are_tried_until_those_on_both_sides_of_the_best_are_worse():
+    spec = Spec(task="french", method="lora", settings={"r": 2}, lr=1.0, seed=0, steps=3, stage="final")
+
+    def tried(best: float) -> tuple[list[float], float]:
+        done: dict[str, dict[str, str]] = {}
+        while True:
+            specs, chosen = tried_rates(spec, done, 8.0)
+            missing = [one for one in specs if one.key not in done]
+            if not missing:
+                assert chosen is not None
+                return [one.lr for one in specs], chosen.lr
+            assert chosen is None
+            done |= {one.key: {"status": "ok", "val_loss": str(abs(math.log(one.lr / best)))} for one in missing}
+
+    assert tried(1.0) == ([1.0, 2.0, 0.5], 1.0)
+    assert tried(2.0) == ([1.0, 2.0, 0.5, 4.0], 2.0)
+    assert tried(0.125) == ([1.0, 2.0, 0.5, 0.25, 0.125], 0.125)
+    assert tried(100.0) == ([1.0, 2.0, 0.5, 4.0, 8.0], 8.0)
