@@ -22,6 +22,7 @@ TUNING_SEED = 100
 SENTIMENT_TASKS = ("movies", "tweets")
 LANGUAGE_TASKS = ("siqa", "asdiv")
 CAPACITY_TASKS = ("french", "lisp", "subjects", "asdiv")  # where LoRA's rank should matter
+TAIL_TASKS = ("french-tail", "lisp-tail")
 VISION_TASKS = ("fashion",)
 
 
@@ -157,6 +158,28 @@ def _shared_direction(name: str, b: dict[str, Any]) -> Arm:
 SHARED_DIRECTION = (
     _shared_direction("shared and own, b2.2", {"plain_latents": 1}),
     _shared_direction("shared and own, b2.7", {"plain_latents": 1, "G": 4}),
+)
+
+
+def _stored(name: str, rank: int, a: dict[str, Any], **fixed: Any) -> Arm:
+    """A stored B, of twice LoRA rank 2's rank, beside an A that costs little."""
+    settings = {"R": rank, "alpha": 2 * math.sqrt(rank), "a": a, "b": {"dense": "train"}, **fixed}  # s = 2, as LoRA's
+    return Arm(name=name, method="variant", fixed=settings, lr=4e-3)
+
+
+# Where LoRA rank 2's parameters could do more: nearly all of them in B.
+CHEAP_A = (
+    _stored("stored B r4, random A", 4, {"dense": "frozen"}),
+    _stored("stored B r4, one A for each kind", 4, {"dense": "train"}, share_a="kind"),
+    _stored("stored B r4, A among 64 signs", 4, {"sketch": 64}),
+    _stored("stored B r4, A among 64 singular vectors", 4, {"sketch": 64}, start="weight"),
+    Arm(
+        name="signs, 4 latents of B, random A",
+        method="variant",
+        fixed={"R": 64, "G": 1, "kernel": "linear", "signs": "shared", "equal": True, "lr_rbf": 4.0}
+        | {"a": {"freeze": ("latent", "weight")}, "b": {"q": 4}},
+        lr=4e-3,
+    ),
 )
 
 
@@ -357,6 +380,18 @@ EXPERIMENTS: dict[str, Experiment] = {
             *LEADERS,
         ),
         tasks=CAPACITY_TASKS,
+    ),
+    # The search for language models, on the last blocks of one: which forms and rates are worth a whole run.
+    "tail": Experiment(
+        arms=(
+            *(lora(rank, lr) for rank, lr in ((2, 4e-3), (1, 4e-3), (8, 2e-3), (4, 4e-3), (32, 1e-3))),
+            *(replace(arm, lr=4e-3) for arm in (GENLORAS[2], GENLORAS[1])),
+            *CHEAP_A,
+            *(replace(arm, lr=4e-3) for arm in SHARED_DIRECTION),
+            groups_only("the paper's form", 8, (1, 2)),
+        ),
+        tasks=TAIL_TASKS,
+        final=False,
     ),
     "vision": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS), tasks=VISION_TASKS),
     # Effective rank over training, at the rates that were found for the main table.

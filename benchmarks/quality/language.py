@@ -80,7 +80,7 @@ class LanguageTask:
 
     @functools.cached_property
     def _general(self) -> list[list[int]]:
-        found = texts.stored(texts.GENERAL) or texts.windows(texts.GENERAL, _tokenizer())
+        found = texts.stored(texts.GENERAL) or texts.windows(texts.GENERAL, tokenizer())
         return found["test"]
 
     def general_loss(self, model: nn.Module) -> float:
@@ -96,7 +96,7 @@ class TextTask(LanguageTask):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.splits = texts.stored(name) or texts.windows(name, _tokenizer())
+        self.splits = texts.stored(name) or texts.windows(name, tokenizer())
 
     def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
         """Batches of a seed: the same for every method."""
@@ -133,7 +133,8 @@ def _windows_loss(model: nn.Module, found: Sequence[Sequence[int]]) -> dict[str,
 
 
 @functools.cache
-def _tokenizer() -> Any:
+def tokenizer() -> Any:
+    """SmolLM2's."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model_folder())
@@ -154,7 +155,7 @@ class QuestionTask(LanguageTask):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.splits = questions.stored(name) or questions.splits(name, _tokenizer())
+        self.splits = questions.stored(name) or questions.splits(name, tokenizer())
 
     def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:
         """Batches of a seed: the same for every method."""

@@ -13,6 +13,7 @@ from . import data, questions, texts
 from .batches import bucketed, on_device
 from .classifier import Classifier
 from .language import QuestionTask, SubjectTask, TextTask
+from .tail import SUFFIX, TailTask
 from .vision import FashionTask
 
 _SIZES = {"movies": (2000, 1000), "tweets": (1000, 600)}
@@ -97,8 +98,10 @@ def make_task(name: str) -> Any:
         return (SubjectTask if name == "subjects" else QuestionTask)(name)
     if name in texts.TRAINED:
         return TextTask(name)
+    if name.removesuffix(SUFFIX) in texts.TRAINED:
+        return TailTask(name)
     if name == FashionTask.name:
         return FashionTask()
-    raise ValueError(
-        f"Unknown task {name!r}; the tasks are {[*_SIZES, *questions.FILES, *texts.TRAINED, FashionTask.name]}."
-    )
+    tails = [text + SUFFIX for text in texts.TRAINED]
+    known = [*_SIZES, *questions.FILES, *texts.TRAINED, *tails, FashionTask.name]
+    raise ValueError(f"Unknown task {name!r}; the tasks are {known}.")

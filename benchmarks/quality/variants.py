@@ -17,9 +17,12 @@ for each layer anew, "shared": the same in all, "shifted": those of one table, r
 | a_scale | factor on the initial size of A (1: uniform in ±1/√n) |
 | freeze | names of parameters that are not trained |
 | dense | "train": a stored matrix, as in LoRA; "frozen": a random one that is not trained |
+| sketch | M = C · S with a trained C (R, sketch) and a frozen S (sketch, n) of random signs / √sketch, or of singular \
+vectors where `start` is "weight": rows of a subspace |
 | start | A from singular vectors of the "weight" |
 | core | ΔW = s · U C V with frozen singular vectors U, V of the weight and a trained C (R, R), as LoRA-XS |
-| share_a, share_b | one set of latents for all factors that read (write) the residual stream |
+| share_a, share_b | one set of latents for all factors that read (write) the residual stream; "kind": one A (B) \
+for each kind of linear, that is for all of one last part of a name |
 | lr_rbf, lr_a | factors on the rate: of weights, centres and widths; of all of A |
 
 Of the first search's rows four are of forms that are no more: singular vectors of a "gradient", a "float32" base.
@@ -47,8 +50,8 @@ from .factors import FormulaFactor
 
 Spec = Mapping[str, Any]
 Side = Literal["a", "b"]
-# Linears of a BERT block that read the residual stream; the others write into it.
-READERS = ("query", "key", "value", "intermediate.dense")
+# Linears of BERT's and Llama's blocks that read the residual stream; the others write into it.
+READERS = ("query", "key", "value", "intermediate.dense", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _CENTERS = (0.5, 2.0)  # range of the centres' distances from zero
 _LONG = {"G": "num_groups", "K": "num_centers", "q": "num_latents"}
 _RATES = ("lr_rbf", "lr_a")
@@ -72,6 +75,7 @@ class FactorForm:
     a_scale: float = 1.0
     freeze: tuple[str, ...] = ()
     dense: Literal["", "train", "frozen"] = ""
+    sketch: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +110,7 @@ class VariantConfig(AdapterConfig):
         self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
     ) -> FactorPair:
         def factor(num_entries: int, form: FactorForm, side: Side) -> Factor:
-            if form.dense:
+            if form.dense or form.sketch:
                 core = self.core and side == "b"
                 return DenseFactor(num_entries, self.rank, form, side, core=core, device=device, generator=generator)
             return VariantFactor(num_entries, self.rank, form, side, device=device, generator=generator)
@@ -253,33 +257,39 @@ class DenseFactor(FormulaFactor):
         self.form = form
         self.side = side
         self.roles = {"stored": Role(f"latents_{side}")}
-        stored = torch.empty(rank, num_entries, dtype=torch.float32, device=device)
-        self.stored = nn.Parameter(stored, requires_grad=form.dense != "frozen")
+        self.inner = form.sketch or rank
+        stored = torch.empty(self.inner, num_entries, dtype=torch.float32, device=device)
+        self.stored = nn.Parameter(stored, requires_grad=form.dense != "frozen" and not form.sketch)
         self.core: nn.Parameter | None = None
-        if core:
-            self.roles = {**self.roles, "core": Role("core")}
-            self.core = nn.Parameter(torch.empty(rank, rank, dtype=torch.float32, device=device))
+        if core or form.sketch:
+            self.roles = {**self.roles, "core": Role(f"latents_{side}" if form.sketch else "core")}
+            self.core = nn.Parameter(torch.empty(rank, self.inner, dtype=torch.float32, device=device))
         self.reset_parameters(generator)
 
     @override
     def is_trained(self, name: str) -> bool:
-        return name == "core" or self.form.dense != "frozen"
+        return name == "core" or (self.form.dense != "frozen" and not self.form.sketch)
 
     @property
     @override
     def first_shape(self) -> tuple[int, ...]:
-        return self.rank, self.num_entries
+        return self.inner, self.num_entries
 
     @override
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.is_meta:
             return
-        self.stored.uniform_(-1, 1, generator=generator).mul_(self.form.a_scale / math.sqrt(self.num_entries))
-        if self.side == "b":
-            self.stored.zero_()
+        # A row of M is as long as LoRA's, and a step of C moves an entry of it as far as a step of LoRA's does.
+        size = self.form.a_scale / math.sqrt(self.num_entries)
+        if self.form.sketch:
+            self.stored.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).div_(math.sqrt(self.inner))
+        else:
+            self.stored.uniform_(-1, 1, generator=generator).mul_(size)
         if self.core is not None:
-            self.core.zero_()
+            self.core.normal_(0.0, size / math.sqrt(3), generator=generator)
+        if self.side == "b":
+            (self.stored if self.core is None else self.core).zero_()
 
     @override
     def matrix(self) -> Tensor:
@@ -313,13 +323,24 @@ def inject_variant(base: nn.Module, spec: Spec, seed: int) -> dict[str, float]:
     if spec.get("start"):
         for layer in layers.values():
             _start_at_weight(layer)
-    for side, is_reader in (("A", True), ("B", False)):
-        if spec.get(f"share_{side.lower()}"):
-            factors = [getattr(li.update, side) for name, li in layers.items() if name.endswith(READERS) == is_reader]
-            for factor in factors[1:]:
-                factor.latent = factors[0].latent
+    for side in ("A", "B"):
+        if how := spec.get(f"share_{side.lower()}"):
+            _share(layers, side, by_kind=how == "kind")
     rbf, of_a = spec.get("lr_rbf", 1.0), spec.get("lr_a", 1.0)
     return {"rbf_a": rbf * of_a, "rbf_b": rbf, "latents_a": of_a}
+
+
+def _share(layers: Mapping[str, AdaptedLayer], side: str, *, by_kind: bool) -> None:
+    """Have factors share what they are made of, by kind of linear, or their latents, at the residual stream."""
+    first: dict[str, Any] = {}
+    for name, layer in layers.items():
+        factor: Any = getattr(layer.update, side)
+        if by_kind:
+            kind = name.rpartition(".")[2]
+            for own in (name for name, parameter in factor.named_parameters() if parameter.requires_grad):
+                setattr(factor, own, getattr(first.setdefault(kind, factor), own))
+        elif name.endswith(READERS) == (side == "A"):
+            factor.latent = first.setdefault("", factor).latent
 
 
 @torch.no_grad()
@@ -330,7 +351,9 @@ def _start_at_weight(layer: AdaptedLayer) -> None:
     source = layer.base_weight.float()
     left, _, right = torch.linalg.svd(source, full_matrices=False)
     size = cast(VariantFactor | DenseFactor, A).form.a_scale / math.sqrt(3)  # norm of a row that is uniform in ±1/√n
-    if isinstance(A, DenseFactor):
+    if isinstance(A, DenseFactor) and A.form.sketch:
+        A.stored.copy_(right[: A.inner] * math.sqrt(A.num_entries / A.inner))
+    elif isinstance(A, DenseFactor):
         A.stored.copy_(right[: A.rank] * size)
     elif isinstance(A, VariantFactor):
         for group in A.group.unique():

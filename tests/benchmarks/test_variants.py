@@ -22,10 +22,12 @@ from tests.models import tiny_bert
 SIGNED = {"R": 8, "G": 1, "kernel": "linear", "signs": "shifted", "equal": True, "b": {"G": 4, "plain_rows": 2}}
 CORE = {"R": 4, "a": {"dense": "frozen"}, "b": {"dense": "frozen"}, "core": True, "start": "weight"}
 MIXED = {"R": 4, "a": {"dense": "train", "a_scale": 0.5}, "grouping": "strided", "K": 2, "freeze": ["centers"]}
+SKETCH = {"R": 4, "a": {"sketch": 6}, "b": {"dense": "train"}}
+SPECS = {"signed": SIGNED, "core": CORE, "mixed": MIXED, "sketch": SKETCH}
 CONFIGS = {
     "stiefel": StiefelConfig(rank=3),
     "sine": SineConfig(rank=3),
-    **{name: variant_config(spec) for name, spec in (("signed", SIGNED), ("core", CORE), ("mixed", MIXED))},
+    **{name: variant_config(spec) for name, spec in SPECS.items()},
 }
 
 
@@ -63,11 +65,11 @@ def test_parameters_are_as_many_as_counted(name):
     assert sum(p.numel() for p in trained(model).values()) == counted > 0
 
 
-@pytest.mark.parametrize("name", ["signed", "core", "mixed"])
+@pytest.mark.parametrize("name", SPECS)
 def test_outputs_and_gradients_are_the_same_generated_for_the_whole_model_at_once(name):
     ids = torch.arange(12).view(2, 6)
     plain = tiny_bert().base_model.eval()
-    inject_variant(plain, {"signed": SIGNED, "core": CORE, "mixed": MIXED}[name], 0)
+    inject_variant(plain, SPECS[name], 0)
     for parameter in trained(plain).values():
         torch.nn.init.normal_(parameter, std=0.3)
     fused = copy.deepcopy(plain)
@@ -109,3 +111,24 @@ def test_latents_are_shared_by_those_that_read_the_residual_stream():
     assert len({id(latent) for latent in readers.values()}) == 1
     assert len(others) == 4
     assert id(next(iter(readers.values()))) not in others
+
+
+def test_one_factor_serves_all_linears_of_a_kind():
+    model = tiny_bert().base_model
+    inject_variant(model, {"R": 4, "dense": "train", "share_a": "kind"}, 0)
+    stored: dict[str, set[int]] = {}
+    for name, layer in adapter_layers(model).items():
+        stored.setdefault(name.rpartition(".")[2], set()).add(id(layer.update.A.stored))
+    assert all(len(ids) == 1 for ids in stored.values())
+    assert len(set.union(*stored.values())) == len(stored) > 3
+
+
+def test_sketch_starts_as_long_as_loras_rows_within_a_subspace_of_the_weights_leading_inputs():
+    model = tiny_bert().base_model
+    inject_variant(model, {**SKETCH, "start": "weight"}, 0)
+    for layer in adapter_layers(model).values():
+        A = layer.pair[0]
+        leading = torch.linalg.svd(layer.base_weight.float(), full_matrices=False)[2][:6]
+        matrix = A.matrix()
+        torch.testing.assert_close(matrix @ leading.T @ leading, matrix, rtol=1e-4, atol=1e-5)
+        assert 0.2 < matrix.norm(dim=1).mean() * 3**0.5 < 3
