@@ -393,6 +393,11 @@ EXPERIMENTS: dict[str, Experiment] = {
         tasks=TAIL_TASKS,
         final=False,
     ),
+    # The package's kinds beside each other, where this costs little.
+    "kinds": Experiment(
+        arms=(replace(lora(2, 0), lr=4e-3), replace(GENLORAS[2], lr=4e-3), *RELATIVES),
+        tasks=TAIL_TASKS,
+    ),
     "vision": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS), tasks=VISION_TASKS),
     # Effective rank over training, at the rates that were found for the main table.
     "ranks": Experiment(

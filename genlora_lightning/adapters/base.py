@@ -264,10 +264,10 @@ class Factor(AdapterModule, ABC):
         """The parameters, in the order of their roles."""
         # Hundreds of factors are asked in each forward, and a module's own lookup of a parameter is slow.
         own: Mapping[str, Tensor | None] = {**self._parameters, **self._buffers} if self._buffers else self._parameters
-        found = tuple(own.get(name) for name in self.roles)
-        if any(part is None for part in found):  # FSDP1 has put views in their places
+        try:
+            return tuple([own[name] for name in self.roles])  # type: ignore[misc]
+        except KeyError:  # FSDP1 has put views in their places
             return tuple(getattr(self, name) for name in self.roles)
-        return found  # type: ignore[return-value]
 
     @property
     def own_dtype(self) -> torch.dtype:

@@ -97,7 +97,8 @@ class AdaptedLayer(FactorLayer):
 
     def factor_dtype(self) -> torch.dtype:
         """The dtype in which a forward computes with A and B: that in which the base layer does with its weight."""
-        weight = self.weight
+        own: Any = self._modules["base_layer"]._parameters.get(self.parameter)  # type: ignore[union-attr]
+        weight = self.weight if own is None else own
         if weight.is_floating_point() and weight.dtype.itemsize >= 2:
             return compute_dtype(weight)
         pair = self.pair  # a quantized weight says nothing of the input
