@@ -52,7 +52,7 @@ test-matrix: $(STAMP) ## run the fast half of the suite on the oldest and on the
 	  $(BIN)/uv venv --quiet --clear --python "$${set#*:}" $$name && \
 	  $(BIN)/uv pip install --quiet --python $$name --resolution $${set%%:*} --editable '.[data,peft,quickstart]' \
 	    'pytest>=8.0' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' && \
-	  $$name/bin/python -m pytest -q -n auto --dist loadfile $(PYTEST_ARGS) $(MATRIX_TESTS) || exit 1; \
+	  $$name/bin/python -m pytest -q -m "not slow" -n auto --dist loadfile $(PYTEST_ARGS) $(MATRIX_TESTS) || exit 1; \
 	done
 
 peft-tests: $(STAMP) ## run PEFT's own tests of its methods on GenLoRA, from its source distribution

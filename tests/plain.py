@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from genlora_lightning.training.callback import AdapterFinetuning
 from tests.models import tiny_bert
+
+LIGHTNING_2_5 = Version(lightning.__version__) < Version("2.6")
 
 
 class PlainMLP(LightningModule):

@@ -178,7 +178,7 @@ def test_number_of_generators_operators_does_not_grow_with_the_layers(backward):
 def test_checkpointed_activations_give_the_same_gradients_and_recompute_no_matrix_twice(
     monkeypatch, reentrant, autocast
 ):
-    model = adapted()
+    model = adapted(use_cache=False)  # as with checkpointing; a cache of transformers 4.57 changes roundings
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         loss = loss_of(model)
     loss.backward()

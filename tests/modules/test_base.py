@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from genlora_lightning.training.callback import AdapterFinetuning, GenLoRAFinetu
 from genlora_lightning.training.optim import OptimizerConfig
 from tests.conftest import small_config
 from tests.modules.conftest import loader, text_batch
+from tests.plain import LIGHTNING_2_5
 
 MakeTrainer = Callable[..., Trainer]
 
@@ -320,7 +320,7 @@ def test_module_without_a_trainer_is_loaded_as_always(model_folders: dict[str, s
     assert not any(parameter.is_meta for parameter in module.model.parameters())
 
 
-@pytest.mark.skipif(version("lightning") < "2.6", reason="the run then goes on where Lightning 2.5's trial has ended")
+@pytest.mark.skipif(LIGHTNING_2_5, reason="the run then goes on where the trial has ended")
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_learning_rate_finder_sets_the_rate_of_groups_and_schedule(
     make_trainer: MakeTrainer, model_folders: dict[str, str]

@@ -4,7 +4,6 @@ import copy
 import errno
 import io
 import math
-from importlib.metadata import version
 
 import pytest
 import torch
@@ -20,7 +19,7 @@ from genlora_lightning.injection.state import adapter_state_dict
 from genlora_lightning.layers.fused import adapted_linear
 from genlora_lightning.training import outcome
 from tests.conftest import small_config
-from tests.plain import PlainEncoder, PlainMLP, encoder_loader, mlp_loader, trainer
+from tests.plain import LIGHTNING_2_5, PlainEncoder, PlainMLP, encoder_loader, mlp_loader, trainer
 
 PLACES = ["init", "configure_model"]
 
@@ -233,7 +232,7 @@ def test_stochastic_weight_averaging_is_refused_before_any_work(tmp_path):
     [
         pytest.param(
             {"save_on_exception": True},
-            marks=pytest.mark.skipif(version("lightning") < "2.6", reason="Lightning 2.6 has brought it"),
+            marks=pytest.mark.skipif(LIGHTNING_2_5, reason="Lightning 2.6 has brought it"),
         ),
         {"every_n_train_steps": 1},
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from torch.utils.data import DataLoader
 from genlora_lightning import GenLoRAFinetuning
 from genlora_lightning.injection.state import adapter_state_dict
 from tests.conftest import small_config
-from tests.plain import PlainMLP, mlp_loader, trainer
+from tests.plain import LIGHTNING_2_5, PlainMLP, mlp_loader, trainer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:You are using `torch.load` with `weights_only=False`"),
 ]
 # Before, the run leaves out the batches of a trial, and a batch size is doubled once more, without the callback, too.
-FROM_2_6 = pytest.mark.skipif(version("lightning") < "2.6", reason="Lightning 2.6 has changed its finders")
+FROM_2_6 = pytest.mark.skipif(LIGHTNING_2_5, reason="Lightning 2.6 has changed its finders")
 
 
 class Data(LightningDataModule):
