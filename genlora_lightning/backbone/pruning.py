@@ -82,13 +82,13 @@ class _Calibration:
         counted: Which tokens count, flat ``(T)``; all if ``None``.
         sparsity: As :func:`prune_model`.
         pattern: As there.
-        done: The matrices that were pruned, by the names of their layers, with what undoes it: where, and the values.
+        done: The matrices that were pruned, by the names of their layers, and what stood where there is 0 now.
     """
 
     counted: Tensor | None
     sparsity: float
     pattern: tuple[int, int] | None
-    done: dict[str, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict)
+    done: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def prune(self, name: str, layer: nn.Module, x: Tensor) -> None:
         """Prune the matrix of a layer that is about to compute, if it has not been before."""
@@ -104,7 +104,7 @@ class _Calibration:
         matrix = weight.data.T if is_conv1d(layer) else weight.data
         group, removed = self._removed_of(matrix.shape[1])
         places = lowest(matrix.float().abs() * norms.to(matrix.device), removed, group)
-        self.done[name] = matrix, places, matrix[places]
+        self.done[name] = matrix, matrix[places | (matrix == 0)]
         matrix[places] = 0
 
     def _removed_of(self, in_features: int) -> tuple[int, int]:
@@ -115,8 +115,8 @@ class _Calibration:
 
     def undo(self) -> None:
         """Put back what was removed."""
-        for matrix, places, values in self.done.values():
-            matrix[places] = values
+        for matrix, values in self.done.values():
+            matrix[matrix == 0] = values
 
 
 @torch.no_grad()
@@ -211,7 +211,7 @@ def lowest(scores: Tensor, number: int, group: int) -> Tensor:
         number: How many of a group.
         group: Size of a group, of which I is a multiple.
     """
-    groups = scores.unflatten(-1, (-1, group))
+    groups = scores.reshape(len(scores), -1, group)
     places = groups.topk(number, dim=-1, largest=False).indices
     return torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, places, True).flatten(-2)
 
