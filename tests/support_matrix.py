@@ -40,6 +40,7 @@ class Site:
 KINDS: dict[str, AdapterConfig] = {
     "GenLoRA": small_config(),
     "LoRA": LoRAConfig(rank=3, alpha=5.0, elastic=[1, 2, 3]),  # ranks that are drawn, on all processes alike
+    "LoRA with `keep_zeros`": LoRAConfig(rank=3, alpha=5.0, keep_zeros=True),
     "PoLAR": PoLARConfig(rank=3, alpha=5.0, landing=0.5),
     "Compacter": CompacterConfig(rank=4, alpha=3.0, num_products=2),
     "Compacter with `shared=False`": CompacterConfig(rank=4, alpha=3.0, num_products=2, shared=False),
@@ -113,6 +114,12 @@ RULES: tuple[tuple[tuple[str, ...] | None, tuple[str, ...] | None, tuple[str, ..
         None,
         _SHARDED,
         Refused("cannot be sharded: all layers share the matrices of its Kronecker products"),
+    ),
+    (
+        ("LoRA with `keep_zeros`",),
+        tuple(site for site in SITES if site not in ("these with `groups`", "`nn.MultiheadAttention`")),
+        ("export-lora",),
+        Refused("with `keep_zeros` its update is B·A masked where the base's weight is 0"),
     ),
     (
         None,
@@ -201,6 +208,8 @@ class AllSites(nn.Module):
         with torch.no_grad():
             for parameter in self.parameters():
                 parameter.copy_(0.4 * torch.randn(parameter.shape, generator=generator))
+                if parameter.ndim > 1:  # pruned, for what keeps zeros
+                    parameter[parameter.abs() < 0.1] = 0
 
     def forward(self, ids: Tensor) -> Tensor:
         x = self.embedding(ids)

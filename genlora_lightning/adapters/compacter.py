@@ -208,6 +208,8 @@ class CompacterConfig(AdapterConfig):
         rank_pattern: Ranks other than ``rank``, by a name, its last part, or a regular expression of either; the first
             that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        keep_zeros: Update the weights alone that are not 0 in the base, ``W + ΔW ⊙ (W ≠ 0)``: a pruned base stays as
+            sparse when the adapter is merged.
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.

@@ -15,7 +15,7 @@ import torch
 from typing_extensions import Self
 
 from genlora_lightning.adapters.base import MatrixShape, WeightUpdate
-from genlora_lightning.fields import check_choice, check_fields, check_integer, check_number, is_text, shown
+from genlora_lightning.fields import check_choice, check_fields, check_flag, check_integer, check_number, is_text, shown
 
 ScalingRule = Literal["sqrt_rank", "rank"]
 
@@ -24,7 +24,7 @@ ALL_LINEAR = "all-linear"
 RUN_ONLY = {"run_only": True}
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _LISTS = ("target_modules", "exclude_modules", "modules_to_train")
-_LEFT_OUT_IF_EMPTY = ("elastic", "layers_to_transform", "target_parameters", *_PATTERNS)
+_LEFT_OUT_IF_EMPTY = ("elastic", "keep_zeros", "layers_to_transform", "target_parameters", *_PATTERNS)
 
 
 class Described(Protocol):
@@ -70,6 +70,8 @@ class AdapterConfig(ABC):
         elastic: Ranks to train for, rising, the last of them ``rank``: in each step each layer computes with the first
             rows of A and B alone, of a number that is drawn from these. Afterwards the adapter may be used, and cut, at
             any of them. A layer that has another rank by name has those of them that are below it, and its own.
+        keep_zeros: Update the weights alone that are not 0 in the base, ``W + ΔW ⊙ (W ≠ 0)``, so that a pruned base is
+            as sparse when the adapter is merged. Layers form ΔW then.
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.
@@ -94,6 +96,7 @@ class AdapterConfig(ABC):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     elastic: list[int] | None = None
+    keep_zeros: bool = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -112,6 +115,7 @@ class AdapterConfig(ABC):
         for name in _PATTERNS:
             self._check_patterns(name)
         self._check_elastic()
+        check_flag("keep_zeros", self.keep_zeros)
 
     def _check_elastic(self) -> None:
         ranks = self.elastic

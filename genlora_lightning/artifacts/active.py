@@ -143,6 +143,11 @@ def _summed(parts: Mapping[str, Layers], weights: Mapping[str, float]) -> Layers
         first = next(iter(layers.values()))
         if any("update" not in layer._modules for layer in layers.values()):
             raise ValueError(f"{place} ({type(first).__name__}) takes one adapter at a time.")
+        if len({layer.config.keep_zeros for layer in layers.values()}) > 1:
+            raise ValueError(
+                f"Of the adapters {', '.join(layers)} some keep the base's zeros (`keep_zeros`) and some do not: their "
+                f"updates of {place} have no sum that is one of either."
+            )
         update = combine_updates([layer.update for layer in layers.values()], [weights[name] for name in layers])
         result[place] = with_update(first, update)
     return result
@@ -155,6 +160,12 @@ def _routed(parts: Mapping[str, Layers], routing: Routing) -> Layers:
         if other is not None:
             raise ValueError(
                 f"{place} ({type(other).__name__}) takes one adapter for all rows: only linears are computed by row."
+            )
+        masked = next((name for name, layer in layers.items() if layer.config.keep_zeros), None)
+        if masked is not None:
+            raise ValueError(
+                f"{masked!r} keeps the base's zeros (`keep_zeros`), and such updates are not computed by row: activate "
+                "one adapter for all rows."
             )
         result[place] = RoutedLinear(layers, routing)
     return result

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from genlora_lightning.artifacts.model_folder import copy_tokenizer
 from genlora_lightning.backbone.tasks import transformers_base
 from genlora_lightning.injection.full_training import original_dtype, trained_modules
 from genlora_lightning.injection.inject import adapter_layers, require_adapters
@@ -22,12 +22,6 @@ from genlora_lightning.storage.folders import check_replaceable, write_folder
 
 # In a merged folder: which files were written, with their sizes and times, so that only what is unchanged is replaced.
 _RECORD_FILE = "genlora_merge.json"
-# Files that transformers' tokenizers and processors are loaded from.
-_TOKENIZER_FILES = (
-    "added_tokens.json", "chat_template.jinja", "chat_template.json", "merges.txt", "preprocessor_config.json",
-    "processor_config.json", "sentencepiece.bpe.model", "special_tokens_map.json", "spiece.model", "tekken.json",
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt",
-)  # fmt: skip
 
 
 def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torch.dtype | None = None) -> MergeReport:
@@ -77,11 +71,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
 
     def write(staging: Path) -> None:
         clean.save_pretrained(staging)
-        source = Path(str(getattr(base, "name_or_path", "") or "-"))
-        for name in _TOKENIZER_FILES if source.is_dir() else ():
-            if (source / name).is_file():
-                shutil.copyfile(source / name, staging / name)
-                copied.append(name)
+        copied.extend(copy_tokenizer(base, staging))
         record = {"format": "genlora-merged", "format_version": 1, "files": _files(staging)}
         (staging / _RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -23,6 +23,7 @@ from genlora_lightning.cli.generate import add_generate, run_generate
 from genlora_lightning.cli.hub import add_push, run_push
 from genlora_lightning.cli.init import add_init, run_init
 from genlora_lightning.cli.plan import add_budget, add_plan, add_source, run_budget, run_plan, source_of
+from genlora_lightning.cli.prune import add_prune, run_prune
 from genlora_lightning.cli.runs import add_runs, add_show, run_runs, run_show
 
 # Lightning's command line, which has a parser of its own.
@@ -245,6 +246,14 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], help="of the merged weights (default: the base's own)"
     )
+    prune = _command(
+        commands,
+        "prune",
+        run_prune,
+        "set the weights of a base that matter least to 0 (Wanda), by calibration data, and write it as a model folder",
+        "HuggingFaceTB/SmolLM2-135M-Instruct pruned --sparsity 0.5 --data train.jsonl",
+    )
+    add_prune(prune)
     completion = _command(
         commands, "completion", _completion, "print a script that completes commands, options and files", "bash"
     )

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from genlora_lightning.adapters.base import adapter_modules
@@ -243,6 +243,12 @@ def _put_in(
         assert shape is not None
         if reason is not None:
             raise ValueError(f"{name} cannot be adapted: {reason}.")
+        own = module.parameters(recurse=False)
+        if config.keep_zeros and any(is_quantized(p) or p.element_size() < 2 for p in own):
+            raise ValueError(
+                f"`keep_zeros` is set, and {name} is quantized, which leaves no zeros that could be told from others: "
+                "load the base as it is, or leave `keep_zeros` out."
+            )
         try:
             config.check_shape(shape, name)
         except ValueError as error:
@@ -443,4 +449,13 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
         total_parameters=sum(p.numel() for p in model.parameters()),
         lora_parameters=sum(row.lora_parameters for row in adapted),
         possible_head=_possible_head(model),
+        kept_zeros=_share_of_zeros(model),
     )
+
+
+def _share_of_zeros(model: nn.Module) -> float | None:
+    """The share of zeros in the weights whose zeros are kept; ``None`` without such, or where they are not there."""
+    weights = [layer.base_weight for layer in adapter_layers(model).values() if layer.config.keep_zeros]
+    if not weights or any(type(weight.data) is not Tensor or weight.is_meta for weight in weights):
+        return None
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

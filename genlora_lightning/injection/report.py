@@ -41,6 +41,8 @@ class InjectionReport:
         total_parameters: Number of all values in the model, adapters included; tied weights count once.
         lora_parameters: What LoRA of the same rank would train in place of the adapters.
         possible_head: The name of the last linear, if it is adapted and its values are those it was made with.
+        kept_zeros: Share of zeros in the adapted weights, which stay so (``keep_zeros``); ``None`` if they need not, or
+            the weights are not there yet.
     """
 
     title: str
@@ -51,6 +53,7 @@ class InjectionReport:
     total_parameters: int
     lora_parameters: int
     possible_head: str | None = None
+    kept_zeros: float | None = None
 
     @property
     def adapter_parameters(self) -> int:
@@ -89,6 +92,10 @@ class InjectionReport:
                 f"The last linear, {self.possible_head}, is adapted and has the values it was made with: if it is a "
                 "new head, name it in `modules_to_train`. "
             )
+        if self.kept_zeros is not None and self.kept_zeros > 0:
+            text += f"{self.kept_zeros:.1%} of the adapted weights are 0 and stay so. "
+        elif self.kept_zeros is not None:
+            text += "`keep_zeros` has no effect: none of the adapted weights is 0 (`genlora prune` makes zeros). "
         return text + f"Trainable: {self.trainable_parameters:,} of {self.total_parameters:,} ({share:.3f} %)."
 
     def table(self, *, collapse: bool = True) -> str:

@@ -244,6 +244,13 @@ def _lora_tensors(
     layers: dict[str, AdaptedLayer], rank: int | None
 ) -> tuple[dict[str, Tensor], list[ExportRow], dict[str, Any] | None]:
     """A and B of each layer by their names in the file, a row for each, and the scaling if it is not in B."""
+    masked = next((name for name, layer in layers.items() if layer.config.keep_zeros), None)
+    if masked is not None:
+        raise ValueError(
+            f"A LoRA cannot say what the adapter of {masked} does: with `keep_zeros` its update is B·A masked where "
+            "the base's weight is 0, which is no product of low rank. Nothing was exported. Merge the adapter into the "
+            "base instead (`genlora merge`)."
+        )
     state: dict[str, Tensor] = {}
     rows = []
     settings = _lora_settings(layers, rank)

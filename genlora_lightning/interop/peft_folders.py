@@ -77,9 +77,14 @@ def peft_fields(config: GenLoRAConfig) -> dict[str, Any]:
     """Say a configuration in PEFT's terms: the fields of ``GenLoraConfig``.
 
     Raises:
-        ValueError: It has ``layers_to_transform``, ``rank_pattern``, ``alpha_pattern`` or ``elastic``, which those do
-            not say.
+        ValueError: It has ``layers_to_transform``, ``rank_pattern``, ``alpha_pattern``, ``elastic`` or ``keep_zeros``,
+            which those do not say.
     """
+    if config.keep_zeros:
+        raise ValueError(
+            "`keep_zeros` is set, which PEFT's GenLoraConfig does not say: merge the adapter into the base instead "
+            "(`genlora merge`)."
+        )
     if config.elastic:
         raise ValueError(
             f"`elastic` is {config.elastic}, which PEFT's GenLoraConfig does not say: cut the adapter to one of these "

@@ -104,10 +104,15 @@ class AdaptedLayer(FactorLayer):
         pair = self.pair  # a quantized weight says nothing of the input
         return torch.float32 if pair is None else pair[0].own_dtype
 
+    @property
+    def forms_delta(self) -> bool:
+        """Whether a forward needs ΔW itself, also of a kind with two factors."""
+        return self.config.keep_zeros
+
     def matrices(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """The active rows of ``A (rank, in_features)`` and ``B (rank, out_features)``; ``None`` without such."""
+        """The active rows of ``A (rank, in_features)`` and ``B (rank, out_features)``; ``None`` if ΔW is formed."""
         pair = self.pair
-        if pair is None:
+        if pair is None or self.forms_delta:
             return None
         if not self.fused or in_transform():
             A, B = pair[0](plain=True).to(dtype), pair[1](plain=True).to(dtype)
@@ -120,7 +125,7 @@ class AdaptedLayer(FactorLayer):
         pair = self.pair
         if not self.is_active or not self.fused or pair is None or self.update.is_stored or in_transform():
             return None
-        return self.factor_dtype()
+        return None if self.forms_delta else self.factor_dtype()
 
     @property
     def scaling(self) -> float:
@@ -182,7 +187,10 @@ class AdaptedLayer(FactorLayer):
         return self.update.factors()
 
     def delta_weight(self) -> Tensor:
-        """Compute the update ``ΔW (out_features, in_features)`` in the parameters' dtype, float32."""
+        """Compute the update ``ΔW (out_features, in_features)`` in the parameters' dtype, float32.
+
+        With ``keep_zeros`` it is not masked yet; :meth:`stored_delta` is.
+        """
         return self.update.delta_weight()
 
     @torch.no_grad()
@@ -193,8 +201,18 @@ class AdaptedLayer(FactorLayer):
         return bool(self.delta_weight().any())
 
     def stored_delta(self) -> Tensor:
-        """Compute the update in the layout of the base layer's weight."""
-        return self.to_stored(self.delta_weight())
+        """Compute what merging adds: the update in the layout of the base layer's weight, masked by its zeros if so."""
+        return self.masked(self.to_stored(self.delta_weight()))
+
+    def masked(self, delta: Tensor) -> Tensor:
+        """Leave out what an update, in the layout of the base layer's weight, has where that is 0, with ``keep_zeros``.
+
+        The mask is the base's own zeros, as they are stored, and takes no memory of its own between two calls.
+        """
+        if not self.config.keep_zeros:
+            return delta
+        # A negative zero is the number that changes no other one when it is added: not even another negative zero.
+        return torch.where((self.base_weight != 0).to(delta.device), delta, -0.0)
 
     # -- merging ------------------------------------------------------------------------------------------------------
 

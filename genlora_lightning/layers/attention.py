@@ -61,5 +61,5 @@ class AdaptedAttention(AdaptedByName):
         if not self.is_active:
             return self.base_layer(*args, **kwargs)
         weight = self.weight
-        changed = (weight + self.update()).to(weight.dtype)
+        changed = (weight + self.masked(self.update())).to(weight.dtype)
         return call_with(self.base_layer, self.parameter, changed, self.base_layer, args, kwargs)

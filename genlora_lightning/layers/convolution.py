@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -58,10 +57,11 @@ class AdaptedConv(AdaptedByName):
         return delta.reshape(-1, base.in_channels // base.groups, *base.kernel_size)
 
     @property
-    def _forms_delta(self) -> bool:
+    @override
+    def forms_delta(self) -> bool:
         base = self.base_layer
         assert isinstance(base, _ConvNd)
-        return base.groups != 1 or has_own_forward(base)
+        return super().forms_delta or base.groups != 1 or has_own_forward(base)
 
     @override
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -81,22 +81,18 @@ class AdaptedConv(AdaptedByName):
             return output
         if has_own_forward(base):
             weight = self.weight
-            changed = (weight + self.to_stored(self.update())).to(weight.dtype)
+            changed = (weight + self.masked(self.to_stored(self.update()))).to(weight.dtype)
             return call_with(base, "weight", changed, base, (x, *args), kwargs)  # type: ignore[no-any-return]
         assert isinstance(base, _ConvNd)
         output = base(x)
         x, dtype = self.dropout(x), self.factor_dtype()
-        pair = None if self._forms_delta else self.matrices(dtype)
+        pair = self.matrices(dtype)
         if pair is None:
-            return output + base._conv_forward(x, self.to_stored(self.update()).to(dtype), None)
+            return output + base._conv_forward(x, self.masked(self.to_stored(self.update())).to(dtype), None)
         A, B = pair
         h = base._conv_forward(x, self.to_stored(A), None)
         points = B.T.reshape(*B.T.shape, *[1] * len(base.kernel_size))
         return output + _OF_POINTS[points.ndim](self.update.scaling * h, points)
-
-    @override
-    def wanted_dtype(self) -> torch.dtype | None:
-        return None if self._forms_delta else super().wanted_dtype()
 
 
 def has_own_forward(module: nn.Module) -> bool:

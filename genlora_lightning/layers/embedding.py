@@ -85,7 +85,7 @@ class AdaptedEmbedding(AdaptedByName):
             return output
         pair = self.matrices(self.factor_dtype())
         if pair is None:
-            return output + self._rows(self.update(), args, kwargs).to(output.dtype)
+            return output + self._rows(self.masked(self.update()), args, kwargs).to(output.dtype)
         A, B = pair
         return output + (self.update.scaling * (self._rows(B.T, args, kwargs) @ A)).to(output.dtype)
 

@@ -133,7 +133,7 @@ class AdaptedStack(AdaptedLayer):
         pair = self.pair
         if not self.is_active or not self.fused or pair is None or self.update.is_stored or in_transform():
             return None
-        return self.weight.dtype  # grouped products do not follow autocast
+        return None if self.forms_delta else self.weight.dtype  # grouped products do not follow autocast
 
     def current_weight(self) -> Tensor | StackedWeight:
         """What is to stand in the parameter's place in a forward: with the updates, or the parameter if not active."""
@@ -141,14 +141,15 @@ class AdaptedStack(AdaptedLayer):
         if not self.is_active:
             return weight
         has_dropout = self.training and self.config.dropout > 0
-        pair = self.pair
+        pair = None if self.forms_delta else self.pair
         if pair is None:
             if has_dropout:
+                why = "`keep_zeros` is set" if self.forms_delta else f"{self.config.title} has no two factors"
                 raise RuntimeError(
-                    f"`dropout` is {self.config.dropout}, and {self.config.title} has no two factors: the update of "
-                    "experts is added to their weights, which leaves no input to drop. Set it to 0."
+                    f"`dropout` is {self.config.dropout}, and {why}: the update of experts is added to their weights, "
+                    "which leaves no input to drop. Set it to 0."
                 )
-            return weight + self.to_stored(self.update()).to(weight.dtype)
+            return weight + self.masked(self.to_stored(self.update()).to(weight.dtype))
         if not self.fused or in_transform():
             A, B = (factor(dtype=weight.dtype, plain=True) for factor in pair)
         else:

@@ -17,6 +17,7 @@ from genlora_lightning.adapters.autograd import in_transform
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.fused import adapted_linear, compute_dtype, fusable
+from genlora_lightning.layers.masked import masked_linear
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -42,7 +43,8 @@ class AdaptedLinear(AdaptedLayer):
         y = W x + b + \Delta W \, \mathrm{dropout}(x), \qquad \Delta W x = s \, B (A x)
 
     The second form is that of kinds with two factors, ``A (rank, in_features)`` and ``B (out_features, rank)``, with
-    which ΔW is never formed. A new layer gives bit for bit the output of its base layer.
+    which ΔW is never formed; with ``keep_zeros`` it is, and masked. A new layer gives bit for bit the output of its
+    base layer.
 
     Args:
         base_layer: The ``nn.Linear`` (or transformers ``Conv1D``) to adapt. It is kept, not copied, and frozen.
@@ -86,6 +88,8 @@ class AdaptedLinear(AdaptedLayer):
         if not self.enabled or self._unmerged_weight:
             output: Tensor = base(x, *args, **kwargs)
             return output
+        if self.config.keep_zeros:
+            return self._masked_forward(x, *args, **kwargs)
         pair = self.pair
         if pair is None:
             output = base(x, *args, **kwargs)
@@ -123,6 +127,29 @@ class AdaptedLinear(AdaptedLayer):
         output = base(x, *args, **kwargs)
         A, B = update.active_rows(*self.store.matrices(*pair, compute_dtype(x)))
         return output + F.linear(scaling * F.linear(self.dropout(x), A), B.T)
+
+    def _masked_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base, transposed = self.base_layer, is_conv1d(self.base_layer)
+        is_plain = type(base) is nn.Linear or (transposed and type(base).__name__ == "Conv1D")
+        drops = self.training and self.config.dropout > 0
+        own = fusable(base, x) if is_plain and not (args or kwargs or drops or in_transform()) and self.fused else None
+        if own is not None and self.pair is not None:
+            weight, bias = own
+            dtype = compute_dtype(weight)
+            A, B = self.store.matrices(*self.pair, dtype)
+            A, B = self.update.active_rows(A, B)  # type: ignore[operator]
+            return masked_linear(x, weight, bias, A, B, scaling=self.scaling, transposed=transposed, dtype=dtype)
+        output: Tensor = base(x, *args, **kwargs)
+        dtype = compute_dtype(x)
+        factors = self.matrices(dtype)
+        delta = self.update() if factors is None else self.scaling * (factors[1].T @ factors[0])
+        # To lay it out as it is stored is its own inverse.
+        return output + F.linear(self.dropout(x), self.to_stored(self.masked(self.to_stored(delta.to(dtype)))))
+
+    @property
+    @override
+    def forms_delta(self) -> bool:
+        return False  # where it is formed, it is of A and B, which may be made for the whole model
 
     @override
     def computes_with(self, weight: Tensor) -> bool:

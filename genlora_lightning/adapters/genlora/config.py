@@ -73,6 +73,8 @@ class GenLoRAConfig(AdapterConfig):
         alpha_pattern: Likewise for ``alpha``.
         elastic: Ranks to train for, rising, the last of them ``rank``; each step draws one for each layer. Afterwards
             the adapter may be used at any of them, and cut to it (``genlora slice``).
+        keep_zeros: Update the weights alone that are not 0 in the base, ``W + ΔW ⊙ (W ≠ 0)``: a pruned base stays as
+            sparse when the adapter is merged.
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.
