@@ -433,8 +433,8 @@ def check_names(described: Mapping[str, Any], names: Iterable[str], source: str)
             f"the adapters {', '.join(some)}" if some else "one adapter, without a name," for some in (there, here)
         )
         raise ValueError(
-            f"{source} holds {held}, and here it is for {wanted.rstrip(',')}. Give GenLoRAFinetuning the `adapters` of the "
-            "run that wrote it."
+            f"{source} holds {held}, and here it is for {wanted.rstrip(',')}. Give GenLoRAFinetuning the `adapters` of "
+            "the run that wrote it."
         )
 
 

@@ -294,8 +294,8 @@ def convert_checkpoint(
         )
     if described.get("adapters"):
         raise ValueError(
-            f"{checkpoint} holds several adapters ({', '.join(described['adapters'])}), and this makes a folder of one. "
-            "In Python: `load_module(module, checkpoint).adapters.save(name, folder)`."
+            f"{checkpoint} holds several adapters ({', '.join(described['adapters'])}), and this makes a folder of "
+            "one. In Python: `load_module(module, checkpoint).adapters.save(name, folder)`."
         )
     stored: dict[str, Tensor] = content["state_dict"]
     with restored_after_error(base_model):

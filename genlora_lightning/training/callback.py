@@ -306,7 +306,7 @@ class AdapterFinetuning(Callback):
         def configure_gradient_clipping(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
             # Here gradients are reduced and have the module's scale, and are not clipped yet.
             log_figures(trainer, pl_module, optimizer)
-            for _ in each_apart(pl_module, optimizer):
+            for _ in each_apart(pl_module, optimizer) if self.adapters else [None]:
                 original_clipping(optimizer, *args, **kwargs)
 
         put_on(

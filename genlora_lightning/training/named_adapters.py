@@ -85,14 +85,14 @@ class NamedTraining:
                 raise ValueError(f"`adapters` cannot train {name!r} beside others: {reason}.")
         if generate != "forward":
             raise ValueError(
-                f'`generate="{generate}"` does not work with `adapters`: each micro-batch may name other ones, and it would '
-                'hold what was generated for the first. Set `generate="forward"`.'
+                f'`generate="{generate}"` does not work with `adapters`: each micro-batch may name others, and it '
+                'would hold what was generated for the first. Set `generate="forward"`.'
             )
         strategy = trainer.strategy
         if shards_base(strategy):
             raise ValueError(
-                f"`adapters` does not work with {type(strategy).__name__}: each batch exchanges layers of the model, which "
-                'that has cut up before. Set `strategy="ddp"`, or train one adapter at a time.'
+                f"`adapters` does not work with {type(strategy).__name__}: each batch exchanges layers of the model, "
+                'which that has cut up before. Set `strategy="ddp"`, or train one adapter at a time.'
             )
         if isinstance(strategy, DDPStrategy):
             find_unused_parameters(strategy)
@@ -159,7 +159,8 @@ class NamedTraining:
         """Take the rows' names out of a batch, if it has them, and have those adapters act until :meth:`end_batch`.
 
         Raises:
-            ValueError: They are no list of names, one of them is unknown, or in training all are ``None``.
+            ValueError: They are no list of names, or not as many as rows, one of them is unknown, or in training all are
+                ``None``.
         """
         self.end_batch()
         if not isinstance(batch, MutableMapping) or ROWS_KEY not in batch:
@@ -169,6 +170,11 @@ class NamedTraining:
             raise ValueError(
                 f'`batch["{ROWS_KEY}"]` must be a list with the name of an adapter for each row (None: the base), got '
                 f"{shown(rows)}."
+            )
+        sizes = [len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim]
+        if sizes and len(rows) not in sizes:
+            raise ValueError(
+                f'`batch["{ROWS_KEY}"]` has {len(rows)} names, and the batch has {sizes[0]} rows: give one for each.'
             )
         if training and all(name is None for name in rows):
             raise ValueError(f'`batch["{ROWS_KEY}"]` names no adapter, so that the batch would train nothing.')
@@ -209,15 +215,11 @@ def each_apart(module: nn.Module, optimizer: Optimizer) -> Iterator[None]:
     """Show an optimizer the gradients of one named adapter after another, and then those of all else, for clipping.
 
     Args:
-        module: The module; without named adapters the optimizer is shown all at once.
+        module: The module.
         optimizer: The optimizer.
     """
-    found = set_of(module)
-    names = [] if found is None else found.trained_names
-    if not names:
-        yield
-        return
-    owners = {id(p): name for name in names for p in adapters_of(module).parameters_of(name)}
+    adapters = adapters_of(module)
+    owners = {id(p): name for name in adapters.trained_names for p in adapters.parameters_of(name)}
     gradients = {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
     try:
         for owner in dict.fromkeys(owners.get(id(p)) for p in gradients):

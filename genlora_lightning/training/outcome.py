@@ -201,7 +201,8 @@ def _check_not_inside(place: Path, folder: Path) -> None:
     """Check that a named adapter would not lie in the folder of one without a name."""
     if place != folder and is_adapter_folder(folder):
         raise FileExistsError(
-            f"The adapter is to be saved in {place}, and {folder} is an adapter's own folder. Give another `adapter_dir`."
+            f"The adapter is to be saved in {place}, and {folder} is an adapter's own folder. Set another "
+            "`adapter_dir`, or remove it."
         )
 
 
