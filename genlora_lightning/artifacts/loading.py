@@ -199,8 +199,8 @@ def _add_described(
         for name, prefix in prefixes.items():
             of_name = {layer.removeprefix(prefix): c for layer, c in configs.items() if layer.startswith(prefix)}
             adapters.add_layers(name, of_name, {own.removeprefix(prefix) for own in stored if own.startswith(prefix)})
-        setattr(module.get_submodule(holder), attribute, adapters)
-    except (ValueError, RuntimeError, AttributeError) as error:
+        module.get_submodule(holder).add_module(attribute, adapters)
+    except (ValueError, RuntimeError, AttributeError, KeyError) as error:
         adapters.close()
         raise ValueError(f"The adapters in {source} do not fit this {type(module).__name__}: {error}") from error
     return take_back

@@ -146,6 +146,13 @@ class AdapterFinetuning(Callback):
             generator as one sum (under DDP once more for the last micro-batch). Losses and gradients are equal to
             rounding, also where a checkpoint inside of an accumulation window divides the sum. The adapters' parameters
             have no gradient before the last backward; those of the matrices, as large as a stored LoRA's, wait for it.
+        adapters: Names of several adapters that are trained at once, all with ``config``; or names with a configuration
+            each (``None``: ``config``). Each has its own parameters, optimizer state, clipping and folder,
+            ``<adapter_dir>/<name>``; a step changes nothing of one that no row names. They are the module's
+            ``adapters``, an :class:`~genlora_lightning.AdapterSet`. Batches are dictionaries with a list of names, one
+            for each row, as ``"adapter"``, which is taken out of them before the module sees them; or the module
+            computes in ``with self.adapters.using(rows=names)``. Linears alone, on one device or under DDP
+            (``docs/several.md``).
         check_ranks_every_n_steps: How often to compare the adapters between the ranks, in every bit, beside the end of
             the run, where it is always done; 0: only there. To find a fault; it waits for the device.
 

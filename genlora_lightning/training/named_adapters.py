@@ -133,7 +133,7 @@ class NamedTraining:
         except BaseException:
             adapters.close()
             raise
-        setattr(module, SET_ATTRIBUTE, adapters)
+        module.add_module(SET_ATTRIBUTE, adapters)
         return reports
 
     def _check_same(self, found: Any, configs: Mapping[str, AnyConfig]) -> None:
@@ -159,7 +159,7 @@ class NamedTraining:
         """Take the rows' names out of a batch, if it has them, and have those adapters act until :meth:`end_batch`.
 
         Raises:
-            ValueError: They are no list of names, or not as many as rows, one of them is unknown, or in training all are
+            ValueError: They are no list of names, not as many as there are rows, or unknown, or in training all
                 ``None``.
         """
         self.end_batch()
