@@ -28,7 +28,7 @@ def sums_by_adapter(adapters: AdapterSet, losses: Tensor, rows: Tensor) -> tuple
     """
     assert isinstance(adapters.active, list)
     names = adapters.trained_names
-    place = {name: number for number, name in enumerate(names)}
+    place: dict[str | None, int] = {name: number for number, name in enumerate(names)}
     owners = torch.tensor([place.get(name, len(names)) for name in adapters.active], device=losses.device)[rows]
     sums = losses.new_zeros(len(names) + 1).index_add(0, owners, losses)
     return sums[:-1], torch.bincount(owners, minlength=len(names) + 1)[:-1]
