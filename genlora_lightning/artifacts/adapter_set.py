@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,8 @@ from genlora_lightning.backbone.identity import BaseCheck, base_identity, requir
 from genlora_lightning.fields import check_choice, check_integer, shown
 from genlora_lightning.injection.held import held_root
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters, inject_layers, remove_adapters
-from genlora_lightning.injection.named import check_no_set, forget_set, note_set
+from genlora_lightning.injection.named import NamedUpdate, check_no_set, forget_set, note_set
+from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.state import load_adapter_state
 from genlora_lightning.layers.accumulation import is_generated_once
 from genlora_lightning.layers.factors import FactorStore
@@ -112,6 +113,11 @@ class AdapterSet(nn.Module):
         return [*self._stored, *self._trained]
 
     @property
+    def trained_names(self) -> list[str]:
+        """The names of those that are trained, in the order in which they were added."""
+        return [*self._trained]
+
+    @property
     def active(self) -> str | dict[str, float] | list[str | None] | None:
         """What is active, as :meth:`activate` takes it: a name, names with weights, or the rows' names."""
         now = self._active
@@ -136,7 +142,7 @@ class AdapterSet(nn.Module):
         held: Literal["disk", "memory"] = "disk",
         base_check: BaseCheck = "error",
         generator: torch.Generator | None = None,
-    ) -> None:
+    ) -> InjectionReport | None:
         """Add an adapter; what is active stays active.
 
         Args:
@@ -148,22 +154,17 @@ class AdapterSet(nn.Module):
             base_check: What to do if a folder's base is another one, as in :func:`~genlora_lightning.load_adapter`.
             generator: Random number generator for a new adapter's values.
 
+        Returns:
+            What a new one adapts; ``None`` for one from a folder.
+
         Raises:
             FileNotFoundError: There is no such folder, or a file of it is missing.
             WrongBaseError: The adapter was trained on another base.
             ValueError: The name is taken, a file is damaged, the adapter does not fit the model, or it has modules
                 trained in full, of which a model has one set. Nothing is added then.
         """
-        self._check_open()
-        if not isinstance(name, str) or not name:
-            raise TypeError(f"An adapter's name must be a string that is not empty, got {shown(name)}.")
-        if name in self._stored or name in self._trained:
-            raise ValueError(f"There is an adapter {name!r} already: `remove` it first, or give another name.")
         is_new = isinstance(adapter, (AdapterConfig, Mapping))
-        if (trained or is_new) and "." in name:
-            raise ValueError(
-                f"The name of an adapter that is trained is part of its tensors', and has no dot: {name!r}."
-            )
+        self._check_new_name(name, trained=trained or is_new)
         check_choice("held", held, ("disk", "memory"))
         if isinstance(adapter, (AdapterConfig, Mapping)):
             config = read_config(adapter)
@@ -171,9 +172,10 @@ class AdapterSet(nn.Module):
             if config.target_parameters:
                 raise ValueError(f"{name!r} has `target_parameters`, and a set adapts whole layers: use it alone.")
             with self._bare():
-                inject_adapters(self.model, config, generator=generator)
-                self._train(name, adapter_layers(self.model))
-            return
+                report = inject_adapters(self.model, config, generator=generator)
+                layers = adapter_layers(self.model)
+            self._train(name, layers)
+            return report
         stored = self._read(adapter, base_check)
         configs = next((s.configs for s in self._stored.values() if s.configs == stored.configs), stored.configs)
         data = safetensors.torch.save(stored.tensors) if held == "memory" and not trained else None
@@ -183,6 +185,35 @@ class AdapterSet(nn.Module):
             self._train(name, layers)
         else:
             self._stored[name] = record
+        return None
+
+    def add_layers(self, name: str, configs: Mapping[str, AdapterConfig], stored: Collection[str] = ()) -> None:
+        """Add a new adapter on exactly the named layers, to be trained, as a file lists them.
+
+        Args:
+            name: Its name.
+            configs: The configuration of each layer, by its name.
+            stored: Names of the tensors that the file has: which layers share what.
+
+        Raises:
+            ValueError: The name is taken, or a layer's is not one's that can be adapted. Nothing is added then.
+        """
+        self._check_new_name(name, trained=True)
+        with self._bare():
+            inject_layers(self.model, configs, (), stored)
+            layers = adapter_layers(self.model)
+        self._train(name, layers)
+
+    def _check_new_name(self, name: str, *, trained: bool) -> None:
+        self._check_open()
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"An adapter's name must be a string that is not empty, got {shown(name)}.")
+        if name in self._stored or name in self._trained:
+            raise ValueError(f"There is an adapter {name!r} already: `remove` it first, or give another name.")
+        if trained and "." in name:
+            raise ValueError(
+                f"The name of an adapter that is trained is part of its tensors', and has no dot: {name!r}."
+            )
 
     def remove(self, name: str) -> None:
         """Forget an adapter; its folder stays.
@@ -210,6 +241,14 @@ class AdapterSet(nn.Module):
             raise ValueError(f"The adapter {name!r} is used as it is: add its folder with `trained=True` to train it.")
         return [parameter for parameter in self._modules[name].parameters() if parameter.requires_grad]  # type: ignore[union-attr]
 
+    def configs_of(self, name: str) -> dict[str, AdapterConfig]:
+        """The configuration of each layer of an adapter, by the layers' names.
+
+        Raises:
+            ValueError: There is none of this name.
+        """
+        return {place: layer.config for place, layer in self._layers(name).items()}
+
     def save(self, name: str, folder: str | os.PathLike[str], *, training: Mapping[str, Any] | None = None) -> Path:
         """Save an adapter to a folder of its own, as :func:`~genlora_lightning.save_adapter` does, active or not.
 
@@ -225,12 +264,20 @@ class AdapterSet(nn.Module):
             ValueError: There is none of this name, or a tensor to save is not finite.
             OSError: It cannot be written.
         """
+        return write_adapter(self.record(name), folder, training=training)
+
+    def record(self, name: str) -> AdapterRecord:
+        """What :meth:`save` saves of an adapter; the tensors are its own, not copies.
+
+        Raises:
+            ValueError: There is none of this name.
+        """
         layers = self._layers(name)
         named: dict[nn.Parameter, str] = {}
         for n, layer in layers.items():
             for own, parameter in layer.adapter_parameters().items():
                 named.setdefault(parameter, f"{n}.{own}")  # what layers share is the first one's
-        record = AdapterRecord(
+        return AdapterRecord(
             state={n: parameter.detach() for parameter, n in named.items()},
             configs={n: layer.config for n, layer in layers.items()},
             base=base_identity(self.model),
@@ -239,7 +286,6 @@ class AdapterSet(nn.Module):
             trained_modules={},
             base_is_transformers=type(self.model).__module__.startswith("transformers."),
         )
-        return write_adapter(record, folder, training=training)
 
     # -- what is active -----------------------------------------------------------------------------------------------
 
@@ -403,7 +449,7 @@ class AdapterSet(nn.Module):
                 if parent not in holder._modules:
                     holder._modules[parent] = nn.Module()
                 holder = holder._modules[parent]  # type: ignore[assignment]
-            holder._modules[last] = layer.update
+            holder._modules[last] = NamedUpdate(name, layer)
             for part in layer.update.modules():
                 for parameter_name, parameter in part.named_parameters(recurse=False):
                     parameter.requires_grad_(part.is_trained(parameter_name))  # type: ignore[operator]
@@ -414,11 +460,14 @@ class AdapterSet(nn.Module):
     def _bare(self) -> Iterator[None]:
         """Context manager in which the model has no adapters and no set; what is put in is taken out again."""
         before = self._placed
+        trainable = {parameter: parameter.requires_grad for parameter in self.parameters()}
         self._put({})
         forget_set(self.model)
         try:
             yield
         finally:
+            for parameter, flag in trainable.items():  # frozen, if this set is itself a part of the model
+                parameter.requires_grad_(flag)
             self._placed = adapter_layers(self.model)
             self._put(before)
             note_set(self.model, self)

@@ -40,6 +40,7 @@ from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
 from genlora_lightning.injection.held import held_root
 from genlora_lightning.injection.inject import adapter_layers, count_linears, require_adapters
+from genlora_lightning.injection.named import named_updates
 from genlora_lightning.injection.peft_adapters import (
     AnyConfig,
     PeftAdapter,
@@ -49,6 +50,7 @@ from genlora_lightning.injection.peft_adapters import (
 )
 from genlora_lightning.injection.places import adapter_places, base_name, has_adapters
 from genlora_lightning.injection.state import check_adapter_state
+from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.overrides import note, noted
 from genlora_lightning.storage.documents import check_document, is_matrix_shape
 
@@ -65,6 +67,7 @@ _DESCRIPTION_SHAPE: dict[Any, Any] = {
     "prefix?": str,
     "layers?": {str: is_matrix_shape},
     "num_linears?": int,
+    "adapters?": {str: str},
     "trained_modules?": {str: [str]},
     "run?": (str, type(None)),
     f"{OTHER_STATE_KEY}?": {str: lambda value: True},
@@ -90,6 +93,21 @@ def adapter_root(module: nn.Module, config: AnyConfig | None = None) -> nn.Modul
 def prefix_of(root: nn.Module, module: nn.Module) -> str:
     """What the names of a module's part begin with in the module, such as ``"model."``."""
     return next(f"{plain_name(name)}." if name else "" for name, part in module.named_modules() if part is root)
+
+
+def layers_in_state(module: nn.Module) -> dict[str, AdaptedLayer]:
+    """The adapted layers of a module by their plain names in its state dict; those of named adapters: in their set."""
+    named = {name: part.layer for name, part in named_updates(module).items()}
+    return {plain_name(name): layer for name, layer in (named or adapter_layers(module)).items()}
+
+
+def named_prefixes(module: nn.Module) -> dict[str, str]:
+    """What the names of each named adapter's layers begin with in the state dict, such as ``"adapters.legal."``."""
+    found: dict[str, str] = {}
+    for name, part in named_updates(module).items():
+        before, _, _ = plain_name(name).partition(f".{part.adapter}.")
+        found.setdefault(part.adapter, f"{before}.{part.adapter}.")
+    return found
 
 
 def checkpoint_state(module: nn.Module) -> dict[str, Tensor]:
@@ -145,7 +163,7 @@ def keep_adapters_only(
         )
     root = adapter_root(module)
     prefix = prefix_of(root, module)
-    layers = {sys.intern(plain_name(name)): layer for name, layer in adapter_layers(module).items()}
+    layers = {sys.intern(name): layer for name, layer in layers_in_state(module).items()}
     configs = {name: layer.config for name, layer in layers.items()}
     checkpoint[CHECKPOINT_KEY] = {
         "format_version": CHECKPOINT_VERSION,
@@ -157,6 +175,7 @@ def keep_adapters_only(
         # As in an adapter folder, but by the names in this state dict.
         "layers": {name: layer.shape.sizes for name, layer in layers.items()},
         "num_linears": count_linears(root),
+        **({"adapters": named} if (named := named_prefixes(module)) else {}),
         "trained_modules": {
             name: [sys.intern(own) for own in tensors] for name, tensors in tensors_trained_in_full(module).items()
         },
@@ -397,6 +416,28 @@ def stored_configs(described: Mapping[str, Any]) -> dict[str, AdapterConfig]:
     return {name: others.get(name, config) for name in described.get("layers", {})}
 
 
+def check_names(described: Mapping[str, Any], names: Iterable[str], source: str) -> None:
+    """Check that a checkpoint holds the adapters of some names; one adapter without a name is one of none.
+
+    Args:
+        described: What :func:`describe` gives.
+        names: What is to go on from it.
+        source: The file, for messages.
+
+    Raises:
+        ValueError: It holds others.
+    """
+    there, here = sorted(described.get("adapters", {})), sorted(names)
+    if there != here:
+        held, wanted = (
+            f"the adapters {', '.join(some)}" if some else "one adapter, without a name," for some in (there, here)
+        )
+        raise ValueError(
+            f"{source} holds {held}, and here it is for {wanted.rstrip(',')}. Give GenLoRAFinetuning the `adapters` of "
+            "the run that wrote it."
+        )
+
+
 def _inside(source: str) -> str:
     """A file's description as it stands inside of a sentence."""
     return source[:1].lower() + source[1:] if source.startswith("The ") else source
@@ -463,10 +504,11 @@ def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any], source: s
     if not has_adapters(module):
         raise RuntimeError("The adapters were not injected before the checkpoint was loaded.")
     described = describe(checkpoint, source)
+    check_names(described, named_prefixes(module), source)
     pairs = [(present_config(module), read_any_config(described["config"]))]
     if isinstance(pairs[0][1], AdapterConfig):  # ranks of several linears may be several
         stored = stored_configs(described)
-        present = {plain_name(name): layer.config for name, layer in adapter_layers(module).items()}
+        present = {name: layer.config for name, layer in layers_in_state(module).items()}
         pairs += [(config, stored[name]) for name, config in present.items() if name in stored]
     differences = [
         f"{name}: {there!r} in the checkpoint, {here!r} here"

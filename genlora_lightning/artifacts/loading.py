@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from genlora_lightning.artifacts.adapter_folder import adapter_place, read_adapter
 from genlora_lightning.artifacts.adapter_io import adapter_record, load_adapter, write_adapter
+from genlora_lightning.artifacts.adapter_set import AdapterSet
 from genlora_lightning.artifacts.checkpoint import (
     adapter_root,
     check_base,
@@ -134,9 +136,11 @@ def _check_base(
 
 @torch.no_grad()
 def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> None:
-    with restored_after_error(module):
+    with restored_after_error(module), ExitStack() as undo:
         if has_adapters(module):
             check_checkpoint(module, checkpoint, source)
+        elif (described := describe(checkpoint, source)).get("adapters"):
+            undo.callback(_add_described(module, described, checkpoint["state_dict"], source))
         else:
             root = adapter_root(module, read_any_config(describe(checkpoint, source)["config"]))
             described = describe(checkpoint, source)
@@ -149,6 +153,7 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
         check_adapter_state(expected | extra, stored, source)
         note_start(module)
         load_beside(module, checkpoint, source)
+        undo.pop_all()
     for name, tensor in (expected | extra).items():
         tensor.copy_(stored[name])
 
@@ -174,6 +179,31 @@ def _inject_described(
             put_adapters(model, config)
     except (ValueError, RuntimeError) as error:  # the latter: no memory for the sizes that it claims
         raise ValueError(f"The adapters in {source} do not fit this {type(model).__name__}: {error}") from error
+
+
+def _add_described(
+    module: nn.Module, described: dict[str, Any], stored: Iterable[str], source: str
+) -> Callable[[], None]:
+    """Give a module the set of named adapters that a checkpoint describes, to be trained; what takes it back."""
+    prefixes: dict[str, str] = described["adapters"]
+    place, _, _ = next(iter(prefixes.values())).rstrip(".").rpartition(".")
+    holder, _, attribute = place.rpartition(".")
+    configs = stored_configs(described)
+    adapters = AdapterSet(adapter_root(module))
+
+    def take_back() -> None:
+        adapters.close()
+        module.get_submodule(holder)._modules.pop(attribute, None)
+
+    try:
+        for name, prefix in prefixes.items():
+            of_name = {layer.removeprefix(prefix): c for layer, c in configs.items() if layer.startswith(prefix)}
+            adapters.add_layers(name, of_name, {own.removeprefix(prefix) for own in stored if own.startswith(prefix)})
+        module.get_submodule(holder).add_module(attribute, adapters)
+    except (ValueError, RuntimeError, AttributeError, KeyError) as error:
+        adapters.close()
+        raise ValueError(f"The adapters in {source} do not fit this {type(module).__name__}: {error}") from error
+    return take_back
 
 
 def _prefix_in(described: dict[str, Any], model: nn.Module) -> str:
@@ -261,6 +291,11 @@ def convert_checkpoint(
         raise ValueError(
             f"{checkpoint} holds adapters of PEFT ({described['config'].get('peft_type')}). Make the folder in Python: "
             "`save_adapter(load_module(module, checkpoint), folder)`."
+        )
+    if described.get("adapters"):
+        raise ValueError(
+            f"{checkpoint} holds several adapters ({', '.join(described['adapters'])}), and this makes a folder of "
+            "one. In Python: `load_module(module, checkpoint).adapters.save(name, folder)`."
         )
     stored: dict[str, Tensor] = content["state_dict"]
     with restored_after_error(base_model):

@@ -14,7 +14,7 @@ from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.data._base import FileDataModule
 from genlora_lightning.data._chat import IGNORE_INDEX, ChatEncoder, Truncation
 from genlora_lightning.data._documents import encode_document
-from genlora_lightning.data._files import normalized
+from genlora_lightning.data._files import normalized, text_field
 from genlora_lightning.data._formats import Record
 from genlora_lightning.data._forms import DOCUMENT, parse_conversation
 from genlora_lightning.data._hub import PREFIX, import_datasets, stream_hub_records
@@ -92,6 +92,9 @@ class InstructionDataModule(FileDataModule):
         cache_dir: A folder in which tokenized data are kept for the next run. By default nothing is written.
         trust_remote_code: Run the Python code that comes with the tokenizer.
         revision: The tokenizer's branch, tag or commit on the Hub.
+        adapter_field: The field of a record that names its adapter, where a run trains several
+            (``GenLoRAFinetuning(adapters=…)``): batches have ``adapter`` then, a list of names. ``val_fraction`` holds
+            out about the same share of each.
 
     Raises:
         ValueError: An argument is out of its range, or arguments exclude each other; the message names both.
@@ -122,6 +125,7 @@ class InstructionDataModule(FileDataModule):
         cache_dir: str | None = None,
         trust_remote_code: bool | None = None,
         revision: str | None = None,
+        adapter_field: str | None = None,
     ) -> None:
         super().__init__(
             tokenizer=tokenizer,
@@ -146,6 +150,8 @@ class InstructionDataModule(FileDataModule):
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
         if packing and group_by_length:
             raise ValueError("packing and group_by_length exclude each other: packed rows are all about as long")
+        if packing and adapter_field is not None:
+            raise ValueError("packing and adapter_field exclude each other: each row of a batch has one adapter")
         if chat_template == "none" and system_prompt is not None:
             raise ValueError("system_prompt needs a chat template, but chat_template='none' was set")
         check_at_least_one("shuffle_buffer", shuffle_buffer)
@@ -153,6 +159,7 @@ class InstructionDataModule(FileDataModule):
         self.shuffle_buffer = shuffle_buffer
         if streaming:
             self._check_streamable(group_by_length)
+        self.adapter_field = adapter_field
         self.packing = packing
         self._packs: list[list[int]] | None = None
         self.truncation: Truncation = truncation
@@ -211,7 +218,7 @@ class InstructionDataModule(FileDataModule):
         """Returns the batches of a stream."""
         rank, world_size = part_of(self.trainer, self.has_data("val"))
         fill, multiple = padding_id(self.tokenizer), self.pad_to_multiple_of
-        collate: Any = PadCollator(("input_ids", "labels"), fill, multiple)
+        collate: Any = PadCollator(self._batch_keys("train", None), fill, multiple)
         alone = copy.copy(self)  # for the workers, which may be given no trainer
         alone.trainer, alone._datasets = None, {}
         stream = RecordStream(
@@ -232,7 +239,7 @@ class InstructionDataModule(FileDataModule):
 
     def _stream_rows(self, record: Record) -> list[dict[str, Any]]:
         rows = self._encoder("train")(self._parse(record, "train"))
-        return [{name: row[name] for name in ("input_ids", "labels")} for row in rows if row["input_ids"]]
+        return [{name: row[name] for name in self._batch_keys("train", rows)} for row in rows if row["input_ids"]]
 
     def _check_streamable(self, group_by_length: bool) -> None:
         refused = {"val_fraction": self.val_fraction > 0, "group_by_length": group_by_length}
@@ -273,6 +280,8 @@ class InstructionDataModule(FileDataModule):
         self._has_chats |= messages[0]["role"] != DOCUMENT
         # As text: tools are of any structure, which a column of a table cannot be.
         example = {"where": record.where, "messages": messages, "tools": None if tools is None else json.dumps(tools)}
+        if self.adapter_field is not None:
+            example["adapter"] = text_field(record, self.adapter_field)
         if split != "predict":
             return {**example, "learned": learned}
         completion = messages.pop()["content"] if messages[-1]["role"] == "assistant" else None
@@ -288,7 +297,14 @@ class InstructionDataModule(FileDataModule):
         return "\n".join(prompt)
 
     @override
+    def _stratum(self, example: dict[str, Any]) -> str:
+        return str(example.get("adapter", ""))
+
+    @override
     def _encoder(self, split: str) -> Callable[[dict[str, Any]], list[dict[str, Any]]]:
+        def adapter_of(example: dict[str, Any]) -> dict[str, str]:
+            return {name: example[name] for name in self._adapter_key}
+
         def encode(example: dict[str, Any]) -> list[dict[str, Any]]:
             messages, where = example["messages"], example["where"]
             if _is_document(example):
@@ -298,13 +314,15 @@ class InstructionDataModule(FileDataModule):
             for row in rows:
                 row["length"] = len(row["input_ids"])
                 row["answer_tokens"] = sum(label != IGNORE_INDEX for label in row["labels"])
+                row |= adapter_of(example)
             return rows
 
         def encode_prompt(example: dict[str, Any]) -> list[dict[str, Any]]:
             messages, completion = example["messages"], example["completion"]
             row = self.chat.encode_prompt(messages, example["where"], _tools_of(example))
             prompt = next(message["content"] for message in reversed(messages) if message["role"] != "assistant")
-            return [{**row, "length": len(row["input_ids"]), "prompt": prompt, "completion": completion}]
+            texts = {"prompt": prompt, "completion": completion, **adapter_of(example)}
+            return [{**row, "length": len(row["input_ids"]), **texts}]
 
         return encode_prompt if split == "predict" else encode
 
@@ -313,8 +331,9 @@ class InstructionDataModule(FileDataModule):
         datasets = import_datasets()
         text, number = datasets.Value("string"), datasets.Value("int64")
         tokens = datasets.Sequence(datasets.Value("int32"))
-        columns = {"where": text, "messages": [{"role": text, "content": text}], "tools": text}
-        outputs = {"input_ids": tokens, "length": number, "cut_tokens": number}
+        own = dict.fromkeys(self._adapter_key, text)
+        columns = {"where": text, "messages": [{"role": text, "content": text}], "tools": text, **own}
+        outputs = {"input_ids": tokens, "length": number, "cut_tokens": number, **own}
         if split == "predict":
             return {**columns, "completion": text}, {**outputs, "prompt": text, "completion": text}
         columns["learned"] = datasets.Sequence(number)
@@ -340,9 +359,13 @@ class InstructionDataModule(FileDataModule):
     @override
     def _batch_keys(self, split: str, rows: Any) -> tuple[str, ...]:
         if split != "predict":
-            return "input_ids", "labels"
+            return "input_ids", "labels", *self._adapter_key
         known = all(completion is not None for completion in rows["completion"])
-        return ("input_ids", "prompt", "completion") if known else ("input_ids", "prompt")
+        return ("input_ids", "prompt", *(["completion"] if known else []), *self._adapter_key)
+
+    @property
+    def _adapter_key(self) -> tuple[str, ...]:
+        return () if self.adapter_field is None else ("adapter",)
 
 
 def _is_document(example: dict[str, Any]) -> bool:

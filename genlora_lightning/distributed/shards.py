@@ -45,8 +45,9 @@ def trained_tensors(module: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {plain_name(name): tensor for name, tensor in adapters.items()}
     for tensors in tensors_trained_in_full(module).values():
         found |= tensors
+    known = {id(parameter) for parameter in adapters.values()}  # those of a named adapter have two names while it acts
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and id(parameter) not in known:
             found.setdefault(plain_name(name), parameter)
     return {name: tensor.detach() if not is_sharded(tensor) else tensor for name, tensor in found.items()}
 

@@ -24,7 +24,7 @@ from genlora_lightning.injection.foreign import check_no_foreign_adapters
 from genlora_lightning.injection.full_training import train_in_full
 from genlora_lightning.injection.held import Held, held_root, put_back, remember
 from genlora_lightning.injection.inject import adapter_config, adapter_layers, inject_adapters
-from genlora_lightning.injection.named import check_no_set
+from genlora_lightning.injection.named import check_no_set, named_updates
 from genlora_lightning.injection.places import Place, adapter_places, mark_place, plain_name
 from genlora_lightning.injection.report import InjectionReport, InjectionRow
 from genlora_lightning.overrides import put_on
@@ -186,13 +186,16 @@ def read_any_config(values: Any) -> AnyConfig:
 
 
 def present_config(model: nn.Module) -> AnyConfig:
-    """The configuration the model's adapters were made with; of several of ours the first.
+    """The configuration the model's adapters were made with; of several of ours, or of named ones, the first.
 
     Raises:
         ValueError: The model has no adapters.
     """
     found = held_root(model)
-    return adapter_config(model) if found is None else found[1].adapter
+    if found is not None:
+        return found[1].adapter  # type: ignore[no-any-return]
+    named = next(iter(named_updates(model).values()), None)
+    return adapter_config(model) if named is None else named.layer.config
 
 
 def peft_root(module: nn.Module) -> nn.Module:

@@ -2,7 +2,8 @@
 
 This is all that checkpoints, strategies and checks know of adapters: a *place* is a module that stands where one of the
 base's stood and holds it; whatever else is in it is the adapter's. Ours are places by their class; those of another
-library are marked when they are put in (:mod:`genlora_lightning.injection.peft_adapters`).
+library are marked when they are put in (:mod:`genlora_lightning.injection.peft_adapters`). What is trained of a set of
+named adapters has places of its own in the set, which hold nothing of the base: they come and go in the model.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from genlora_lightning.injection.named import NamedUpdate
 from genlora_lightning.layers.adapted import is_place
 from genlora_lightning.overrides import forget, note, noted
 
@@ -41,7 +43,7 @@ class Place:
     @property
     def is_ours(self) -> bool:
         """Whether this library has made it."""
-        return is_place(self.module)
+        return is_place(self.module) or isinstance(self.module, NamedUpdate)
 
     def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """The adapter's parameters by their names in the place; fixed ones are among them."""
@@ -81,7 +83,7 @@ def adapter_places(model: nn.Module) -> dict[str, Place]:
     """The places of a model's adapters by name, each once; empty if the model has none."""
     found: dict[str, Place] = {}
     for name, module in model.named_modules():
-        if is_place(module):
+        if is_place(module) or isinstance(module, NamedUpdate):
             found[name] = Place(module)
         elif (mark := noted(module, _MARK)) is not None:
             found[name] = Place(module, *mark)
@@ -90,13 +92,15 @@ def adapter_places(model: nn.Module) -> dict[str, Place]:
 
 def has_adapters(model: nn.Module) -> bool:
     """Whether a model has adapters, whoever put them in."""
-    return any(is_place(m) or noted(m, _MARK) is not None for m in model.modules())
+    return any(is_place(m) or isinstance(m, NamedUpdate) or noted(m, _MARK) is not None for m in model.modules())
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The adapters' parameters by their full names, each once; of ours without those of modules trained in full."""
     found: dict[int, tuple[str, nn.Parameter]] = {}
-    for place_name, place in adapter_places(model).items():
+    # Those of named adapters first: a layer in the model may have them, too, for as long as it is active.
+    places = sorted(adapter_places(model).items(), key=lambda item: not isinstance(item[1].module, NamedUpdate))
+    for place_name, place in places:
         for name, parameter in place.adapter_parameters().items():
             found.setdefault(id(parameter), (f"{place_name}.{name}" if place_name else name, parameter))
     return dict(found.values())

@@ -23,9 +23,11 @@ from genlora_lightning.callbacks.reading import is_for_bar
 from genlora_lightning.fields import check_choice
 from genlora_lightning.injection.peft_adapters import AnyConfig, PeftAdapter, PeftConfigLike, read_any_config
 from genlora_lightning.layers.quantized import keep_layout
+from genlora_lightning.modules.apart import scale_gradients
 from genlora_lightning.modules.limits import InputCheck
 from genlora_lightning.training.callback import AdapterFinetuning
 from genlora_lightning.training.lightning_internals import trainer_or_none
+from genlora_lightning.training.named_adapters import adapters_of
 from genlora_lightning.training.optim import OptimizerConfig, build_optimizer, build_scheduler
 from genlora_lightning.training.precision import cpu_multiplies_bfloat16
 from genlora_lightning.training.strategies import shards_base
@@ -356,21 +358,33 @@ class GenLoRAModule(LightningModule):
         """What a training step returns, so that each token counts the same; logs ``train_loss``.
 
         Args:
-            loss_sum: Sum of the losses of the micro-batch's tokens (or examples); a scalar with a graph.
-            count: How many they are; a scalar.
+            loss_sum: Sum of the losses of the micro-batch's tokens (or examples); a scalar with a graph. Or one for
+                each named adapter (:func:`~genlora_lightning.modules.apart.sums_by_adapter`), which is then trained on
+                the mean over its own tokens.
+            count: How many they are; of the same shape.
 
         Returns:
             A scalar to be back-propagated. The logged ``train_loss`` is the mean per token of the optimizer step so far
-            on this rank.
+            on this rank; ``train_loss_<name>`` that of a named adapter.
         """
         trainer = self._trainer_or_none()
         if trainer is None:
-            return loss_sum / count
+            return _mean(loss_sum, count)
         self._window_loss = loss_sum.detach() + (0 if self._window_loss is None else self._window_loss)
         self._window_count = count + (0 if self._window_count is None else self._window_count)
-        self.watched_loss = self._window_loss / self._window_count  # what is returned may be a sum
+        # What is returned may be a sum.
+        self.watched_loss = self._window_loss.sum() / self._window_count.sum()
         self.log("train_loss", self.watched_loss, prog_bar=is_for_bar(trainer), batch_size=1)
-        return loss_sum / (_LOSS_UNIT if _is_divided(trainer) else count)
+        if loss_sum.ndim:
+            self._log_by_adapter(loss_sum.detach() / count)
+        return loss_sum.sum() / _LOSS_UNIT if _is_divided(trainer) else _mean(loss_sum, count)
+
+    def _log_by_adapter(self, losses: Tensor) -> None:
+        adapters = adapters_of(self)
+        acting = set(adapters.active or ())
+        for name, loss in zip(adapters.trained_names, losses, strict=True):
+            if name in acting:
+                self.log(f"train_loss_{name}", loss, batch_size=1)
 
     def window_state(self) -> dict[str, Tensor]:
         """The loss sum and count of the accumulation window so far, for a checkpoint in its middle."""
@@ -404,7 +418,10 @@ class GenLoRAModule(LightningModule):
             torch.distributed.all_reduce(total)  # the strategy's `reduce` has a barrier, which waits for the device
         # Lightning has divided each loss by the window's nominal length (also in a shorter one at an epoch's end), and
         # the strategy the sum of the ranks' gradients by their number.
-        scale = _LOSS_UNIT * self.trainer.accumulate_grad_batches * self.trainer.world_size / total
+        scale = _LOSS_UNIT * self.trainer.accumulate_grad_batches * self.trainer.world_size / total.clamp(min=1)
+        if scale.ndim:
+            scale_gradients(adapters_of(self), scale)
+            return
         by_kind: dict[tuple[type, torch.device], list[Tensor]] = {}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
@@ -438,6 +455,11 @@ def check_plain(name: str, value: Any) -> None:
             f"`{name}` must be a plain value (number, string, list, dictionary), because checkpoints hold it; got a "
             f"{type(value).__name__}. transformers takes most of its objects as dictionaries, and dtypes by name."
         )
+
+
+def _mean(loss_sum: Tensor, count: Tensor) -> Tensor:
+    """The mean; of several ones their sum, without those of nothing."""
+    return (loss_sum / count.clamp(min=1)).sum() if loss_sum.ndim else loss_sum / count
 
 
 def _is_divided(trainer: Trainer) -> bool:

@@ -14,6 +14,7 @@ from typing_extensions import override
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.backbone.quantization import Quantization
 from genlora_lightning.injection.peft_adapters import PeftConfigLike
+from genlora_lightning.modules.apart import acting_by_row, sums_by_adapter
 from genlora_lightning.modules.base import Dtype, GenLoRAModule, check_plain
 from genlora_lightning.modules.intervals import Scores, ratio
 from genlora_lightning.modules.metrics import Perplexity, WeightedMean
@@ -201,14 +202,22 @@ class CausalLMModule(GenLoRAModule):
     @override
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         logits, labels = self.answer_logits(batch)
+        adapters = acting_by_row(self)
+        if adapters is not None:
+            losses, tokens = self._losses(logits, labels, batch, "none")
+            return self.training_loss(*sums_by_adapter(adapters, losses, tokens // labels.shape[1]))
         return self.training_loss(self._summed_loss(logits, labels, batch), (labels != IGNORED_LABEL).sum())
 
     def _summed_loss(self, logits: Tensor, labels: Tensor, batch: dict[str, Any]) -> Tensor:
         """Sum of the cross entropies of the answer tokens, in float32, from what :meth:`answer_logits` returns."""
+        return self._losses(logits, labels, batch, "sum")[0]
+
+    def _losses(self, logits: Tensor, labels: Tensor, batch: dict[str, Any], reduction: str) -> tuple[Tensor, Tensor]:
+        """The cross entropies of the answer tokens, in float32, and their places in the flattened labels."""
         known = self.known_of(batch["labels"])
         tokens = _answer_tokens(labels) if known is None else known[1]
         chosen = logits.flatten(0, 1).index_select(0, tokens)
-        return F.cross_entropy(chosen.float(), labels.flatten().index_select(0, tokens), reduction="sum")
+        return F.cross_entropy(chosen.float(), labels.flatten().index_select(0, tokens), reduction=reduction), tokens
 
     @override
     def validation_step(self, batch: dict[str, Any], batch_idx: int) -> None:

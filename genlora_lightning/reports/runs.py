@@ -226,7 +226,7 @@ def find_run(path: Path) -> Run:
 
 
 def adapter_sizes(folder: Path) -> AdapterSizes:
-    """Verify an adapter folder, and compute its sizes and effective ranks.
+    """Verify an adapter folder, or one with a folder for each named adapter, and compute sizes and effective ranks.
 
     Raises:
         ValueError: It is damaged.
@@ -235,9 +235,37 @@ def adapter_sizes(folder: Path) -> AdapterSizes:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # hundreds of small decompositions: on busy cores more threads wait for each other
     try:
-        return _adapter_sizes(folder)
+        parts = _adapter_folders(folder)
+        return (
+            _together({part.name: _adapter_sizes(part) for part in parts})
+            if len(parts) > 1
+            else _adapter_sizes(parts[0])
+        )
     finally:
         torch.set_num_threads(threads)
+
+
+def _adapter_folders(folder: Path) -> list[Path]:
+    """The adapter folders that a run has saved as one, or as several by their names."""
+    if stored_facts(folder) is not None or not folder.is_dir():
+        return [folder]
+    return [place for place in sorted(folder.iterdir()) if stored_facts(place) is not None] or [folder]
+
+
+def _together(parts: Mapping[str, AdapterSizes]) -> AdapterSizes:
+    def total(counts: list[int | None]) -> int | None:
+        return None if None in counts else sum(count or 0 for count in counts)
+
+    return AdapterSizes(
+        parameters=sum(part.parameters for part in parts.values()),
+        lora_parameters=total([part.lora_parameters for part in parts.values()]),
+        lora_8_parameters=total([part.lora_8_parameters for part in parts.values()]),
+        ranks=tuple(
+            Rank(module=f"{name}.{rank.module}", rank=rank.rank, effective=rank.effective)
+            for name, part in parts.items()
+            for rank in part.ranks
+        ),
+    )
 
 
 def _adapter_sizes(folder: Path) -> AdapterSizes:
@@ -295,7 +323,7 @@ def _start(folder: Path) -> tuple[int, str]:
 
 
 def _run_name(folder: Path) -> str | None:
-    facts = stored_facts(folder / _ADAPTER) or stored_facts(folder / _AFTER_ERROR)
+    facts = _facts_of(folder / _ADAPTER) or _facts_of(folder / _AFTER_ERROR)
     if facts:
         return facts.get("run")
     files = sorted((folder / "checkpoints").glob("*.ckpt"), key=lambda file: (file.stat().st_mtime_ns, file.name))
@@ -308,6 +336,11 @@ def _run_name(folder: Path) -> str | None:
     return None
 
 
+def _facts_of(folder: Path) -> dict[str, Any] | None:
+    """:func:`~genlora_lightning.artifacts.adapter_folder.stored_facts` of an adapter, of several of the first."""
+    return stored_facts(_adapter_folders(folder)[0])
+
+
 # -- one run ----------------------------------------------------------------------------------------------------------
 
 
@@ -318,7 +351,7 @@ def _read(folders: list[Path], name: str | None) -> Run | None:
     parts = [_read_curves(part / METRICS_FILE, notes) for part in folders]
     config = _read_yaml(folder / _CONFIG, notes)
     adapter = _adapter_of(folder, config, name)
-    facts = (stored_facts(adapter) or {}) if adapter else {}
+    facts = (_facts_of(adapter) or {}) if adapter else {}
     logged = [one for part in parts for column, one in part.items() if not column.startswith(("val", "test"))]
     if not (logged or adapter or any((part / "checkpoints").is_dir() for part in folders)):
         return None  # `validate` and `test` log to such folders, too
@@ -327,8 +360,9 @@ def _read(folders: list[Path], name: str | None) -> Run | None:
     steps = [last for one in curves.values() for last in (*one.steps[-1:], *one.not_finite[-1:])]
     seconds = [_seconds(part, curves_of) for part, curves_of in zip(folders, parts, strict=True)]
     starts = read_starts(folders)
-    manifest = _read_json(adapter / MANIFEST_FILE) if adapter else {}
-    stored = _read_json(adapter / CONFIG_FILE) if adapter else {}
+    first = _adapter_folders(adapter)[0] if adapter else None
+    manifest = _read_json(first / MANIFEST_FILE) if first else {}
+    stored = _read_json(first / CONFIG_FILE) if first else {}
     base = _mapping(manifest.get("base"))
     state = INTERRUPTED if not finished else FINISHED if adapter else NO_ADAPTER
     return Run(
@@ -365,7 +399,7 @@ def _adapter_of(folder: Path, config: Mapping[str, Any], name: str | None) -> Pa
         places += [root / f"{given}{suffix}" for root in roots for suffix in ("", "-interrupted")]
         name = name or _run_name(folder)
     for place in places:
-        facts = stored_facts(place)
+        facts = _facts_of(place)
         if facts is not None and name in (None, facts.get("run", name)):
             return place
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, get_args
 
@@ -55,6 +55,7 @@ from genlora_lightning.training.checks import (
 )
 from genlora_lightning.training.elastic import ElasticRanks
 from genlora_lightning.training.lightning_internals import STRICT_LOADING
+from genlora_lightning.training.named_adapters import NamedTraining, each_apart, read_adapters
 from genlora_lightning.training.outcome import Outcome, planned_folder
 from genlora_lightning.training.peft_support import check_not_shared, check_support
 from genlora_lightning.training.resume import (
@@ -145,6 +146,13 @@ class AdapterFinetuning(Callback):
             generator as one sum (under DDP once more for the last micro-batch). Losses and gradients are equal to
             rounding, also where a checkpoint inside of an accumulation window divides the sum. The adapters' parameters
             have no gradient before the last backward; those of the matrices, as large as a stored LoRA's, wait for it.
+        adapters: Names of several adapters that are trained at once, all with ``config``; or names with a configuration
+            each (``None``: ``config``). Each has its own parameters, optimizer state, clipping and folder,
+            ``<adapter_dir>/<name>``; a step changes nothing of one that no row names. They are the module's
+            ``adapters``, an :class:`~genlora_lightning.AdapterSet`. Batches are dictionaries with a list of names, one
+            for each row, as ``"adapter"``, which is taken out of them before the module sees them; or the module
+            computes in ``with self.adapters.using(rows=names)``. Linears alone, on one device or under DDP
+            (``docs/several.md``).
         check_ranks_every_n_steps: How often to compare the adapters between the ranks, in every bit, beside the end of
             the run, where it is always done; 0: only there. To find a fault; it waits for the device.
 
@@ -168,8 +176,11 @@ class AdapterFinetuning(Callback):
         adapter_sharding: AdapterSharding = "replicate",
         check_ranks_every_n_steps: int = 0,
         generate: Generate = "forward",
+        adapters: Sequence[str] | Mapping[str, AnyConfig | PeftConfigLike | dict[str, Any] | None] | None = None,
     ) -> None:
         self.config = read_any_config(config)
+        self.adapters = read_adapters(adapters, self.config)
+        self._named = NamedTraining(self.adapters)
         self.adapter_dir = None if adapter_dir is None else str(local_path(adapter_dir, "`adapter_dir`"))
         self.overwrite = overwrite
         if base_check not in get_args(BaseCheck):
@@ -188,7 +199,7 @@ class AdapterFinetuning(Callback):
         if generate not in get_args(Generate):
             raise ValueError(f"`generate` must be one of {get_args(Generate)}, got {generate!r}.")
         self.generate: Generate = generate
-        self.report: InjectionReport | None = None
+        self.reports: dict[str, InjectionReport] | None = None  # by the adapters' names; "" for one without
         self._outcome: Outcome | None = None
         self._watch: RunWatch | None = None
         self._gradient_watch = GradientWatch()
@@ -201,6 +212,11 @@ class AdapterFinetuning(Callback):
         self._steps: StepGeneration | None = None
         self._elastic: ElasticRanks | None = None
 
+    @property
+    def report(self) -> InjectionReport | None:
+        """What was adapted, trained in full, and left alone; of named adapters the first one's."""
+        return next(iter((self.reports or {}).values()), None)
+
     # -- setting up -------------------------------------------------------------------------------------------------
 
     @override
@@ -212,14 +228,16 @@ class AdapterFinetuning(Callback):
                 "`callbacks`, or by the module's `adapter` argument."
             )
         check_strategy(trainer)
-        if isinstance(self.config, PeftAdapter):
+        if self.adapters:
+            self._named.check(trainer, generate=self.generate)
+        elif isinstance(self.config, PeftAdapter):
             check_support(self.config, trainer.strategy, self.adapter_sharding, generate=self.generate)
         averaging = averaging_callbacks(trainer.strategy, callbacks)
         self._sync = AdapterSync(trainer, self.adapter_sharding)
         install_atomic_checkpoints(trainer)
         self._unwrap(trainer, pl_module)  # left over if an earlier run with another trainer failed
         name_checkpoint_in_errors(trainer)
-        self.report = None
+        self.reports = None
         self._outcome = None  # of an earlier run
         self._resume = None
         self._untrained = False
@@ -295,7 +313,8 @@ class AdapterFinetuning(Callback):
         def configure_gradient_clipping(optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
             # Here gradients are reduced and have the module's scale, and are not clipped yet.
             log_figures(trainer, pl_module, optimizer)
-            original_clipping(optimizer, *args, **kwargs)
+            for _ in each_apart(pl_module, optimizer) if self.adapters else [None]:
+                original_clipping(optimizer, *args, **kwargs)
 
         put_on(
             pl_module,
@@ -342,11 +361,14 @@ class AdapterFinetuning(Callback):
         self._averaging = []
 
     def _inject(self, pl_module: LightningModule) -> None:
-        resolve: Callable[[AnyConfig], AnyConfig] | None = getattr(pl_module, "resolve_adapter_config", None)
-        config = resolve(self.config) if resolve is not None else self.config
+        resolve: Callable[[AnyConfig], AnyConfig] = getattr(pl_module, "resolve_adapter_config", lambda config: config)
+        config = resolve(self.config)
         self._untrained = not has_adapters(pl_module)
         keep_layout(pl_module)
-        self.report = put_adapters(adapter_root(pl_module, config), config)
+        if self.adapters:
+            self.reports = self._named.put_in(pl_module, {name: resolve(one) for name, one in self.adapters.items()})
+        else:
+            self.reports = {"": put_adapters(adapter_root(pl_module, config), config)}
         waiting = weight_source(pl_module)
         if waiting is not None:
             waiting.start_trained()
@@ -367,12 +389,13 @@ class AdapterFinetuning(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.report is None or not has_adapters(pl_module):
+        if self.reports is None or not has_adapters(pl_module):
             raise RuntimeError(
                 "The adapters were not injected before fitting started: `configure_model` of "
                 f"{type(pl_module).__name__} was not called. Do not replace `configure_model` on the instance."
             )
-        _log.info(self.report.summary())
+        for name, report in self.reports.items():
+            _log.info(f"Adapter {name}: {report.summary()}" if name else report.summary())
         self._gradient_watch = GradientWatch()
         self._outcome_of_run.begin()
         self._watch = RunWatch(trainer, self._sync_of_run, self._outcome_of_run, every=self.check_finite_every_n_steps)
@@ -404,6 +427,31 @@ class AdapterFinetuning(Callback):
     on_test_start = on_validation_start
     on_predict_start = on_validation_start
 
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self.adapters:
+            self._named.begin_batch(pl_module, batch)
+
+    on_test_batch_start = on_validation_batch_start
+    on_predict_batch_start = on_validation_batch_start
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._named.end_batch()
+
+    on_test_batch_end = on_validation_batch_end
+    on_predict_batch_end = on_validation_batch_end
+
     def check_new_run(self, trainer: Trainer) -> None:
         """Find out, before anything is loaded or logged, that a new run would replace the adapter of another one.
 
@@ -414,7 +462,8 @@ class AdapterFinetuning(Callback):
         """
         folder = planned_folder(trainer, run_folder(trainer), self.adapter_dir) if self.save_adapter else None
         if folder is not None:
-            check_not_taken(folder, "", overwrite=self.overwrite)
+            for name in self.adapters or [""]:
+                check_not_taken(folder / name, "", overwrite=self.overwrite)
 
     @override
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -432,14 +481,18 @@ class AdapterFinetuning(Callback):
         self._times = ReadingTimes(trainer)  # not earlier: a resumed run has its steps by now
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._elastic is not None:
             self._elastic.before_batch()
         if self._steps is not None:
             self._steps.before_batch()
+        if self.adapters:
+            self._named.begin_batch(pl_module, batch, training=True)
 
     @override
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self.adapters:
+            self._named.check_loss(loss)
         assert self._watch is not None
         self._watch.before_backward(loss)
 
@@ -473,6 +526,7 @@ class AdapterFinetuning(Callback):
         assert self._times is not None
         assert self._watch is not None
         self._end_draw()
+        self._named.end_batch()
         self._watch.after_batch(outputs)
         if self._times.due():
             self._stop_if_spoiled(pl_module)
@@ -483,6 +537,7 @@ class AdapterFinetuning(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_draw()  # where a batch was skipped
+        self._named.end_batch()
         if self._steps is not None:  # left open where the epoch was cut short
             self._steps.end()
 
@@ -498,6 +553,7 @@ class AdapterFinetuning(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._end_draw()
+        self._named.end_batch()
         hint = describe_timeout(trainer, exception)
         if hint is not None:
             print(hint, file=sys.stderr, flush=True)  # from whichever rank it is

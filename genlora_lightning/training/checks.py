@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
 from genlora_lightning.distributed.shards import local_part
 from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.injection.named import named_updates
 from genlora_lightning.injection.peft_adapters import present_config
 from genlora_lightning.injection.places import adapter_parameters, adapter_places, has_adapters
 
@@ -135,6 +136,10 @@ class GradientWatch:
             for name, place in adapter_places(model).items()
         }
         layers = {name: gradients for name, gradients in layers.items() if gradients}
+        # A batch need not name all of a set's adapters.
+        owners = {name: part.adapter for name, part in named_updates(model).items()}
+        named = {owners.get(name) for name, gradients in layers.items() if any(g is not None for g in gradients)}
+        layers = {name: gradients for name, gradients in layers.items() if owners.get(name) in named} or layers
         if not layers:
             return None
         nonzero = [

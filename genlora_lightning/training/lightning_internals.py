@@ -13,7 +13,7 @@ from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
 from lightning.fabric.utilities.cloud_io import _is_local_file_protocol as is_local_file_protocol
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loops.fit_loop import _FitLoop
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "drop_averaged_model",
     "end_restart",
     "fetch_anew",
+    "find_unused_parameters",
     "is_local_file_protocol",
     "move_torchmetrics_to_device",
     "own_precision_plugin",
@@ -109,6 +110,19 @@ def own_precision_plugin(strategy: FSDPStrategy) -> Any:
 def set_up_activation_checkpointing(strategy: FSDPStrategy, wrapper: nn.Module) -> None:
     """Checkpoint the activations of the modules that a strategy's ``activation_checkpointing_policy`` names."""
     _setup_activation_checkpointing(wrapper, strategy._activation_checkpointing_kwargs)
+
+
+def find_unused_parameters(strategy: DDPStrategy) -> None:
+    """Have DDP, which is yet to wrap the module, expect parameters without a gradient.
+
+    Raises:
+        ValueError: It was told that each step uses the same ones.
+    """
+    if strategy._ddp_kwargs.get("static_graph"):
+        raise ValueError(
+            "`static_graph=True` of DDPStrategy says that all batches use the same parameters: leave it out."
+        )
+    strategy._ddp_kwargs["find_unused_parameters"] = True
 
 
 def fetch_anew(trainer: Trainer) -> None:

@@ -1,4 +1,7 @@
-"""Save what a run has trained as an adapter folder, at its end or after an error, and find out early that it cannot."""
+"""Save what a run has trained as an adapter folder, at its end or after an error, and find out early that it cannot.
+
+Of named adapters each has a folder of its own in that folder, by its name.
+"""
 
 from __future__ import annotations
 
@@ -6,20 +9,22 @@ import os
 import secrets
 import tempfile
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from genlora_lightning.artifacts.adapter_io import write_adapter
+from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
+from genlora_lightning.artifacts.adapter_io import AdapterRecord, write_adapter
+from genlora_lightning.artifacts.peft_folder import PeftRecord
 from genlora_lightning.callbacks.figures import FIGURES
 from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.distributed.shards import whole_like
 from genlora_lightning.storage.atomic import remove_leftovers
 from genlora_lightning.storage.paths import local_path
 from genlora_lightning.training.checks import check_writable
+from genlora_lightning.training.named_adapters import adapter_names
 from genlora_lightning.training.run_folder import check_not_taken, free_folder, run_folder, run_name
 from genlora_lightning.training.sync import AdapterSync
 
@@ -92,12 +97,15 @@ class Outcome:
         problem: OSError | None = None
         if self._planned is not None and self._trainer.is_global_zero:
             try:
-                check_writable(self._planned, needed=2 * _state_bytes(module))
-                check_not_taken(self._planned, run_name(self._trainer), overwrite=self._overwrite())
+                for name in adapter_names(module):
+                    place = self._planned / name
+                    _check_not_inside(place, self._planned)
+                    check_writable(place, needed=2 * _state_bytes(module))
+                    check_not_taken(place, run_name(self._trainer), overwrite=self._overwrite())
+                    # A run that was killed while it saved what it had does not save there again.
+                    remove_leftovers(self._free(_after_error(self._planned) / name))
             except OSError as error:
                 problem = error
-            else:  # a run that was killed while it saved what it had does not save there again
-                remove_leftovers(self._interrupted_folder(self._planned))
         problem = self._trainer.strategy.broadcast(problem)
         if problem is not None:
             raise problem
@@ -108,19 +116,22 @@ class Outcome:
         trainer = self._trainer
         if self._folder is None or not (trainer.is_global_zero or self._sync.shards_adapters):
             return
-        content = self._sync.record(module)
+        contents = self._sync.records(module)
         if not trainer.is_global_zero:
             return
-        place = free_folder(self._folder, run_name(trainer), overwrite=self._overwrite())
-        if place != self._folder:
-            rank_zero_warn(f"Another run has saved its adapter in {self._folder} meanwhile; it is left as it is.")
-        try:
-            folder = write_adapter(content, place, training=_facts(trainer, trainer.global_step))
-        except OSError as error:
-            # Hours of training must not end in a full disk: any other place is better than none.
-            rank_zero_warn(str(error))
-            folder = write_adapter(content, _spare_folder(), training=_facts(trainer, trainer.global_step))
-        _log.info(f"The adapter is saved in {folder}.")
+        facts = _facts(trainer, trainer.global_step)
+        for name, content in contents.items():
+            wanted = self._folder / name
+            place = self._free(wanted)
+            if place != wanted:
+                rank_zero_warn(f"Another run has saved its adapter in {wanted} meanwhile; it is left as it is.")
+            try:
+                folder = write_adapter(content, place, training=facts)
+            except OSError as error:
+                # Hours of training must not end in a full disk: any other place is better than none.
+                rank_zero_warn(str(error))
+                folder = write_adapter(content, _spare_folder() / name, training=facts)
+            _log.info(f"The adapter {f'{name!r} ' if name else ''}is saved in {folder}.")
 
     # -- after an error -----------------------------------------------------------------------------------------------
 
@@ -158,24 +169,41 @@ class Outcome:
             return "The adapter lies in pieces on several ranks and was not saved; go on from the last checkpoint."
         if not (trainer.is_global_zero or self._sync.shards_adapters):
             return "The adapter is saved by rank 0."
-        content = self._sync.record(module)
+        contents = self._sync.records(module)
         if not trainer.is_global_zero:
             return "The adapter is saved by rank 0."
+        return " ".join(self._save_somewhere(name, content, step) for name, content in contents.items())
+
+    def _save_somewhere(self, name: str, content: AdapterRecord | PeftRecord, step: int) -> str:
+        assert self._folder is not None
+        which = f"The adapter {name!r}" if name else "The adapter"
         problems = []
-        for choose in (partial(self._interrupted_folder, self._folder), _spare_folder):
-            place = choose()
+        for root in (_after_error(self._folder), _spare_folder()):
+            place = self._free(root / name)
             try:
-                write_adapter(content, place, training=_facts(trainer, step))
+                write_adapter(content, place, training=_facts(self._trainer, step))
             except (OSError, ValueError) as error:
                 problems.append(str(error))
             else:
-                return f"The adapter after {step} steps is saved in {place}."
-        return f"The adapter could not be saved: {' '.join(problems)}"
+                return f"{which} after {step} steps is saved in {place}."
+        return f"{which} could not be saved: {' '.join(problems)}"
 
-    def _interrupted_folder(self, folder: Path) -> Path:
-        """Where the adapter of a run that was stopped is saved, which has another folder for the one of its end."""
-        place = folder.with_name(f"{folder.name}-interrupted")
-        return free_folder(place, run_name(self._trainer), overwrite=self._overwrite())
+    def _free(self, folder: Path) -> Path:
+        return free_folder(folder, run_name(self._trainer), overwrite=self._overwrite())
+
+
+def _after_error(folder: Path) -> Path:
+    """Where the adapter of a run that was stopped is saved, which has another folder for the one of its end."""
+    return folder.with_name(f"{folder.name}-interrupted")
+
+
+def _check_not_inside(place: Path, folder: Path) -> None:
+    """Check that a named adapter would not lie in the folder of one without a name."""
+    if place != folder and is_adapter_folder(folder):
+        raise FileExistsError(
+            f"The adapter is to be saved in {place}, and {folder} is an adapter's own folder. Set another "
+            "`adapter_dir`, or remove it."
+        )
 
 
 def _state_bytes(pl_module: LightningModule) -> int:

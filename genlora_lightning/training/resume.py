@@ -20,6 +20,7 @@ from genlora_lightning.distributed.collectives import mean_gradients
 from genlora_lightning.distributed.shards import is_sharded, part_of, plain_parameters, whole_gradients
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
+from genlora_lightning.injection.named import base_alone
 from genlora_lightning.injection.places import has_adapters
 from genlora_lightning.layers.accumulation import pass_gradients
 from genlora_lightning.overrides import note, noted, put_on, take_off
@@ -160,9 +161,10 @@ def _at_rest(batches: _Progress) -> bool:
 
 def write_content(trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
     """Turn what Lightning wants to save into what we save, in place; collective, like saving itself."""
-    keep_adapters_only(module, checkpoint, trainer.optimizers, look_at_frozen=not shards_base(trainer.strategy))
-    checkpoint[CHECKPOINT_KEY]["run"] = run_name(trainer)
-    add_resume_state(trainer, module, checkpoint)
+    with base_alone(module):
+        keep_adapters_only(module, checkpoint, trainer.optimizers, look_at_frozen=not shards_base(trainer.strategy))
+        checkpoint[CHECKPOINT_KEY]["run"] = run_name(trainer)
+        add_resume_state(trainer, module, checkpoint)
 
 
 def keep_base_out_of_files(trainer: Trainer) -> None:

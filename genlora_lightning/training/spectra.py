@@ -22,6 +22,7 @@ from genlora_lightning.artifacts.checkpoint import adapter_root
 from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.distributed.shards import plain_name
 from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.injection.named import named_updates
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.reports.record import SPECTRA_FILE
 from genlora_lightning.reports.spectra import SpectrumPoint, header_line, kept_places, point_line
@@ -70,7 +71,8 @@ class UpdateSpectra(Callback):
         self._layers, self._seen = {}, -1
         if self._file is None:
             return
-        layers = {plain_name(name): layer for name, layer in adapter_layers(adapter_root(pl_module)).items()}
+        named = {name: part.layer for name, part in named_updates(pl_module).items()}
+        layers = {plain_name(name): layer for name, layer in (named or adapter_layers(adapter_root(pl_module))).items()}
         self._layers = {name: layer for name, layer in layers.items() if _is_readable(layer)}
         if len(self._layers) < len(layers) or not layers:
             of = f"{len(layers) - len(self._layers)} of {len(layers)}" if layers else "PEFT's"

@@ -33,6 +33,7 @@ from genlora_lightning.distributed.shards import (
 from genlora_lightning.injection.places import adapter_parameters
 from genlora_lightning.overrides import note, noted
 from genlora_lightning.storage.digests import sha256
+from genlora_lightning.training.named_adapters import adapter_names, adapters_of
 from genlora_lightning.training.strategies import FSDP_NAME, GenLoRAFSDPStrategy, shards_base, use_whole_files
 
 # On a module with a sharded base: what an adapter folder says of it, because later no rank has it whole.
@@ -169,14 +170,17 @@ class AdapterSync:
 
     # -- saving -------------------------------------------------------------------------------------------------------
 
-    def record(self, module: LightningModule) -> AdapterRecord | PeftRecord:
-        """What the adapter folder is to hold; collective if the adapters are sharded."""
+    def records(self, module: LightningModule) -> dict[str, AdapterRecord | PeftRecord]:
+        """What adapter folders are to hold, by the adapters' names; collective if the adapters are sharded."""
         root = adapter_root(module)
+        names = adapter_names(module)
+        if names != [""]:
+            return {name: adapters_of(module).record(name) for name in names}
         if not self.base_is_sharded:
-            return adapter_record(root)
+            return {"": adapter_record(root)}
         recorded: AdapterRecord | PeftRecord = noted(module, _CONTENT)
         prefix, whole = prefix_of(root, module), whole_tensors(module)
-        return dataclasses.replace(recorded, state={name: whole[prefix + name] for name in recorded.state})
+        return {"": dataclasses.replace(recorded, state={name: whole[prefix + name] for name in recorded.state})}
 
 
 def describe_timeout(trainer: Trainer, error: BaseException) -> str | None:

@@ -28,7 +28,7 @@ from genlora_lightning import (
 )
 from genlora_lightning.artifacts.adapter_folder import read_adapter
 from genlora_lightning.errors import WrongBaseError
-from genlora_lightning.injection.inject import adapter_layers, adapter_parameters
+from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.layers.accumulation import generated_once
 from genlora_lightning.layers.linear import AdaptedLinear
 from genlora_lightning.layers.sharing import set_fused
@@ -587,7 +587,7 @@ def test_folder_is_trained_further(folders, tmp_path):
 
 
 class Several(LightningModule):
-    """The example of docs/several.md."""
+    """A module with a set of its own, without the callback."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -628,7 +628,7 @@ def test_lightning_module_trains_several_and_resumes(tmp_path):
         assert not any(map(torch.equal, trained, first.adapters.parameters_of(name)))
         whole.adapters.save(name, tmp_path / name)
         verify_adapter(tmp_path / name)
-    assert len(adapter_parameters(whole)) == 0  # between steps the model is the base
+    assert not adapter_layers(whole)  # between steps the model is the base
 
 
 def test_rows_are_right_where_weights_are_stored_transposed():

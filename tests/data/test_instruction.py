@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -492,3 +493,28 @@ def test_another_loader_is_used_after_a_data_module(write: Write, tokenizer: Any
     assert [len(model.seen[what]) for what in ("val", "predict")] == [1, 1]
     with pytest.raises(ValueError, match="there are no validation data; set val_file or val_fraction"):
         run.validate(model, datamodule=data)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_rows_of_a_batch_name_their_adapters(write: Write, tokenizer: Any, streaming: bool) -> None:
+    names = ["legal", "support", "support", "legal", "legal"]
+    records = [{**pair, "expert": name} for pair, name in zip(pairs(5), names, strict=True)]
+    expected = {pair["prompt"]: name for pair, name in zip(pairs(5), names, strict=True)}
+    file = write("train.jsonl", records)
+    data = module(
+        tokenizer, file, test_file=file, adapter_field="expert", batch_size=2, streaming=streaming, shuffle_buffer=2
+    )
+    data.trainer = Trainer(logger=False, accelerator="cpu", max_steps=1)
+    data.setup()
+    batches = list(islice(data.train_dataloader(), 3))
+    shown = prompts(batches, data.tokenizer)
+    assert [expected[prompt] for prompt in shown] == [name for batch in batches for name in batch["adapter"]]
+    assert [name for batch in data.predict_dataloader() for name in batch["adapter"]] == names
+    assert [name for batch in data.test_dataloader() for name in batch["adapter"]] == names
+
+
+def test_records_without_the_field_of_their_adapter_are_refused(write: Write, tokenizer: Any) -> None:
+    with pytest.raises(DataFileError, match="field 'expert' is missing"):
+        module(tokenizer, write("train.jsonl", pairs(2)), adapter_field="expert").setup("fit")
+    with pytest.raises(ValueError, match="packing and adapter_field exclude each other"):
+        module(tokenizer, write("train.jsonl", pairs(2)), adapter_field="expert", packing=True)

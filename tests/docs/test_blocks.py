@@ -138,13 +138,12 @@ def names_of_several() -> dict[str, Any]:
     batch = {"input_ids": torch.tensor([[6, 7, 8]]), "attention_mask": torch.ones(1, 3, dtype=torch.long)}
     four = {name: tensor.repeat(4, 1) for name, tensor in batch.items()}
     names = ["reviews", "support", "legal", "reviews"]
+    rows = [{"prompt": f"w{n}", "completion": "w6 w7", "adapter": names[n % 2]} for n in range(6, 22)]
+    Path("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {
         "torch": torch,
-        "AutoModelForCausalLM": AutoModelForCausalLM,
-        "CONFIGS": {"reviews": GenLoRAConfig(rank=4), "support": LoRAConfig(rank=2)},
         "GenLoRAConfig": GenLoRAConfig,
         "LoRAConfig": LoRAConfig,
-        "LightningModule": LightningModule,
         "model": model,
         "batch": batch,
         "batch_of_four": four,

@@ -198,6 +198,24 @@ def test_show_prints_a_run_and_writes_its_report(run, capsys):
     assert (run / "report.html").is_file()
 
 
+def test_run_of_named_adapters_is_shown_with_the_sum_of_their_sizes(run, capsys):
+    one = run / "adapter"
+    values = describe_adapter(one).parameters
+    one.rename(run / "support")
+    one.mkdir()
+    shutil.copytree(run / "support", one / "legal")
+    (run / "support").rename(one / "support")
+    found = find_run(run)
+    assert found.adapter == one
+    assert found.state == "finished"
+    assert found.num_bytes == sum(path.stat().st_size for path in one.rglob("*") if path.is_file())
+    assert main(["show", str(run)]) == 0
+    shown = capsys.readouterr().out
+    assert f"{2 * values:,} values" in shown
+    page = (run / "report.html").read_text()
+    assert "legal.model.layers.0" in page
+
+
 def test_runs_are_listed_and_drawn_together(tmp_path, capsys):
     for name in ("a/logs/version_0", "b/logs/version_0", "b/logs/version_1"):
         make_run(tmp_path / name)
