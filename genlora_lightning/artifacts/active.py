@@ -185,10 +185,14 @@ class CountedBatches:
         ]
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Before the forward: the first tensor's first dimension is the batch."""
+        """Before the forward: the first tensor of rows has the batch as its first dimension.
+
+        `generate` of transformers 4 gives the positions, one dimension for all rows, before the tokens.
+        """
         given = [*args, *kwargs.values()]
         given += [value for item in given if isinstance(item, Mapping) for value in item.values()]
-        size = next((item.shape[0] for item in given if isinstance(item, Tensor) and item.ndim), None)
+        tensors = [item for item in given if isinstance(item, Tensor) and item.ndim]
+        size = next((tensor.shape[0] for tensor in sorted(tensors, key=lambda tensor: tensor.ndim == 1)), None)
         if size is not None:
             self.routing.check_batch(size)
         self.routing.batch_size = size
