@@ -1,8 +1,9 @@
 """Prune a model to several sparsities and measure its loss; then train a pruned one, with its zeros kept and without.
 
-The loss is that of the answers in a file of examples, in nats a token. LoRA of rank 16 on all linears is trained at the
-last sparsity, once with ``keep_zeros`` and once without, on the same batches in the same order. The share of zeros is
-measured in the merged weights. Seconds a step are the median, and of a machine that other work may share.
+Losses are in nats a token: ``loss`` of the answers in a file of examples, ``text_loss`` of all their tokens. LoRA of
+rank 16 on all linears is trained at the last sparsity, once with ``keep_zeros`` and once without, on the same batches
+in the same order. The share of zeros is measured in the merged weights. Seconds a step are the median, and of a machine
+that other work may share.
 
     OMP_NUM_THREADS=1 python -m benchmarks.sparse data/quickstart
 """
@@ -52,7 +53,7 @@ def main() -> None:
     for sparsity in options.sparsities:
         module.model.load_state_dict(dense)
         report = prune_model(module.model, {**calibration, "use_cache": False}, sparsity)
-        shown(sparsity=sparsity, reached=report.sparsity, loss=loss(module, batches))
+        shown(sparsity=sparsity, reached=report.sparsity, **losses(module, batches))
     pruned = copy.deepcopy(module.model.state_dict())
     data.batch_size = BATCH
     training = [batch for _, batch in zip(range(options.steps), data.train_dataloader(), strict=False)]
@@ -75,17 +76,24 @@ def train(module: Any, training: list[Any], batches: list[Any], rate: float, kee
         nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
         optimizer.step()
         seconds.append(time.perf_counter() - start)
-    found = {"loss": loss(module, batches), "seconds_a_step": statistics.median(seconds)}
+    found = {**losses(module, batches), "seconds_a_step": statistics.median(seconds)}
     merge_adapters(module.model)
     weights = [layer.weight for layer in adapter_layers(module.model).values()]
     zeros = sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
-    return {**found, "merged_sparsity": zeros, "merged_loss": loss(module, batches)}
+    return {**found, "merged_sparsity": zeros, "merged_loss": losses(module, batches)["loss"]}
 
 
-def loss(module: Any, batches: list[Any]) -> float:
-    """The mean loss of the answers' tokens."""
-    sums = torch.stack([module.example_scores(batch).statistics[:, :2].sum(0) for batch in batches]).sum(0)
-    return float(sums[0] / sums[1])
+@torch.no_grad()
+def losses(module: Any, batches: list[Any]) -> dict[str, float]:
+    """The mean losses of the answers' tokens and of all."""
+    sums = torch.zeros(2, 2, dtype=torch.float64)
+    for batch in batches:
+        ids, mask = batch["input_ids"], batch["attention_mask"]
+        logits = module.model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+        each = nn.functional.cross_entropy(logits.mT, ids[:, 1:], reduction="none").double()
+        for row, counted in zip(sums, (batch["labels"][:, 1:] != -100, mask[:, 1:] != 0), strict=True):
+            row += torch.stack([each[counted].sum(), counted.sum()])
+    return {"loss": float(sums[0, 0] / sums[0, 1]), "text_loss": float(sums[1, 0] / sums[1, 1])}
 
 
 def shown(**figures: Any) -> None:

@@ -90,6 +90,13 @@ def test_examples_are_drawn_by_the_seed(talking, chats, tmp_path):
     assert not torch.equal(found[0], found[2])
 
 
+def test_model_of_the_hub_has_its_tokenizer_beside_it(talking, chats, tmp_path, hub):
+    hub.repos["org/base"] = {"main": {file.name: file.read_bytes() for file in (talking / "base").iterdir()}}
+    assert main(["prune", "org/base", str(tmp_path / "out"), "--data", str(chats), *FAST]) == 0
+    assert (tmp_path / "out/tokenizer.json").is_file()
+    assert any((weight == 0).any() for weight in matrices(tmp_path / "out").values())
+
+
 def test_nothing_is_overwritten_or_left_behind(talking, chats, tmp_path, capsys):
     taken = tmp_path / "taken"
     taken.mkdir()
