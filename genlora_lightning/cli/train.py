@@ -78,6 +78,7 @@ _CALLBACK_HELP = {
     "check_ranks_every_n_steps": "For debugging: compare the adapters of all processes this often; 0: at the end only.",
     "stop_if_diverged": "Stop with an error when the loss has risen far over where it started; the best is kept.",
     "generate": "With accumulate_grad_batches: generate the adapters' matrices in each forward, or once per step.",
+    "adapters": "Names of several adapters to train at once, on the rows that name them, or names with settings each.",
 }
 _CALLBACK_DEFAULTS = {
     name: inspect.signature(AdapterFinetuning.__init__).parameters[name].default for name in _CALLBACK_HELP

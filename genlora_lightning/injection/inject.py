@@ -411,24 +411,24 @@ def _possible_head(model: nn.Module) -> str | None:
 
 
 def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
+    layers = adapter_layers(model)
+    own = {name: [*layer.adapter_parameters().values()] for name, layer in layers.items()}
     owners: dict[nn.Parameter, str] = {}  # what layers share counts at the first of them
-    for name, layer in adapter_layers(model).items():
-        for parameter in layer.adapter_parameters().values():
+    for name, parameters in own.items():
+        for parameter in parameters:
             owners.setdefault(parameter, name)
     adapted = tuple(
         InjectionRow(
             module=name,
             kind=type(layer.weight_place[0]).__name__,
             shape=f"({', '.join(map(str, layer.shape.sizes))})",
-            trainable_parameters=sum(
-                p.numel() for p in layer.adapter_parameters().values() if p.requires_grad and owners[p] == name
-            ),
+            trainable_parameters=sum(p.numel() for p in own[name] if p.requires_grad and owners[p] == name),
             lora_parameters=layer.shape.num_matrices * layer.config.rank * sum(layer.shape),
             matrices=layer.shape.num_matrices,
             rank=layer.config.rank,
             is_linear=not layer.named_only,
         )
-        for name, layer in adapter_layers(model).items()
+        for name, layer in layers.items()
     )
     trained = tuple(
         InjectionRow(
@@ -440,13 +440,14 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
         )
         for name, module in trained_modules(model).items()
     )
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return InjectionReport(
         title=adapter_config(model).title,
         adapted=adapted,
         trained=trained,
         skipped=skipped,
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        total_parameters=sum(p.numel() for p in model.parameters()),
+        trainable_parameters=sum(size for size, is_trained in sizes if is_trained),
+        total_parameters=sum(size for size, _ in sizes),
         lora_parameters=sum(row.lora_parameters for row in adapted),
         possible_head=_possible_head(model),
         kept_zeros=_share_of_zeros(model),

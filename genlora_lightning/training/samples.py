@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from genlora_lightning.callbacks.log import rank_zero_logger
 from genlora_lightning.reports.record import SAMPLES_FILE, Sample
+from genlora_lightning.training.named_adapters import adapter_names
 from genlora_lightning.training.run_folder import recorded_folder
 from genlora_lightning.training.strategies import shards_base
 
@@ -102,6 +103,8 @@ class AnswerSamples(Callback):
     def _obstacle(self, trainer: Trainer, module: LightningModule) -> str | None:
         if not callable(getattr(module, "answer_prompts", None)):
             return f"{type(module).__name__} answers no prompts"
+        if adapter_names(module) != [""]:
+            return "it trains several adapters, and a prompt does not say by which it is to be answered"
         if shards_base(trainer.strategy):
             return "the base is sharded, and the first rank has a piece of it only"
         data: Any = getattr(trainer, "datamodule", None)

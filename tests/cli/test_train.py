@@ -452,6 +452,19 @@ def test_settings_of_the_callback_reach_it(config: Path) -> None:
     assert (callback.adapter_sharding, callback.check_ranks_every_n_steps, callback.generate) == ("shard", 3, "step")
 
 
+def test_named_adapters_are_a_list_or_have_settings_each(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GenLoRACLI, "_run_subcommand", lambda *_: None)
+
+    def kinds(path: Path, *flags: str) -> dict[str, tuple[str, Any]]:
+        (callback,) = callbacks_of(main(["fit", "--config", str(path), *flags]), AdapterFinetuning)
+        return {name: (one.kind, one.to_dict()["rank"]) for name, one in callback.adapters.items()}
+
+    assert kinds(config, "--adapters", "[a, b]") == {"a": ("genlora", 4), "b": ("genlora", 4)}
+    sections = {**yaml.safe_load(config.read_text()), "adapters": {"a": None, "b": {"kind": "lora", "rank": 2}}}
+    named = write_config(config.with_name("named.yaml"), **sections)
+    assert kinds(named) == {"a": ("genlora", 4), "b": ("lora", 2)}
+
+
 def test_every_argument_of_the_callback_is_a_setting() -> None:
     arguments = set(inspect.signature(AdapterFinetuning.__init__).parameters) - {"self", "config"}
     assert set(_CALLBACK_DEFAULTS) == arguments
