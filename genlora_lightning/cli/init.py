@@ -94,6 +94,7 @@ trainer:
   gradient_clip_val: 1.0
   num_sanity_val_steps: 0
   log_every_n_steps: 5
+  enable_model_summary: false # one line says what is trained
   default_root_dir: runs/{name} # each run gets a folder of its own in it, logs/version_N
   callbacks:
     - class_path: ModelCheckpoint
