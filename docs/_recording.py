@@ -46,7 +46,7 @@ SESSIONS = {
     ],
     "chats": [
         ("genlora init --model SmolLM2-135M-Instruct --data reviews.jsonl --name reviews", PROMPT),
-        ("genlora fit --config reviews.yaml", PROMPT),
+        ("genlora fit --config reviews.yaml --trainer.max_epochs 1", PROMPT),
         ("genlora chat runs/reviews/logs/version_0/adapter", "adapter> $"),
         *QUESTIONS,
     ],

@@ -91,7 +91,9 @@ def test_any_name_comes_through_yaml(model):
         ({"data": "latin.csv"}, "latin.csv:2: not UTF-8 text at byte 1"),
         ({"data": "other.jsonl"}, "other.jsonl:1: needs a field 'messages', or 'prompt' and 'completion', or"),
         ({"data": "other.jsonl"}, "; rename 'question' → 'prompt', 'answer' → 'completion'"),
-        ({"data": "list.jsonl"}, "list.jsonl:1: must be a JSON object, got list"),
+        ({"data": "list.jsonl"}, 'must be a JSON object, got list; a list of messages belongs into one: {"messages"'),
+        ({"data": "semicolons.csv"}, "['prompt;completion']: its names are separated by ';'; save it with commas"),
+        ({"data": "texts"}, "texts: --data is a folder, as pictures have it; give a file in it, such as a.jsonl"),
         ({"data": "mixed.jsonl"}, "mixed.jsonl:2: has no 'text' and 'label', as the records before it have"),
         ({"data": "hf://nobody/nothing"}, "hf://nobody/nothing: --data cannot be loaded (no network,"),
         ({"data": "one.jsonl"}, "one.jsonl has 1 different labels"),
@@ -110,7 +112,10 @@ def test_what_cannot_be_is_one_line_and_no_file(change, message, capsys):
     Path("list.jsonl").write_text("[1]\n")
     Path("mixed.jsonl").write_text(lines([*TEXTS[:1], *CHATS]))
     Path("one.jsonl").write_text(lines(TEXTS[:1]))
+    Path("semicolons.csv").write_text("prompt;completion\na;b\n")
     Path("folder").mkdir()
+    Path("texts").mkdir()
+    Path("texts/a.jsonl").write_text(lines(CHATS))
     assert init(**change) == 1
     error = capsys.readouterr().err
     assert message in error
