@@ -135,7 +135,8 @@ def run_init(options: argparse.Namespace) -> None:
             what=f"{what} into classes", labels=shown, val=_held_out(data), **fields
         )
     file.write_text(text, encoding="utf-8")
-    print(f"{file} is written. Look at it, then:\n  genlora fit --config {file}")
+    talk = f"\n  genlora chat runs/{name}/logs/version_0/adapter" if found.labels is None else ""
+    print(f"{file} is written. Look at it, then:\n  genlora fit --config {file}{talk}")
 
 
 def check_model(model: str) -> None:

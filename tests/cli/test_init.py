@@ -47,7 +47,8 @@ FORMS = {"messages": CHATS, "prompts": PAIRS, "alpaca": ALPACA, "sharegpt": SHAR
 def test_conversations_get_a_language_model(rows, capsys):
     Path("data.jsonl").write_text(lines(rows))
     assert init() == 0
-    assert "genlora fit --config mine.yaml" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "genlora fit --config mine.yaml\n  genlora chat runs/mine/logs/version_0/adapter\n" in said
     config = parsed(capsys)
     assert config["model"]["class_path"].endswith("CausalLMModule")
     assert config["model"]["init_args"]["model"] == "some/model"
