@@ -93,7 +93,7 @@ def test_any_name_comes_through_yaml(model):
         ({"data": "other.jsonl"}, "other.jsonl:1: needs a field 'messages', or 'prompt' and 'completion', or"),
         ({"data": "other.jsonl"}, "; rename 'question' → 'prompt', 'answer' → 'completion'"),
         ({"data": "list.jsonl"}, 'must be a JSON object, got list; a list of messages belongs into one: {"messages"'),
-        ({"data": "semicolons.csv"}, "one column 'prompt;completion': its names are separated by ';'; save it with commas"),
+        ({"data": "semicolons.csv"}, "one column 'prompt;completion': its names are separated by ';'; save it"),
         ({"data": "texts"}, "texts: --data is a folder, as pictures have it; give a file in it, such as a.jsonl"),
         ({"data": "mixed.jsonl"}, "mixed.jsonl:2: has no 'text' and 'label', as the records before it have"),
         ({"data": "hf://nobody/nothing"}, "hf://nobody/nothing: --data cannot be loaded (no network,"),
