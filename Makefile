@@ -61,16 +61,21 @@ peft-tests: $(STAMP) ## run PEFT's own tests of its methods on GenLoRA, from its
 docs: $(STAMP) ## build the documentation as a site, in site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
-# An installed wheel has nothing of the repository: its commands and configurations must be in it.
+# An installed wheel has nothing of the repository: its commands and configurations must be in it. The bill of materials
+# names no folder of this machine, so what pip notes of where the wheel lay is removed before.
 release-check: $(STAMP) ## build sdist and wheel, check them, and try the wheel in empty environments
 	@$(PIP) install --quiet build twine uv
 	rm -rf dist && $(BIN)/python -m build --outdir dist . >/dev/null && $(BIN)/twine check --strict dist/*
 	@set -e; for python in $(RELEASE_PYTHONS); do \
 	  echo "== $$python"; $(BIN)/uv venv --quiet --clear --python "$$python" .venv-release; \
-	  $(BIN)/uv pip install --quiet --python .venv-release "$$(echo dist/*.whl)[data]" cyclonedx-bom; \
-	  cd dist; ../.venv-release/bin/genlora --version; ../.venv-release/bin/genlora data --help >/dev/null; \
-	  ../.venv-release/bin/genlora fit --config genlora:quickstart --config genlora:strategy/ddp --print_config >/dev/null; cd ..; \
-	  .venv-release/bin/cyclonedx-py environment --output-file dist/sbom.json .venv-release; \
+	  $(BIN)/uv pip install --quiet --python .venv-release "$$(echo dist/*.whl)[completion,data]"; \
+	  cd dist; genlora=../.venv-release/bin/genlora; $$genlora --version; \
+	  $$genlora data --help >/dev/null; $$genlora completion bash >/dev/null; $$genlora plan --model llama-8b >/dev/null; \
+	  $$genlora fit --config genlora:quickstart --config genlora:strategy/ddp --print_config >/dev/null; cd ..; \
+	  find .venv-release -name direct_url.json -delete; \
+	  $(BIN)/uv tool run --quiet --from cyclonedx-bom cyclonedx-py environment --pyproject pyproject.toml \
+	    --mc-type library --output-reproducible --output-file dist/sbom.json .venv-release; \
+	  if grep -n 'file:' dist/sbom.json; then exit 1; fi; \
 	done; ls dist
 
 lint: $(STAMP) ## run what else CI runs: ruff check, ruff format --check, mypy

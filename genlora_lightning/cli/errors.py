@@ -64,6 +64,8 @@ def one_line(message: str, short_names: list[str], options: list[str]) -> str:
         if part and not re.match(_NOISE, part) and part not in parts:
             parts.append(part)
     text = " ".join(parts).rstrip(".")
+    if re.search(r"arguments are required: \w+\.model$", text):
+        return "there is no model: give --config FILE, which `genlora init` writes for your data."
     meant = _probably_meant(text, options)
     return f"{text}; did you mean {meant!r}?" if meant else f"{text}."
 

@@ -94,6 +94,7 @@ trainer:
   gradient_clip_val: 1.0
   num_sanity_val_steps: 0
   log_every_n_steps: 5
+  enable_model_summary: false # one line says what is trained
   default_root_dir: runs/{name} # each run gets a folder of its own in it, logs/version_N
   callbacks:
     - class_path: ModelCheckpoint
@@ -134,7 +135,8 @@ def run_init(options: argparse.Namespace) -> None:
             what=f"{what} into classes", labels=shown, val=_held_out(data), **fields
         )
     file.write_text(text, encoding="utf-8")
-    print(f"{file} is written. Look at it, then:\n  genlora fit --config {file}")
+    talk = f"\n  genlora chat runs/{name}/logs/version_0/adapter" if found.labels is None else ""
+    print(f"{file} is written. Look at it, then:\n  genlora fit --config {file}{talk}")
 
 
 def check_model(model: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import os
 import sys
 import warnings
@@ -18,7 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero, rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
 from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
@@ -350,15 +351,25 @@ _IRRELEVANT_WARNINGS = (
     ".*does not have many workers",  # our data are tokenized before training starts
     "The dirpath has changed from",  # each run has a log directory, and checkpoints, of its own
 )
+_TIP = "💡 Tip"  # Lightning's, which name other products of its makers
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's use of it
-    with warnings.catch_warnings():
-        for message in _IRRELEVANT_WARNINGS:
-            warnings.filterwarnings("ignore", message)
-        yield
+    tips = logging.getLogger(rank_zero.__name__)
+    tips.addFilter(_is_no_tip)
+    try:
+        with warnings.catch_warnings():
+            for message in _IRRELEVANT_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        tips.removeFilter(_is_no_tip)
+
+
+def _is_no_tip(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(_TIP)
 
 
 class _Parser(LightningArgumentParser):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator
@@ -95,9 +96,14 @@ def read_json_lines(path: str, wanted: Callable[[int], bool] | None = None) -> I
             raise DataFileError(where, reason) from error
         except ValueError as error:
             raise DataFileError(where, f"not usable JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise DataFileError(where, f"must be a JSON object, got {type(fields).__name__}")
-        yield Record(where, fields)
+        yield _record(where, fields)
+
+
+def _record(where: str, fields: Any) -> Record:
+    if isinstance(fields, dict):
+        return Record(where, fields)
+    hint = '; a list of messages belongs into one: {"messages": [...]}' if isinstance(fields, list) else ""
+    raise DataFileError(where, f"must be a JSON object, got {type(fields).__name__}{hint}")
 
 
 def _read_jsonl(path: str) -> Iterator[Record]:
@@ -122,6 +128,9 @@ def _read_csv(path: str) -> Iterator[Record]:
             header = [name.strip() for name in row]
             if len(set(header)) < len(header) or "" in header:
                 raise DataFileError(where, f"column names must be distinct and not empty, got {shown(header)}")
+            if len(header) == 1 and (other := re.search("[;\t|]", header[0])):
+                reason = f"one column {shown(header[0])}: its names are separated by {other[0]!r}; save it with commas"
+                raise DataFileError(where, reason)
         elif len(row) != len(header):
             raise DataFileError(where, f"{len(row)} values in a file of {len(header)} columns {shown(header)}")
         else:
@@ -144,10 +153,7 @@ def _read_json(path: str) -> Iterator[Record]:
         found = f"an object with {shown(list(value))}" if isinstance(value, dict) else type(value).__name__
         raise DataFileError(path, f'must be a list of records, or {{"data": [...]}} with such a list, got {found}')
     for number, fields in enumerate(records, start=1):
-        where = f"{path}:record {number}"
-        if not isinstance(fields, dict):
-            raise DataFileError(where, f"must be a JSON object, got {type(fields).__name__}")
-        yield Record(where, fields)
+        yield _record(f"{path}:record {number}", fields)
 
 
 def _read_parquet(path: str) -> Iterator[Record]:

@@ -6,6 +6,7 @@ import os
 from typing import NamedTuple
 
 from genlora_lightning.data._files import iterate_records
+from genlora_lightning.data._formats import SUFFIXES
 from genlora_lightning.data._forms import FORMS, parse_conversation
 from genlora_lightning.data._pictures import picture_records, split_folders
 from genlora_lightning.errors import DataFileError
@@ -31,6 +32,7 @@ def recognize(path: str, argument: str) -> Recognized:
             labels, any record.
     """
     if os.path.isdir(path):
+        _check_no_folder_of_tables(path, argument)
         return Recognized(True, _labels_of_pictures(split_folders(path).get("train", path), argument))
     labels: set[str] = set()
     for record in iterate_records(path, argument):
@@ -46,6 +48,16 @@ def recognize(path: str, argument: str) -> Recognized:
     if not labels:
         raise DataFileError(path, f"{argument} holds no records")
     return Recognized(False, sorted(labels))
+
+
+def _check_no_folder_of_tables(path: str, argument: str) -> None:
+    with os.scandir(path) as inside:
+        entries = sorted(inside, key=lambda entry: entry.name)
+    tables = [entry.name for entry in entries if entry.name.lower().endswith(SUFFIXES)]
+    if tables and not any(entry.is_dir() for entry in entries):
+        raise DataFileError(
+            path, f"{argument} is a folder, as pictures have it; give a file in it, such as {tables[0]}"
+        )
 
 
 def has_validation(path: str) -> bool:

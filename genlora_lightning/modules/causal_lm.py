@@ -269,12 +269,15 @@ class CausalLMModule(GenLoRAModule):
         )
 
     @torch.no_grad()
-    def answer_prompts(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[str]:
+    def answer_prompts(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, max_seconds: float | None = None
+    ) -> list[str]:
         """Answer prompts in one batch, by the most probable token each time, whatever ``generation`` says of that.
 
         Args:
             prompts: The tokens of each.
             max_new_tokens: The most tokens of an answer; fewer where ``generation`` has fewer, or the context ends.
+            max_seconds: No token is begun after them.
 
         Raises:
             ValueError: A prompt leaves no room for an answer.
@@ -292,9 +295,8 @@ class CausalLMModule(GenLoRAModule):
         mask = torch.tensor([[0] * (longest - len(one)) + [1] * len(one) for one in prompts], device=self.device)
         # What a model's own settings for sampling say would only be warned of.
         greedy = {"do_sample": False, "num_beams": 1, "temperature": None, "top_p": None, "top_k": None}
-        tokens = model.generate(
-            input_ids=ids, attention_mask=mask, max_new_tokens=room, use_cache=True, **greedy, **special
-        )
+        limits = {"max_new_tokens": room, "max_time": max_seconds}
+        tokens = model.generate(input_ids=ids, attention_mask=mask, use_cache=True, **limits, **greedy, **special)
         answers: list[str] = self.tokenizer.batch_decode(tokens[:, longest:], skip_special_tokens=True)
         return answers
 

@@ -24,7 +24,8 @@ DEFAULT_COUNT = 3
 _MAX_NEW_TOKENS = 32
 _LONGEST_PROMPT = 512  # tokens; longer ones would make it dear
 _LOOKED_AT = 200  # rows of the validation data
-_SHARE = 0.01  # of a run's time, between its start and its end
+_SECONDS = 2.0  # of all answers at a time
+_SHARE = 0.005  # of a run's time, between its start and its end
 _IGNORED = -100
 
 _log = rank_zero_logger(__name__)
@@ -39,11 +40,12 @@ class _Prompt:
 class AnswerSamples(Callback):
     """Answer the same prompts before and after the training, and at validations, in ``samples.jsonl``.
 
-    Answers are greedy and short: three of 32 tokens in one batch by default, so that a run's start and its end take
-    as long as 32 small forwards each. At validations they are made as long as all of them together take at most 1 % of
-    the time since training has started. The first rank answers; where the base is sharded nobody does.
+    Answers are greedy and short: three of 32 tokens in one batch by default, and where that takes more than two seconds
+    they end there, before and after the training. At validations they are made as long as all of them, with those at
+    the end, take at most 0.5 % of the time since training has started. The first rank answers; where the base is
+    sharded nobody does.
 
-    It needs a module with ``answer_prompts(prompts, max_new_tokens)``, as
+    It needs a module with ``answer_prompts(prompts, max_new_tokens, max_seconds)``, as
     :class:`~genlora_lightning.CausalLMModule` has, and a data module whose ``rows("val")`` have ``input_ids`` and
     ``labels``, -100 where nothing is learned; with others it does nothing, and says so. Prompts are the first ones of
     the validation data with at most 512 tokens; of a text without a prompt it is the first half.
@@ -91,7 +93,7 @@ class AnswerSamples(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._prompts or trainer.sanity_checking or trainer.global_step == self._seen:
             return
-        if self._spent + self._spent / self._answered <= _SHARE * (time.perf_counter() - self._started):
+        if self._spent + 2 * self._spent / self._answered <= _SHARE * (time.perf_counter() - self._started):
             self._answer(trainer, pl_module)
 
     @override
@@ -122,7 +124,8 @@ class AnswerSamples(Callback):
         module.eval()
         try:
             with trainer.precision_plugin.forward_context():
-                answers = module.answer_prompts([prompt.tokens for prompt in self._prompts], self._max_new_tokens)
+                tokens = [prompt.tokens for prompt in self._prompts]
+                answers = module.answer_prompts(tokens, self._max_new_tokens, _SECONDS)
         except (RuntimeError, ValueError, TypeError, torch.cuda.OutOfMemoryError) as error:
             # A model that trains may not be able to generate; the run does not fail by that.
             _log.info(f"No answers are kept of this run: {' '.join(str(error).split())[:300]}")

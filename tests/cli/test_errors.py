@@ -104,6 +104,10 @@ def test_nested_message_becomes_one_line() -> None:
         ("unrecognized arguments: --trainer.zzz 3", "--trainer.zzz 3."),
         ("unrecognized arguments: --max_steps 3", "--max_steps 3."),  # of another section
         ("Expected a dot import path string: Modle", "or one of MyModel."),
+        (
+            "the following arguments are required: fit.model",
+            "--config FILE, which `genlora init` writes for your data.",
+        ),
     ],
 )
 def test_suggestions(message: str, expected: str) -> None:

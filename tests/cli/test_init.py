@@ -47,7 +47,8 @@ FORMS = {"messages": CHATS, "prompts": PAIRS, "alpaca": ALPACA, "sharegpt": SHAR
 def test_conversations_get_a_language_model(rows, capsys):
     Path("data.jsonl").write_text(lines(rows))
     assert init() == 0
-    assert "genlora fit --config mine.yaml" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "genlora fit --config mine.yaml\n  genlora chat runs/mine/logs/version_0/adapter\n" in said
     config = parsed(capsys)
     assert config["model"]["class_path"].endswith("CausalLMModule")
     assert config["model"]["init_args"]["model"] == "some/model"
@@ -91,7 +92,9 @@ def test_any_name_comes_through_yaml(model):
         ({"data": "latin.csv"}, "latin.csv:2: not UTF-8 text at byte 1"),
         ({"data": "other.jsonl"}, "other.jsonl:1: needs a field 'messages', or 'prompt' and 'completion', or"),
         ({"data": "other.jsonl"}, "; rename 'question' → 'prompt', 'answer' → 'completion'"),
-        ({"data": "list.jsonl"}, "list.jsonl:1: must be a JSON object, got list"),
+        ({"data": "list.jsonl"}, 'must be a JSON object, got list; a list of messages belongs into one: {"messages"'),
+        ({"data": "semicolons.csv"}, "one column 'prompt;completion': its names are separated by ';'; save it"),
+        ({"data": "texts"}, "texts: --data is a folder, as pictures have it; give a file in it, such as a.jsonl"),
         ({"data": "mixed.jsonl"}, "mixed.jsonl:2: has no 'text' and 'label', as the records before it have"),
         ({"data": "hf://nobody/nothing"}, "hf://nobody/nothing: --data cannot be loaded (no network,"),
         ({"data": "one.jsonl"}, "one.jsonl has 1 different labels"),
@@ -110,7 +113,10 @@ def test_what_cannot_be_is_one_line_and_no_file(change, message, capsys):
     Path("list.jsonl").write_text("[1]\n")
     Path("mixed.jsonl").write_text(lines([*TEXTS[:1], *CHATS]))
     Path("one.jsonl").write_text(lines(TEXTS[:1]))
+    Path("semicolons.csv").write_text("prompt;completion\na;b\n")
     Path("folder").mkdir()
+    Path("texts").mkdir()
+    Path("texts/a.jsonl").write_text(lines(CHATS))
     assert init(**change) == 1
     error = capsys.readouterr().err
     assert message in error

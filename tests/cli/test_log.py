@@ -36,6 +36,8 @@ def test_a_run_keeps_messages_environment_answers_and_spectra(config, tmp_path, 
     captured = capsys.readouterr()
     assert re.search(r"^epoch 1/1 \| step 2/2 \(100%\)", captured.out, re.MULTILINE)
     assert captured.err.count("The adapter is saved in ") == 1
+    assert "GPU available" in log_of(tmp_path)  # what Lightning says is kept
+    assert "💡" not in log_of(tmp_path)  # but for what it advertises
     lines = [found for found in map(LINE.match, log_of(tmp_path).splitlines()) if found]
     modules = [(line["module"], line["level"]) for line in lines]
     for name in ("data._records", "training.callback", "callbacks.progress", "training.outcome", "cli.train"):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
 
 from genlora_lightning import CausalLMModule, GenLoRAFinetuning
 from genlora_lightning.injection.inject import adapter_parameters
@@ -59,6 +60,38 @@ def test_same_prompts_are_answered_before_and_after(tmp_path, model_folders):  #
     assert [one.answer for one in samples[:2]] != after
 
 
+def test_answers_end_where_they_take_too_long(tmp_path, model_folders, monkeypatch):  # noqa: F811
+    monkeypatch.setattr("genlora_lightning.training.samples._SECONDS", 1e-9)
+    fit(tmp_path, model_folders["llama"], AnswerSamples(2), max_steps=1)
+    assert {len(one.answer.split()) for one in read_samples([tmp_path])} == {1}
+
+
+def test_answers_at_validations_and_at_the_end_take_their_share_of_the_time(tmp_path, model_folders, monkeypatch):  # noqa: F811
+    clock = SimpleNamespace(now=0.0)
+
+    def slow(*_: Any) -> list[str]:
+        clock.now += 1.0
+        return ["w6"]
+
+    class Steps(Callback):
+        def on_train_batch_start(self, *_: Any) -> None:
+            clock.now += 10.0
+
+    class Validated(Texts):
+        def val_dataloader(self) -> Any:
+            return loader([text_batch(ROWS)])
+
+    monkeypatch.setattr("genlora_lightning.training.samples.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("genlora_lightning.training.samples._SHARE", 0.05)
+    monkeypatch.setattr(CausalLMModule, "answer_prompts", slow)
+    module = CausalLMModule(model_folders["llama"], adapter=small_config(rank=8))
+    run = trainer(tmp_path, Steps(), AnswerSamples(1), max_steps=9, max_epochs=-1)
+    run.fit(module, datamodule=Validated())
+    steps = [one.step for one in read_samples([tmp_path])]
+    assert steps == [0, 6, 8, 9]
+    assert len(steps) <= 0.05 * clock.now
+
+
 def test_answers_change_nothing_of_the_training(tmp_path, model_folders):  # noqa: F811
     states = []
     for place, callbacks in (("with", [AnswerSamples(3)]), ("without", [])):
@@ -79,6 +112,7 @@ def test_prompts_of_two_lengths_are_answered_as_one_by_one(model_folders):  # no
     assert both == [module.answer_prompts([prompt], 5)[0] for prompt in prompts]
     assert module.answer_prompts(prompts, 9) == both  # no longer than `generation` has it
     assert module.answer_prompts(prompts, 2) == [" ".join(text.split()[:2]) for text in both]
+    assert module.answer_prompts(prompts, 5, 1e-9) == [text.split()[0] for text in both]
     with pytest.raises(ValueError, match=r"A prompt of \d+ tokens leaves no room in the model's \d+"):
         module.answer_prompts([[3] * 10_000], 5)
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 
 from genlora_lightning import GenLoRAFinetuning, LoRAConfig, describe_adapter, effective_ranks, inject_adapters
 from genlora_lightning.adapters.low_rank import effective_rank, singular_values, singular_values_of_many
@@ -94,6 +96,27 @@ def test_run_records_from_its_first_step_to_its_last(tmp_path):
 def test_a_recorder_that_takes_too_long_records_the_ends_only(tmp_path):
     fit(tmp_path, 1e-9)
     assert [point.step for point in read_spectra([tmp_path]).points] == [0, 9]
+
+
+def test_all_of_it_with_the_end_takes_its_share_of_the_time(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=0.0)
+
+    def slow(*given):
+        clock.now += 1.0
+        return measure(*given)
+
+    class Steps(Callback):
+        def on_train_batch_start(self, *_):
+            clock.now += 10.0
+
+    monkeypatch.setattr("genlora_lightning.training.spectra.time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr("genlora_lightning.training.spectra.measure", slow)
+    recorder = UpdateSpectra(0.05)
+    run = trainer(tmp_path, Steps(), GenLoRAFinetuning(small_config(rank=4)), recorder, max_steps=9, max_epochs=-1)
+    run.fit(PlainMLP(), mlp_loader())
+    points = read_spectra([tmp_path]).points
+    assert [point.step for point in points] == [0, 6, 8, 9]
+    assert len(points) <= 0.05 * clock.now
 
 
 def test_long_runs_are_recorded_at_equal_distances_and_at_powers_of_two(tmp_path, monkeypatch):
