@@ -24,7 +24,8 @@ ALL_LINEAR = "all-linear"
 RUN_ONLY = {"run_only": True}
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _LISTS = ("target_modules", "exclude_modules", "modules_to_train")
-_LEFT_OUT_IF_EMPTY = ("elastic", "layers_to_transform", "target_parameters", *_PATTERNS)
+_LEFT_OUT_IF_EMPTY = ("elastic", "layers_to_transform", "target_parameters", "tokens_to_train", *_PATTERNS)
+Tokens = list[int | str]
 
 
 class Described(Protocol):
@@ -61,6 +62,9 @@ class AdapterConfig(ABC):
         exclude_modules: Names, or last parts of names, of layers not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.
+        tokens_to_train: Tokens whose rows of the input embedding are trained in full, as new ones need it: ids, or
+            strings that a text module's tokenizer looks up. A head that is tied to the embedding has the same rows.
+            Or such lists by names of embeddings and linears: ``{"embed_tokens": [7, 8], "lm_head": [7, 8]}``.
         layers_to_transform: Numbers of the layers to adapt, of those that ``target_modules`` gives: the first number in
             a linear's name. All if ``None``.
         rank_pattern: Ranks of linears that are to have another one than ``rank``, by a name, a last part of a name, or
@@ -81,6 +85,8 @@ class AdapterConfig(ABC):
     usual_rates: ClassVar[tuple[float, float] | None] = None  # of Adam, for the parameters that learn slowest
     #: Whether the first rows of A and B are an adapter of a lower rank: what `elastic` needs.
     can_be_elastic: ClassVar[bool] = False
+    #: Whether it follows from another configuration at some of the layers, and is no user's to give.
+    is_derived: ClassVar[bool] = False
 
     rank: int
     alpha: float
@@ -90,6 +96,7 @@ class AdapterConfig(ABC):
     target_parameters: list[str] = field(default_factory=list)
     exclude_modules: list[str] = field(default_factory=list)
     modules_to_train: list[str] = field(default_factory=list)
+    tokens_to_train: Tokens | dict[str, Tokens] = field(default_factory=list)
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
@@ -98,7 +105,7 @@ class AdapterConfig(ABC):
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         kind = vars(cls).get("kind")
-        if kind is not None:
+        if kind is not None and not cls.is_derived:
             KINDS[kind] = cls
 
     def __post_init__(self) -> None:
@@ -108,6 +115,7 @@ class AdapterConfig(ABC):
         check_number("dropout", self.dropout, least=0.0, below=1.0)
         self._check_module_names()
         self._check_parameter_names()
+        self._check_tokens()
         self._check_layers()
         for name in _PATTERNS:
             self._check_patterns(name)
@@ -155,6 +163,24 @@ class AdapterConfig(ABC):
                 raise TypeError(f"`target_parameters` must hold non-empty parameter names, got {shown(name)}.")
             _check_expression("target_parameters", name)
         object.__setattr__(self, "target_parameters", list(names))
+
+    def _check_tokens(self) -> None:
+        given = self.tokens_to_train
+        for where, tokens in (given if isinstance(given, Mapping) else {"": given}).items():
+            if not isinstance(where, str) or not is_text(where) or not isinstance(tokens, (list, tuple)):
+                raise TypeError(
+                    "`tokens_to_train` must be a list of tokens, or such lists by names of modules; got "
+                    f"{shown(given)}."
+                )
+            for token in tokens:
+                if not isinstance(token, str):
+                    check_integer("tokens_to_train", token, least=0)
+                elif not token or not is_text(token):
+                    raise ValueError(f"`tokens_to_train` must hold ids or strings of tokens, got {shown(token)}.")
+            if len(set(tokens)) < len(tokens) or (where and not tokens):
+                raise ValueError(f"`tokens_to_train` must name a token once, got {shown(given)}.")
+        own = {name: list(tokens) for name, tokens in given.items()} if isinstance(given, Mapping) else list(given)
+        object.__setattr__(self, "tokens_to_train", own)
 
     def _check_patterns(self, field_name: str) -> None:
         patterns = getattr(self, field_name)
@@ -325,6 +351,7 @@ class AdapterConfig(ABC):
             "lora_alpha": "PEFT's `lora_alpha` is `alpha` here.",
             "lora_dropout": "PEFT's `lora_dropout` is `dropout` here.",
             "modules_to_save": "PEFT's `modules_to_save` is `modules_to_train` here.",
+            "trainable_token_indices": "PEFT's `trainable_token_indices` is `tokens_to_train` here.",
         }
 
     def differences(self, other: Described, *, run_only: bool = False) -> dict[str, tuple[Any, Any]]:
