@@ -204,8 +204,8 @@ class CompacterConfig(AdapterConfig):
         exclude_modules: Names, or last parts of names, of linears not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.
-        tokens_to_train: Tokens whose rows of the input embedding, and of a head that is tied to it, are trained in full:
-            ids, or strings that a text module's tokenizer looks up; or such lists by names of embeddings and linears.
+        tokens_to_train: Tokens whose rows of the input embedding, and of a head tied to it, are trained in full: ids,
+            or strings that a text module's tokenizer looks up; or such lists by names of embeddings and linears.
         layers_to_transform: Numbers of the layers to adapt: the first number in a linear's name. All if ``None``.
         rank_pattern: Ranks other than ``rank``, by a name, its last part, or a regular expression of either; the first
             that matches counts.

@@ -7,7 +7,7 @@ import functools
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
@@ -24,7 +24,14 @@ ALL_LINEAR = "all-linear"
 RUN_ONLY = {"run_only": True}
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _LISTS = ("target_modules", "exclude_modules", "modules_to_train")
-_LEFT_OUT_IF_EMPTY = ("elastic", "layers_to_transform", "target_parameters", "tokens_to_train", *_PATTERNS)
+_LEFT_OUT_IF_EMPTY = (
+    "elastic",
+    "layers_to_transform",
+    "target_parameters",
+    "tokens_to_train",
+    "share_over_experts",
+    *_PATTERNS,
+)
 Tokens = list[int | str]
 
 
@@ -182,6 +189,17 @@ class AdapterConfig(ABC):
         own = {name: list(tokens) for name, tokens in given.items()} if isinstance(given, Mapping) else list(given)
         object.__setattr__(self, "tokens_to_train", own)
 
+    def _check_shared(self, given: str | None, allowed: Sequence[str]) -> None:
+        """Check a kind's ``share_over_experts``."""
+        if given is None:
+            return
+        check_choice("share_over_experts", given, allowed)
+        if not self.target_parameters:
+            raise ValueError(
+                f"`share_over_experts` is {given!r}, and no experts are adapted: name their parameters in "
+                "`target_parameters`, or leave it out."
+            )
+
     def _check_patterns(self, field_name: str) -> None:
         patterns = getattr(self, field_name)
         if not isinstance(patterns, Mapping):
@@ -248,6 +266,20 @@ class AdapterConfig(ABC):
     @abstractmethod
     def count_parameters(self, shape: MatrixShape) -> int:
         """Count the trainable parameters of the update of one matrix."""
+
+    @property
+    def shared_over_experts(self) -> tuple[Collection[str], Collection[str]]:
+        """The parameters of A, and of B, that all matrices of a stack have together, by their names in the factor."""
+        return (), ()
+
+    def count_shared_over_experts(self, shape: MatrixShape) -> int:
+        """Count those of :meth:`count_parameters` that all matrices of a stack have together."""
+        return 0
+
+    def count_all(self, shape: MatrixShape) -> int:
+        """Count the trainable parameters of one layer: of a matrix, or of all matrices of a stack."""
+        shared = self.count_shared_over_experts(shape) if shape.num_matrices > 1 else 0
+        return shape.num_matrices * (self.count_parameters(shape) - shared) + shared
 
     def count_shared(self) -> int:
         """Count the trainable parameters that all matrices of an adapter have together, beside their own."""

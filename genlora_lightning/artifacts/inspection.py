@@ -189,7 +189,8 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
     if folder.is_file():
         return _describe_checkpoint(folder)
     stored = read_adapter(folder)
-    layers, rows = [], {}
+    layers: list[LayerDescription] = []
+    rows: dict[str, int] = {}
     for name, layer, own in stored.adapted():
         if layer.config.is_derived:
             rows |= _row_sizes(name, layer, own)

@@ -39,13 +39,14 @@ def token_rows(
             "(`tokenizer.convert_tokens_to_ids([…])`). The modules for texts look strings up by themselves."
         )
     by_weight: dict[int, list[int]] = {}
-    for name, tokens in found.items():
+    for name, given in found.items():
+        tokens = sorted(token for token in given if isinstance(token, int))
         module = model.get_submodule(name)
         if not isinstance(module, (nn.Embedding, nn.Linear)):
             raise ValueError(
                 f"`{_FIELD}` names {name}, which is a {type(module).__name__}: name embeddings or linears."
             )
-        if by_weight.setdefault(id(module.weight), sorted(tokens)) != sorted(tokens):
+        if by_weight.setdefault(id(module.weight), tokens) != tokens:
             raise ValueError(f"`{_FIELD}` has other tokens for {name} than for what it is tied to: give it the same.")
     users = {
         name: module

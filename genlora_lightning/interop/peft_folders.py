@@ -77,15 +77,15 @@ def peft_fields(config: GenLoRAConfig) -> dict[str, Any]:
     """Say a configuration in PEFT's terms: the fields of ``GenLoraConfig``.
 
     Raises:
-        ValueError: It has ``layers_to_transform``, ``rank_pattern``, ``alpha_pattern`` or ``elastic``, which those do
-            not say.
+        ValueError: It has ``layers_to_transform``, ``rank_pattern``, ``alpha_pattern``, ``elastic`` or what else those
+            do not say.
     """
     if config.elastic:
         raise ValueError(
             f"`elastic` is {config.elastic}, which PEFT's GenLoraConfig does not say: cut the adapter to one of these "
             "ranks first (`genlora slice`)."
         )
-    for name in ("layers_to_transform", "rank_pattern", "alpha_pattern"):
+    for name in ("layers_to_transform", "rank_pattern", "alpha_pattern", "tokens_to_train", "share_over_experts"):
         if getattr(config, name):
             raise ValueError(
                 f"`{name}` is {shown(getattr(config, name))}, which PEFT's GenLoraConfig does not say as this library "

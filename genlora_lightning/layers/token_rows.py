@@ -118,10 +118,10 @@ class EmbeddingRows(AdaptedRows, AdaptedEmbedding):
         """Which row each id takes, -1 for none, ``(...)``; and by what the base multiplies it."""
         base = self.base_layer
         if not has_own_forward(base):
-            (ids,) = (*args, *kwargs.values())
-            tokens = self.ids(ids.device)
-            place = torch.searchsorted(tokens, ids).clamp(max=len(tokens) - 1)
-            return torch.where(tokens[place] == ids, place, -1), None
+            given: Tensor = next(iter((*args, *kwargs.values())))
+            tokens = self.ids(given.device)
+            place = torch.searchsorted(tokens, given).clamp(max=len(tokens) - 1)
+            return torch.where(tokens[place] == given, place, -1), None
         # What it makes of numbers in the place of rows tells which it takes, and by what it scales.
         tokens = self.ids(self.weight.device)
         table = torch.ones(self.out_features, 2, device=tokens.device)

@@ -98,7 +98,7 @@ _LADDERS: dict[type[AdapterConfig], Callable[..., Iterator[AdapterConfig]]] = {
 
 def count(config: AdapterConfig, shapes: Iterable[MatrixShape]) -> int:
     """Count the parameters that a configuration trains on some matrices."""
-    return sum(s.num_matrices * config.count_parameters(s) for s in shapes) + config.count_shared()
+    return sum(config.count_all(s) for s in shapes) + config.count_shared()
 
 
 def fit_budget(config: AdapterConfig, shapes: Sequence[MatrixShape], parameters: int) -> Budget:
