@@ -210,6 +210,8 @@ class CompacterConfig(AdapterConfig):
         rank_pattern: Ranks other than ``rank``, by a name, its last part, or a regular expression of either; the first
             that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        target_rows: Ranges of outputs ``[[start, end], …]`` to adapt of linears that are adapted in part, by names as
+            in ``rank_pattern``: the queries and values of a fused projection.
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.

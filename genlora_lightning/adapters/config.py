@@ -9,6 +9,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -28,6 +29,7 @@ _LEFT_OUT_IF_EMPTY = (
     "elastic",
     "layers_to_transform",
     "target_parameters",
+    "target_rows",
     "tokens_to_train",
     "share_over_experts",
     *_PATTERNS,
@@ -78,6 +80,9 @@ class AdapterConfig(ABC):
             a regular expression of either, as in PEFT: it must match the name to its end, from its start or from
             after a dot (``^…`` from its start alone). The first that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        target_rows: Outputs to adapt of linears that are adapted in part, such as a fused projection's queries and
+            values: ranges ``[[start, end], …]``, rising, the end left out, by names as in ``rank_pattern``. The update
+            of all other outputs is zero.
         elastic: Ranks to train for, rising, the last of them ``rank``: in each step each layer computes with the first
             rows of A and B alone, of a number that is drawn from these. Afterwards the adapter may be used, and cut, at
             any of them. A layer that has another rank by name has those of them that are below it, and its own.
@@ -107,6 +112,7 @@ class AdapterConfig(ABC):
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_rows: dict[str, list[list[int]]] = field(default_factory=dict)
     elastic: list[int] | None = None
 
     def __init_subclass__(cls) -> None:
@@ -126,6 +132,7 @@ class AdapterConfig(ABC):
         self._check_layers()
         for name in _PATTERNS:
             self._check_patterns(name)
+        self._check_rows()
         self._check_elastic()
 
     def _check_elastic(self) -> None:
@@ -215,6 +222,30 @@ class AdapterConfig(ABC):
                 _check_alpha(where, value)
         object.__setattr__(self, field_name, dict(patterns))
 
+    def _check_rows(self) -> None:
+        given = self.target_rows
+        if not isinstance(given, Mapping):
+            raise TypeError(f"`target_rows` must be a dictionary by names of linears, got {shown(given)}.")
+        for pattern, ranges in given.items():
+            if not isinstance(pattern, str) or not is_text(pattern):
+                raise TypeError(f"`target_rows` must have names of linears as keys, got {shown(pattern)}.")
+            _check_expression("target_rows", pattern)
+            pairs = ranges if isinstance(ranges, (list, tuple)) else None
+            bounds = [bound for pair in pairs or () for bound in (pair if isinstance(pair, (list, tuple)) else (None,))]
+            integers = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds)
+            if not pairs or not integers or not all(len(pair) == 2 for pair in pairs):
+                raise TypeError(
+                    f"`target_rows` must give ranges of outputs, [[start, end], …], got {shown(ranges)} for "
+                    f"{shown(pattern)}. Where queries, keys and values lie is the architecture's matter: in thirds in "
+                    "GPT-2's c_attn, head by head in GPT-NeoX's query_key_value."
+                )
+            if bounds[0] < 0 or any(a > b or (i % 2 == 0 and a == b) for i, (a, b) in enumerate(pairwise(bounds))):
+                raise ValueError(
+                    f"`target_rows` must give rising ranges of outputs that are not empty, got {shown(ranges)}."
+                )
+        copied = {pattern: [list(pair) for pair in ranges] for pattern, ranges in given.items()}
+        object.__setattr__(self, "target_rows", copied)
+
     def _check_module_names(self) -> None:
         if isinstance(self.target_modules, str):
             if not self.target_modules or not is_text(self.target_modules):
@@ -278,6 +309,7 @@ class AdapterConfig(ABC):
 
     def count_all(self, shape: MatrixShape) -> int:
         """Count the trainable parameters of one layer: of a matrix, or of all matrices of a stack."""
+        shape = self.chosen(shape)
         shared = self.count_shared_over_experts(shape) if shape.num_matrices > 1 else 0
         return shape.num_matrices * (self.count_parameters(shape) - shared) + shared
 
@@ -316,18 +348,37 @@ class AdapterConfig(ABC):
         """The factor ``s`` on ΔW."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "sqrt_rank" else self.rank)
 
+    @property
+    def rows(self) -> list[list[int]] | None:
+        """Of the configuration of one linear (:meth:`of`) the ranges of outputs that are adapted; ``None`` for all."""
+        return self.target_rows.get("")
+
+    def chosen(self, shape: MatrixShape) -> MatrixShape:
+        """The sizes of what is adapted of a matrix: fewer outputs, if rows are chosen.
+
+        Raises:
+            ValueError: The matrix has not as many outputs.
+        """
+        if not self.rows:
+            return shape
+        if self.rows[-1][1] > shape.out_features:
+            raise ValueError(f"`target_rows` has {self.rows[-1]}, and there are {shape.out_features} outputs.")
+        return MatrixShape(sum(end - start for start, end in self.rows), shape.in_features)
+
     def of(self, *names: str) -> Self:
         """The configuration of one linear: it has the rank and the alpha that the patterns give, and no patterns.
 
         Args:
             names: The linear's names, one for each place it stands in.
         """
-        if not (self.rank_pattern or self.alpha_pattern):
+        if not (self.rank_pattern or self.alpha_pattern or self.target_rows) or self.rows:
             return self
         values: dict[str, Any] = {name: {} for name in _PATTERNS}
         for field_name, patterns in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
             found = [value for pattern, value in patterns.items() if matches(pattern, *names)]
             values |= {field_name: found[0]} if found else {}
+        rows = [ranges for pattern, ranges in self.target_rows.items() if matches(pattern, *names)]
+        values["target_rows"] = {"": rows[0]} if rows else {}
         return dataclasses.replace(self, **values, elastic=self._elastic_up_to(values.get("rank", self.rank)))
 
     def of_first_rows(self, rank: int) -> Self:
@@ -357,7 +408,7 @@ class AdapterConfig(ABC):
         Layers, patterns and elastic ranks are left out where none were given: a file is then one that older releases
         read.
         """
-        absent = {name for name in _LEFT_OUT_IF_EMPTY if not getattr(self, name)}
+        absent = {name for name in _LEFT_OUT_IF_EMPTY if not getattr(self, name, None)}
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in absent}
         return {"kind": self.kind, **values}
 

@@ -260,8 +260,10 @@ def _put_in(
         assert shape is not None
         if reason is not None:
             raise ValueError(f"{name} cannot be adapted: {reason}.")
+        if config.rows and not is_linear(module):
+            raise ValueError(f"`target_rows` is for linears, and {name} is a {type(module).__name__}.")
         try:
-            config.check_shape(shape, name)
+            config.check_shape(config.chosen(shape), name)
         except ValueError as error:
             if module is not last_if_new(model):
                 raise

@@ -56,6 +56,8 @@ _WITHOUT_MEANING: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": (None, {}),
 }
 
+_PATTERNS = ("layers_to_transform", "rank_pattern", "alpha_pattern")
+
 _CARD = """\
 # GenLoRA adapter for PEFT
 
@@ -85,7 +87,7 @@ def peft_fields(config: GenLoRAConfig) -> dict[str, Any]:
             f"`elastic` is {config.elastic}, which PEFT's GenLoraConfig does not say: cut the adapter to one of these "
             "ranks first (`genlora slice`)."
         )
-    for name in ("layers_to_transform", "rank_pattern", "alpha_pattern", "tokens_to_train", "share_over_experts"):
+    for name in (*_PATTERNS, "tokens_to_train", "share_over_experts", "target_rows"):
         if getattr(config, name):
             raise ValueError(
                 f"`{name}` is {shown(getattr(config, name))}, which PEFT's GenLoraConfig does not say as this library "

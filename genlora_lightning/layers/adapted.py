@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from genlora_lightning.adapters.autograd import in_transform
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, WeightUpdate
+from genlora_lightning.adapters.chosen_rows import spread_over
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.low_rank import RankKind, effective_rank
 from genlora_lightning.layers.factors import FactorLayer, FactorStore
@@ -64,7 +65,8 @@ class AdaptedLayer(FactorLayer):
         save_by_base_names(is_place)
 
     def _make_update(self, config: AdapterConfig, generator: torch.Generator | None) -> WeightUpdate:
-        return config.make(self.shape, device=self.weight.device, generator=generator)
+        update = config.make(config.chosen(self.shape), device=self.weight.device, generator=generator)
+        return spread_over(update, config.rows, self.shape) if config.rows else update
 
     # -- what a site says ---------------------------------------------------------------------------------------------
 

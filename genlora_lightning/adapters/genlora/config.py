@@ -76,6 +76,8 @@ class GenLoRAConfig(AdapterConfig):
         rank_pattern: Ranks other than ``rank``, by a name, its last part, or a regular expression of either; the first
             that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        target_rows: Ranges of outputs ``[[start, end], …]`` to adapt of linears that are adapted in part, by names as
+            in ``rank_pattern``: the queries and values of a fused projection.
         elastic: Ranks to train for, rising, the last of them ``rank``; each step draws one for each layer. Afterwards
             the adapter may be used at any of them, and cut to it (``genlora slice``).
         share_over_experts: What the experts of a stack (``target_parameters``) have together, each stack its own.
