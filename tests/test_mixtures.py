@@ -226,10 +226,11 @@ def test_plan_and_budget_count_experts(name):
     shapes = [layer.shape for layer in adapter_layers(model).values()]
     assert count(config, shapes) == report.adapter_parameters
     assert report.lora_parameters == 2808
-    for kind in KINDS:
+    is_shared = "one" in name  # which is no matter of how experts are stored
+    for kind in ("qwen3",) if is_shared else KINDS:
         model = mixture(kind)
         trained = inject_adapters(model, config).trainable_parameters
-        for autocast in (False, True):
+        for autocast in (False,) if is_shared else (False, True):
             setup = Setup(gpus=2, strategy="ddp", batch=1, tokens=8, autocast=autocast)
             plan = make_plan(model.config, "tiny", "causal-lm", config, setup)
             assert plan.trainable_parameters == trained
