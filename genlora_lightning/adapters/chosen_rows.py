@@ -74,7 +74,7 @@ class ChosenColumns(Factor):
 
     def _spread(self, matrix: Tensor) -> Tensor:
         pieces, end = [], 0
-        chosen = matrix.split([end - start for start, end in self.ranges], dim=-1)
+        chosen = torch.split(matrix, [end - start for start, end in self.ranges], dim=-1)
         for (start, own_end), piece in zip(self.ranges, chosen, strict=True):
             pieces += [matrix.new_zeros(self.rank, start - end), piece]
             end = own_end
