@@ -1,6 +1,6 @@
 """What adapters of a mixture's experts have and cost: parameters on the shapes of known mixtures, and one layer's step.
 
-``python -m benchmarks.experts`` prints both tables. No weights are read: the models are built on the meta device, from
+``python -m benchmarks.experts`` prints three tables. No weights are read: the models are built on the meta device, from
 the sizes in their configurations; the layer has random ones.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from genlora_lightning import GenLoRAConfig, LoRAConfig, inject_adapters
+from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.backbone.architectures import build_on_meta
+from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.layers.experts import AdaptedStack
 from genlora_lightning.text import text_table
 
@@ -53,6 +56,28 @@ def count() -> str:
         rows.append((name, f"{size:,}", *own))
     header = ("model", "parameters", "LoRA 16, linears", "GenLoRA, linears", "LoRA 16, all", "GenLoRA, all")
     return text_table(header, rows)
+
+
+def count_shared() -> str:
+    """A table of the parameters of the experts alone, with what they may have together."""
+    kinds: dict[str, AdapterConfig] = {
+        "LoRA 16": LoRAConfig(rank=16, target_parameters=PARAMETERS),
+        "LoRA 16, one A": LoRAConfig(rank=16, target_parameters=PARAMETERS, share_over_experts="a"),
+        "GenLoRA": GenLoRAConfig(target_parameters=PARAMETERS),
+        "GenLoRA, one generator": GenLoRAConfig(target_parameters=PARAMETERS, share_over_experts="generator"),
+        "GenLoRA, one A": GenLoRAConfig(target_parameters=PARAMETERS, share_over_experts="a"),
+    }
+    rows = []
+    for name, config in SHAPES.items():
+        own = []
+        for kind in kinds.values():
+            model = build_on_meta(config, "causal-lm", torch.bfloat16)
+            report = inject_adapters(model, replace(kind, target_modules=[]))
+            layers = adapter_layers(model).values()
+            assert report.adapter_parameters == sum(kind.count_all(layer.shape) for layer in layers)
+            own.append(f"{report.adapter_parameters:,}")
+        rows.append((name, *own))
+    return text_table(("model", *kinds), rows)
 
 
 class Layer(nn.Module):
@@ -121,4 +146,5 @@ def measure(*, experts: int = 32, hidden: int = 512, intermediate: int = 256, to
 
 if __name__ == "__main__":
     print(count())
+    print(count_shared())
     print(measure())

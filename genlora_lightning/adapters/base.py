@@ -247,10 +247,12 @@ class Factor(AdapterModule, ABC):
         """Make the matrices ``(E, rank, num_entries)`` of E factors like this one; here by :meth:`make_many`.
 
         Args:
-            parts: Their parameters, stacked, in the order of their roles.
+            parts: Their parameters, stacked, in the order of their roles; with one for all where they share it.
             dtype: Of the result; the parameters' if ``None``.
         """
-        factors = [self.with_parts(own) for own in zip(*(part.unbind(0) for part in parts), strict=True)]
+        number = max(map(len, parts))
+        stacks = [part.expand(number, *part.shape[1:]).unbind(0) for part in parts]
+        factors = [self.with_parts(own) for own in zip(*stacks, strict=True)]
         return torch.stack([*self.make_many(factors, dtype=dtype)])
 
     @property

@@ -204,10 +204,14 @@ class CompacterConfig(AdapterConfig):
         exclude_modules: Names, or last parts of names, of linears not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.
+        tokens_to_train: Tokens whose rows of the input embedding, and of a head tied to it, are trained in full: ids,
+            or strings that a text module's tokenizer looks up; or such lists by names of embeddings and linears.
         layers_to_transform: Numbers of the layers to adapt: the first number in a linear's name. All if ``None``.
         rank_pattern: Ranks other than ``rank``, by a name, its last part, or a regular expression of either; the first
             that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        target_rows: Ranges of outputs ``[[start, end], …]`` to adapt of linears that are adapted in part, by names as
+            in ``rank_pattern``: the queries and values of a fused projection.
         keep_zeros: Update the weights alone that are not 0 in the base, ``W + ΔW ⊙ (W ≠ 0)``: a pruned base stays as
             sparse when the adapter is merged.
 

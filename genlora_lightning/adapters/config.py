@@ -7,8 +7,9 @@ import functools
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 import torch
@@ -24,7 +25,17 @@ ALL_LINEAR = "all-linear"
 RUN_ONLY = {"run_only": True}
 _PATTERNS = ("rank_pattern", "alpha_pattern")
 _LISTS = ("target_modules", "exclude_modules", "modules_to_train")
-_LEFT_OUT_IF_EMPTY = ("elastic", "keep_zeros", "layers_to_transform", "target_parameters", *_PATTERNS)
+_LEFT_OUT_IF_EMPTY = (
+    "elastic",
+    "keep_zeros",
+    "layers_to_transform",
+    "target_parameters",
+    "target_rows",
+    "tokens_to_train",
+    "share_over_experts",
+    *_PATTERNS,
+)
+Tokens = list[int | str]
 
 
 class Described(Protocol):
@@ -61,12 +72,18 @@ class AdapterConfig(ABC):
         exclude_modules: Names, or last parts of names, of layers not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.
+        tokens_to_train: Tokens whose rows of the input embedding are trained in full, as new ones need it: ids, or
+            strings that a text module's tokenizer looks up. A head that is tied to the embedding has the same rows.
+            Or such lists by names of embeddings and linears: ``{"embed_tokens": [7, 8], "lm_head": [7, 8]}``.
         layers_to_transform: Numbers of the layers to adapt, of those that ``target_modules`` gives: the first number in
             a linear's name. All if ``None``.
         rank_pattern: Ranks of linears that are to have another one than ``rank``, by a name, a last part of a name, or
             a regular expression of either, as in PEFT: it must match the name to its end, from its start or from
             after a dot (``^…`` from its start alone). The first that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        target_rows: Outputs to adapt of linears that are adapted in part, such as a fused projection's queries and
+            values: ranges ``[[start, end], …]``, rising, the end left out, by names as in ``rank_pattern``. The update
+            of all other outputs is zero.
         elastic: Ranks to train for, rising, the last of them ``rank``: in each step each layer computes with the first
             rows of A and B alone, of a number that is drawn from these. Afterwards the adapter may be used, and cut, at
             any of them. A layer that has another rank by name has those of them that are below it, and its own.
@@ -83,6 +100,8 @@ class AdapterConfig(ABC):
     usual_rates: ClassVar[tuple[float, float] | None] = None  # of Adam, for the parameters that learn slowest
     #: Whether the first rows of A and B are an adapter of a lower rank: what `elastic` needs.
     can_be_elastic: ClassVar[bool] = False
+    #: Whether it follows from another configuration at some of the layers, and is no user's to give.
+    is_derived: ClassVar[bool] = False
 
     rank: int
     alpha: float
@@ -92,16 +111,18 @@ class AdapterConfig(ABC):
     target_parameters: list[str] = field(default_factory=list)
     exclude_modules: list[str] = field(default_factory=list)
     modules_to_train: list[str] = field(default_factory=list)
+    tokens_to_train: Tokens | dict[str, Tokens] = field(default_factory=list)
     layers_to_transform: list[int] | None = None
     rank_pattern: dict[str, int] = field(default_factory=dict)
     alpha_pattern: dict[str, float] = field(default_factory=dict)
+    target_rows: dict[str, list[list[int]]] = field(default_factory=dict)
     elastic: list[int] | None = None
     keep_zeros: bool = False
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
         kind = vars(cls).get("kind")
-        if kind is not None:
+        if kind is not None and not cls.is_derived:
             KINDS[kind] = cls
 
     def __post_init__(self) -> None:
@@ -111,9 +132,11 @@ class AdapterConfig(ABC):
         check_number("dropout", self.dropout, least=0.0, below=1.0)
         self._check_module_names()
         self._check_parameter_names()
+        self._check_tokens()
         self._check_layers()
         for name in _PATTERNS:
             self._check_patterns(name)
+        self._check_rows()
         self._check_elastic()
         check_flag("keep_zeros", self.keep_zeros)
 
@@ -160,6 +183,35 @@ class AdapterConfig(ABC):
             _check_expression("target_parameters", name)
         object.__setattr__(self, "target_parameters", list(names))
 
+    def _check_tokens(self) -> None:
+        given = self.tokens_to_train
+        for where, tokens in (given if isinstance(given, Mapping) else {"": given}).items():
+            if not isinstance(where, str) or not is_text(where) or not isinstance(tokens, (list, tuple)):
+                raise TypeError(
+                    "`tokens_to_train` must be a list of tokens, or such lists by names of modules; got "
+                    f"{shown(given)}."
+                )
+            for token in tokens:
+                if not isinstance(token, str):
+                    check_integer("tokens_to_train", token, least=0)
+                elif not token or not is_text(token):
+                    raise ValueError(f"`tokens_to_train` must hold ids or strings of tokens, got {shown(token)}.")
+            if len(set(tokens)) < len(tokens) or (where and not tokens):
+                raise ValueError(f"`tokens_to_train` must name a token once, got {shown(given)}.")
+        own = {name: list(tokens) for name, tokens in given.items()} if isinstance(given, Mapping) else list(given)
+        object.__setattr__(self, "tokens_to_train", own)
+
+    def _check_shared(self, given: str | None, allowed: Sequence[str]) -> None:
+        """Check a kind's ``share_over_experts``."""
+        if given is None:
+            return
+        check_choice("share_over_experts", given, allowed)
+        if not self.target_parameters:
+            raise ValueError(
+                f"`share_over_experts` is {given!r}, and no experts are adapted: name their parameters in "
+                "`target_parameters`, or leave it out."
+            )
+
     def _check_patterns(self, field_name: str) -> None:
         patterns = getattr(self, field_name)
         if not isinstance(patterns, Mapping):
@@ -174,6 +226,30 @@ class AdapterConfig(ABC):
             else:
                 _check_alpha(where, value)
         object.__setattr__(self, field_name, dict(patterns))
+
+    def _check_rows(self) -> None:
+        given = self.target_rows
+        if not isinstance(given, Mapping):
+            raise TypeError(f"`target_rows` must be a dictionary by names of linears, got {shown(given)}.")
+        for pattern, ranges in given.items():
+            if not isinstance(pattern, str) or not is_text(pattern):
+                raise TypeError(f"`target_rows` must have names of linears as keys, got {shown(pattern)}.")
+            _check_expression("target_rows", pattern)
+            pairs = ranges if isinstance(ranges, (list, tuple)) else None
+            bounds = [bound for pair in pairs or () for bound in (pair if isinstance(pair, (list, tuple)) else (None,))]
+            integers = all(isinstance(bound, int) and not isinstance(bound, bool) for bound in bounds)
+            if not pairs or not integers or not all(len(pair) == 2 for pair in pairs):
+                raise TypeError(
+                    f"`target_rows` must give ranges of outputs, [[start, end], …], got {shown(ranges)} for "
+                    f"{shown(pattern)}. Where queries, keys and values lie is the architecture's matter: in thirds in "
+                    "GPT-2's c_attn, head by head in GPT-NeoX's query_key_value."
+                )
+            if bounds[0] < 0 or any(a > b or (i % 2 == 0 and a == b) for i, (a, b) in enumerate(pairwise(bounds))):
+                raise ValueError(
+                    f"`target_rows` must give rising ranges of outputs that are not empty, got {shown(ranges)}."
+                )
+        copied = {pattern: [list(pair) for pair in ranges] for pattern, ranges in given.items()}
+        object.__setattr__(self, "target_rows", copied)
 
     def _check_module_names(self) -> None:
         if isinstance(self.target_modules, str):
@@ -227,6 +303,21 @@ class AdapterConfig(ABC):
     def count_parameters(self, shape: MatrixShape) -> int:
         """Count the trainable parameters of the update of one matrix."""
 
+    @property
+    def shared_over_experts(self) -> tuple[Collection[str], Collection[str]]:
+        """The parameters of A, and of B, that all matrices of a stack have together, by their names in the factor."""
+        return (), ()
+
+    def count_shared_over_experts(self, shape: MatrixShape) -> int:
+        """Count those of :meth:`count_parameters` that all matrices of a stack have together."""
+        return 0
+
+    def count_all(self, shape: MatrixShape) -> int:
+        """Count the trainable parameters of one layer: of a matrix, or of all matrices of a stack."""
+        shape = self.chosen(shape)
+        shared = self.count_shared_over_experts(shape) if shape.num_matrices > 1 else 0
+        return shape.num_matrices * (self.count_parameters(shape) - shared) + shared
+
     def count_shared(self) -> int:
         """Count the trainable parameters that all matrices of an adapter have together, beside their own."""
         return 0
@@ -262,18 +353,37 @@ class AdapterConfig(ABC):
         """The factor ``s`` on ΔW."""
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "sqrt_rank" else self.rank)
 
+    @property
+    def rows(self) -> list[list[int]] | None:
+        """Of the configuration of one linear (:meth:`of`) the ranges of outputs that are adapted; ``None`` for all."""
+        return self.target_rows.get("")
+
+    def chosen(self, shape: MatrixShape) -> MatrixShape:
+        """The sizes of what is adapted of a matrix: fewer outputs, if rows are chosen.
+
+        Raises:
+            ValueError: The matrix has not as many outputs.
+        """
+        if not self.rows:
+            return shape
+        if self.rows[-1][1] > shape.out_features:
+            raise ValueError(f"`target_rows` has {self.rows[-1]}, and there are {shape.out_features} outputs.")
+        return MatrixShape(sum(end - start for start, end in self.rows), shape.in_features)
+
     def of(self, *names: str) -> Self:
         """The configuration of one linear: it has the rank and the alpha that the patterns give, and no patterns.
 
         Args:
             names: The linear's names, one for each place it stands in.
         """
-        if not (self.rank_pattern or self.alpha_pattern):
+        if not (self.rank_pattern or self.alpha_pattern or self.target_rows) or self.rows:
             return self
         values: dict[str, Any] = {name: {} for name in _PATTERNS}
         for field_name, patterns in (("rank", self.rank_pattern), ("alpha", self.alpha_pattern)):
             found = [value for pattern, value in patterns.items() if matches(pattern, *names)]
             values |= {field_name: found[0]} if found else {}
+        rows = [ranges for pattern, ranges in self.target_rows.items() if matches(pattern, *names)]
+        values["target_rows"] = {"": rows[0]} if rows else {}
         return dataclasses.replace(self, **values, elastic=self._elastic_up_to(values.get("rank", self.rank)))
 
     def of_first_rows(self, rank: int) -> Self:
@@ -303,7 +413,7 @@ class AdapterConfig(ABC):
         Layers, patterns and elastic ranks are left out where none were given: a file is then one that older releases
         read.
         """
-        absent = {name for name in _LEFT_OUT_IF_EMPTY if not getattr(self, name)}
+        absent = {name for name in _LEFT_OUT_IF_EMPTY if not getattr(self, name, None)}
         values = {name: value for name, value in dataclasses.asdict(self).items() if name not in absent}
         return {"kind": self.kind, **values}
 
@@ -329,6 +439,7 @@ class AdapterConfig(ABC):
             "lora_alpha": "PEFT's `lora_alpha` is `alpha` here.",
             "lora_dropout": "PEFT's `lora_dropout` is `dropout` here.",
             "modules_to_save": "PEFT's `modules_to_save` is `modules_to_train` here.",
+            "trainable_token_indices": "PEFT's `trainable_token_indices` is `tokens_to_train` here.",
         }
 
     def differences(self, other: Described, *, run_only: bool = False) -> dict[str, tuple[Any, Any]]:

@@ -10,6 +10,7 @@ from genlora_lightning.adapters.config import KINDS, AdapterConfig
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.adapters.lora import LoRAConfig
 from genlora_lightning.adapters.polar import PoLARConfig
+from genlora_lightning.adapters.token_rows import TokenRowsConfig
 from genlora_lightning.fields import shown
 
 # Importing them has put them into KINDS, too.
@@ -38,6 +39,8 @@ def read_config(values: AdapterConfig | Mapping[str, Any] | None) -> AdapterConf
             f"its fields, got {shown(values)}."
         )
     kind = values.get("kind", DEFAULT_KIND.kind)
+    if kind == TokenRowsConfig.kind:  # of a layer, in a file
+        return TokenRowsConfig.from_dict(values)
     if not isinstance(kind, str) or kind not in KINDS:
         raise ValueError(
             f"There is no kind of adapter {shown(kind)}. The kinds are {', '.join(map(repr, KINDS))}; one of your own "

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -98,14 +98,20 @@ class LoRAConfig(AdapterConfig):
         exclude_modules: Names, or last parts of names, of linears not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.
+        tokens_to_train: Tokens whose rows of the input embedding, and of a head tied to it, are trained in full: ids,
+            or strings that a text module's tokenizer looks up; or such lists by names of embeddings and linears.
         layers_to_transform: Numbers of the layers to adapt: the first number in a linear's name. All if ``None``.
         rank_pattern: Ranks other than ``rank``, by a name, its last part, or a regular expression of either; the first
             that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        target_rows: Ranges of outputs ``[[start, end], …]`` to adapt of linears that are adapted in part, by names as
+            in ``rank_pattern``: the queries and values of a fused projection.
         elastic: Ranks to train for, rising, the last of them ``rank``; each step draws one for each layer. Afterwards
             the adapter may be used at any of them, and cut to it (``genlora slice``).
         keep_zeros: Update the weights alone that are not 0 in the base, ``W + ΔW ⊙ (W ≠ 0)``: a pruned base stays as
             sparse when the adapter is merged.
+        share_over_experts: What the experts of a stack (``target_parameters``) have together, each stack its own.
+            ``None``: nothing; ``"a"``: A, so that each expert has a B of its own alone.
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.
@@ -120,6 +126,20 @@ class LoRAConfig(AdapterConfig):
     rank: int = 16
     alpha: float = 32.0
     scaling: ScalingRule = "rank"
+    share_over_experts: Literal["a"] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_shared(self.share_over_experts, ("a",))
+
+    @property
+    @override
+    def shared_over_experts(self) -> tuple[Collection[str], Collection[str]]:
+        return (("matrix",) if self.share_over_experts else (), ())
+
+    @override
+    def count_shared_over_experts(self, shape: MatrixShape) -> int:
+        return self.rank * shape.in_features if self.share_over_experts else 0
 
     @override
     def make(

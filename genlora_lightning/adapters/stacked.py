@@ -2,7 +2,8 @@
 
 A kind says what the update of one matrix is, and need not know of stacks. Of a kind with two factors each parameter of
 a factor becomes one with the stack's dimension first, so that a layer of a hundred experts has as few tensors as a
-linear, and the matrices are made at once (:meth:`Factor.make_stack`). Any other kind has one update for each matrix.
+linear, and the matrices are made at once (:meth:`Factor.make_stack`). What all matrices share has
+the dimension 1 there. Any other kind has one update for each matrix.
 
 Shapes: E matrices in the stack, R rank, n entries of a factor's rows, I in_features, O out_features.
 """
@@ -10,7 +11,7 @@ Shapes: E matrices in the stack, R rank, n entries of a factor's rows, I in_feat
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -30,17 +31,20 @@ class StackedFactor(Factor):
 
     Args:
         factors: The factors; of one class and one :meth:`Factor.batch_key`.
+        shared: Parameters that all of them have together: the first one's. If these are all that a factor has, there
+            is one matrix for all, ``M (1, rank, num_entries)``.
     """
 
-    def __init__(self, factors: Sequence[Factor]) -> None:
+    def __init__(self, factors: Sequence[Factor], shared: Collection[str] = ()) -> None:
         first = factors[0]
         super().__init__(first.rank, first.num_entries)
-        self.num_matrices = len(factors)
+        self.num_matrices = 1 if set(first.roles) <= set(shared) else len(factors)
+        self.shared = frozenset(shared)
         self.roles = first.roles
         self.is_stored = first.is_stored  # type: ignore[misc]
         self.ROWS_ALONG = first.ROWS_ALONG  # type: ignore[misc]
         for name in self.roles:
-            parts = [getattr(factor, name).detach() for factor in factors]
+            parts = [getattr(factor, name).detach() for factor in (factors[:1] if name in shared else factors)]
             self.register_parameter(name, nn.Parameter(torch.stack(parts), requires_grad=first.is_trained(name)))
         # What a slice is made of beside its tensors. In a tuple, so that it is no part of the module.
         self._template = (copy.deepcopy(first).to("meta"),)
@@ -54,18 +58,18 @@ class StackedFactor(Factor):
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.is_meta:
             return
-        for parts in zip(*(part.unbind(0) for part in self.parts()), strict=True):
+        for parts in self._each():
             self._template[0].with_parts(parts).reset_parameters(generator)
 
     @property
     @override
     def first_shape(self) -> tuple[int, ...]:
-        return self.num_matrices, *self._template[0].first_shape
+        return 1 if next(iter(self.roles)) in self.shared else self.num_matrices, *self._template[0].first_shape
 
     @override
     def batch_key(self) -> Hashable:
         template = self._template[0]
-        return type(template), self.num_matrices, template.batch_key()
+        return type(template), self.num_matrices, self.shared, template.batch_key()
 
     @property
     @override
@@ -82,16 +86,21 @@ class StackedFactor(Factor):
             return matrices.clone() if matrices is stack and not isinstance(stack, nn.Parameter) else matrices
         parts = self.parts()
         if plain or torch.compiler.is_compiling() or not is_ordinary(parts[0]):
-            each = zip(*(part.unbind(0) for part in parts), strict=True)
-            return torch.stack([self._template[0].with_parts(own)(dtype=dtype, plain=plain) for own in each])
+            return torch.stack([self._template[0].with_parts(own)(dtype=dtype, plain=plain) for own in self._each()])
         return self._make(parts, dtype)
+
+    def _each(self) -> Iterator[tuple[Tensor, ...]]:
+        """The parameters of each matrix."""
+        parts = [part.expand(self.num_matrices, *part.shape[1:]).unbind(0) for part in self.parts()]
+        return zip(*parts, strict=True)
 
     def _make(self, parts: Sequence[Tensor], dtype: torch.dtype | None) -> Tensor:
         template = self._template[0]
         number = max(1, (_AT_ONCE_ON_CPU if parts[0].device.type == "cpu" else _AT_ONCE) // template.cost)
         if number >= self.num_matrices:
             return template.make_stack(parts, dtype=dtype)
-        pieces = zip(*(torch.split(part, number) for part in parts), strict=True)
+        starts = range(0, self.num_matrices, number)
+        pieces = ([part if len(part) == 1 else part[start : start + number] for part in parts] for start in starts)
         return torch.cat([template.make_stack(piece, dtype=dtype) for piece in pieces])
 
     @classmethod
@@ -183,5 +192,8 @@ def make_stack(
         updates = [first, *(config.make(one, device=device, generator=generator) for _ in others)]
     if not is_pair:
         return StackedUpdate(updates)
-    A, B = (StackedFactor([getattr(update, name) for update in updates]) for name in ("A", "B"))
+    A, B = (
+        StackedFactor([getattr(update, name) for update in updates], shared)
+        for name, shared in zip(("A", "B"), config.shared_over_experts, strict=True)
+    )
     return FactorPair(A, B, first.scaling)

@@ -341,7 +341,7 @@ def config_entries(configs: Mapping[str, AdapterConfig]) -> dict[str, Any]:
             groups.append((config, [name]))
         else:
             same.append(name)
-    (first, _), *others = groups
+    (first, _), *others = sorted(groups, key=lambda group: group[0].is_derived)  # a user's own is the first
     entries: dict[str, Any] = {"config": first.to_dict()}
     if others:
         entries["other_configs"] = [{"config": config.to_dict(), "layers": names} for config, names in others]

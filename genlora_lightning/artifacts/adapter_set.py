@@ -171,6 +171,8 @@ class AdapterSet(nn.Module):
             _check_nothing_in_full(config.modules_to_train, f"The configuration of {name!r}")
             if config.target_parameters:
                 raise ValueError(f"{name!r} has `target_parameters`, and a set adapts whole layers: use it alone.")
+            if config.tokens_to_train:
+                raise ValueError(_rows_in_full(f"The configuration of {name!r}"))
             with self._bare():
                 report = inject_adapters(self.model, config, generator=generator)
                 layers = adapter_layers(self.model)
@@ -415,6 +417,8 @@ class AdapterSet(nn.Module):
             raise ValueError(f"{folder} is in PEFT's format: `genlora import-lora` makes an adapter folder of a LoRA.")
         stored = fitted(read_adapter(place), self.model)
         _check_nothing_in_full(list(stored.trained_modules), f"The adapter in {folder}")
+        if any(config.is_derived for config in stored.configs.values()):
+            raise ValueError(_rows_in_full(f"The adapter in {folder}"))
         if base_check != "off":
             if self._identity is None:
                 self._identity = base_identity(self.model)
@@ -518,6 +522,13 @@ class AdapterSet(nn.Module):
     def extra_repr(self) -> str:
         """What ``print`` shows of it."""
         return f"active={self.active!r}, {len(self._stored)} from folders, {len(self._trained)} trained"
+
+
+def _rows_in_full(what: str) -> str:
+    return (
+        f"{what} has rows of tokens trained in full (`tokens_to_train`), of which a model has one set. Use it alone, "
+        "with `load_adapter`."
+    )
 
 
 def _check_nothing_in_full(modules: Sequence[str], what: str) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.kinds import read_config
-from genlora_lightning.adapters.low_rank import effective_rank
 from genlora_lightning.artifacts.adapter_folder import StoredAdapter, StoredLayers, adapter_place, read_adapter
 from genlora_lightning.artifacts.adapter_io import adapter_bytes
 from genlora_lightning.artifacts.checkpoint import describe, stored_configs
@@ -68,7 +67,7 @@ class LayerDescription:
         out_features: Of the linear.
         in_features: Of the linear.
         rank: Highest rank that its update can have.
-        effective_rank: Entropy effective rank of its update; see :func:`effective_rank`.
+        effective_rank: Entropy effective rank of its update; see :meth:`AdaptedLayer.effective_rank`.
         parameters: Trained values of its adapter, as the plan and the summary of a run count them.
         fixed: Values of its adapter that are stored and were not trained.
         num_matrices: How many matrices of these sizes it is, of a mixture's experts; the effective rank is their mean.
@@ -190,6 +189,13 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
     if folder.is_file():
         return _describe_checkpoint(folder)
     stored = read_adapter(folder)
+    layers: list[LayerDescription] = []
+    rows: dict[str, int] = {}
+    for name, layer, own in stored.adapted():
+        if layer.config.is_derived:
+            rows |= _row_sizes(name, layer, own)
+        else:
+            layers.append(_describe_layer(name, layer, own, stored.folder))
     return AdapterDescription(
         folder=str(path),
         base=describe_base(stored.base),
@@ -198,8 +204,8 @@ def describe_adapter(path: str | os.PathLike[str]) -> AdapterDescription:
         versions=stored.versions,
         created=stored.created,
         num_bytes=adapter_bytes(Path(stored.folder)),
-        layers=tuple(_describe_layer(*adapted, stored.folder) for adapted in stored.adapted()),
-        trained_modules=_full_sizes(stored),
+        layers=tuple(layers),
+        trained_modules=_full_sizes(stored) | rows,
         other_tensors={},
     )
 
@@ -230,7 +236,10 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
         stored = StoredLayers(configs, dict(tensors))
         for name, shape in described["layers"].items():
             layer, own = stored.make(name, MatrixShape.of(shape))
-            layers.append(_describe_layer(name, layer, own, path))
+            if layer.config.is_derived:
+                trained |= _row_sizes(name, layer, own)
+            else:
+                layers.append(_describe_layer(name, layer, own, path))
             for own_name in own:
                 del tensors[f"{name}.{own_name}"]
         for name, names in described["trained_modules"].items():
@@ -258,9 +267,16 @@ def _describe_checkpoint(path: Path) -> AdapterDescription:
     )
 
 
+def _row_sizes(name: str, layer: AdaptedLayer, own: list[str]) -> dict[str, int]:
+    """The number of values of rows trained in full; nothing for those that lie with a layer before."""
+    parameters = layer.adapter_parameters()
+    what = f"{layer.config.rank} of {layer.out_features} rows of {name}"
+    return {what: sum(parameters[one].numel() for one in own)} if own else {}
+
+
 def _describe_layer(name: str, layer: AdaptedLayer, own: list[str], source: Path) -> LayerDescription:
     try:
-        rank = effective_rank(*layer.factors())
+        rank = layer.effective_rank()
     except RuntimeError as error:  # no singular values of infinite ones
         raise DamagedFileError(f"{source} is damaged: the values of {name} overflow.") from error
     parameters = layer.adapter_parameters()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -105,11 +106,13 @@ def _merged_state(base: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str,
     """The state dict of the base without adapters, by the names it has there; tied weights stay one tensor."""
     layers = adapter_layers(base)
     merged: dict[int, Tensor] = {}
+    of_tied: dict[Hashable, Tensor] = {}
     rows = []
     for name, layer in layers.items():
-        with naming(name):
-            weight = layer.merged_weight(dtype)
-        merged[id(layer)] = weight
+        if layer.merged_with not in of_tied:
+            with naming(name):
+                of_tied[layer.merged_with] = layer.merged_weight(dtype)
+        weight = merged[id(layer)] = of_tied[layer.merged_with]
         rows.append(measure_drift(name, layer, weight))
     trained_dtype = {
         id(p): original_dtype(module) for module in trained_modules(base).values() for p in module.parameters()

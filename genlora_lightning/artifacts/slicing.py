@@ -41,7 +41,7 @@ def slice_adapter(folder: str | os.PathLike[str], out: str | os.PathLike[str], r
     stored = read_adapter(folder)
     if os.path.exists(out) and os.path.samefile(stored.folder, out):
         raise ValueError(f"{out} is the adapter that is cut, and its other rows would be lost. Give another folder.")
-    own = {name: config.rank for name, config in stored.configs.items()}
+    own = {name: config.rank for name, config in stored.configs.items() if not config.is_derived}
     wanted = {name: r for name, r in ranks_by_name(own, rank).items() if r < own[name]}
     made: dict[tuple[int, int], AdapterConfig] = {}  # layers of one configuration share one again
     configs, tensors = dict(stored.configs), dict(stored.tensors)

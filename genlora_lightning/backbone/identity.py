@@ -93,6 +93,8 @@ def base_identity(model: nn.Module, without: Iterable[str] = ()) -> dict[str, An
         without: Names of modules that are going to be trained in full, and belong to the adapter then.
     """
     parameters = sorted(base_parameters(model, without), key=lambda item: item[0])
+    # Where rows are trained in full, those of new tokens are others whenever a base is resized for them.
+    rows = {f"{name}.{layer.parameter}" for name, layer in adapter_layers(model).items() if layer.config.is_derived}
     stride = max(1, -(-len(parameters) // _MOST_TENSORS))
     config = next((c for m in model.modules() if hasattr(c := getattr(m, "config", None), "model_type")), None)
     values = {key: getattr(config, key, None) for key in _CONFIG_KEYS}
@@ -114,6 +116,7 @@ def base_identity(model: nn.Module, without: Iterable[str] = ()) -> dict[str, An
             "samples": {
                 name: [_dtype_name(tensor), list(matrix_size(tensor)), _sample(tensor, name, source)]
                 for name, tensor in islice(parameters, 0, None, stride)
+                if name not in rows
             },
         },
     }

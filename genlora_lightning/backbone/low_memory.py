@@ -33,6 +33,8 @@ from genlora_lightning.adapters.base import adapter_modules
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.fields import shown
 from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.layers.token_rows import AdaptedRows
 from genlora_lightning.overrides import forget, note, noted
 from genlora_lightning.storage.documents import check_document
 
@@ -187,6 +189,13 @@ class WeightSource:
             if own.is_meta:
                 own.to_empty(device=device, recurse=False)  # one inside of it may have its values already
                 own.reset_parameters()
+        for layer in adapter_layers(self.model).values():
+            if isinstance(layer, AdaptedRows) and layer.weight.is_meta:
+                key = self._keys[id(layer.base_layer), layer.parameter]
+                with self.files.open(self.files.files[key]) as file:
+                    part = file.get_slice(key)
+                    rows = torch.cat([part[token : token + 1] for token in layer.tokens])
+                layer.start_from(rows.to(layer.weight.dtype))
         for trained in trained_modules(self.model).values():
             for module in trained.modules():
                 self._fill_module(module, device)

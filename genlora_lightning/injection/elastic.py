@@ -31,7 +31,7 @@ def set_active_rank(model: nn.Module, rank: int | Mapping[str, int] | None) -> N
         ValueError: The model has no adapters, one to be cut is not elastic, one is merged at another rank, a name
             matches nothing, or r is less than 1 or more than there are rows. Nothing is changed then.
     """
-    layers = require_adapters(model)
+    layers = {name: layer for name, layer in require_adapters(model).items() if not layer.config.is_derived}
     ranks = {name: layer.config.rank for name, layer in layers.items()}
     chosen = {} if rank is None else ranks_by_name(ranks, rank)
     for name, layer in layers.items():

@@ -17,6 +17,10 @@ UNTIED = (
     "tied before to a module that is trained in full, and now a weight of its own, as in the base; to train both as "
     "one, name both in `modules_to_train`"
 )
+UNTIED_HEAD = (
+    "a head with a weight of its own, whose rows of `tokens_to_train` stay as they are; to train them, too, give "
+    "`tokens_to_train` by names of modules, the head's among them"
+)
 TIED_HEAD = "output head, tied to an embedding"
 TIED_TO_ADAPTED = "tied to an embedding that is adapted, and goes on with the base's weight"
 _SAMPLE = 4096

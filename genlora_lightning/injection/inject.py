@@ -14,16 +14,17 @@ from torch.nn.parameter import UninitializedParameter
 from genlora_lightning.adapters.base import adapter_modules
 from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig
 from genlora_lightning.adapters.kinds import read_config
-from genlora_lightning.adapters.low_rank import RankKind, effective_rank
+from genlora_lightning.adapters.low_rank import RankKind
 from genlora_lightning.injection.foreign import check_no_foreign_adapters
 from genlora_lightning.injection.full_training import stop_training_in_full, train_in_full, trained_modules
-from genlora_lightning.injection.heads import last_if_new
+from genlora_lightning.injection.heads import UNTIED_HEAD, last_if_new
 from genlora_lightning.injection.held import held_root, remove_held
 from genlora_lightning.injection.named import check_no_set, end_set, set_of
 from genlora_lightning.injection.places import adapter_parameters as adapter_parameters
 from genlora_lightning.injection.places import plain_name
-from genlora_lightning.injection.report import BESIDE_PARTS, InjectionReport, InjectionRow
+from genlora_lightning.injection.report import BESIDE_PARTS, TRAINED_IN_FULL, InjectionReport, InjectionRow
 from genlora_lightning.injection.targets import all_names, configurations, match_modules, select_targets
+from genlora_lightning.injection.token_rows import token_rows, untied_heads
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
 from genlora_lightning.layers.adapted import AdaptedLayer, is_place
 from genlora_lightning.layers.experts import AdaptedExperts, AdaptedStack, stack_of_matrices
@@ -57,7 +58,13 @@ def adapter_config(model: nn.Module) -> AdapterConfig:
     Raises:
         ValueError: The model has no adapters.
     """
-    return next(iter(require_adapters(model).values())).config
+    return main_config(require_adapters(model).values())
+
+
+def main_config(layers: Iterable[AdaptedLayer]) -> AdapterConfig:
+    """The first configuration of some layers that a user has given."""
+    configs = [layer.config for layer in layers]
+    return next((config for config in configs if not config.is_derived), configs[0])
 
 
 def adapter_configs(model: nn.Module) -> dict[str, AdapterConfig]:
@@ -96,6 +103,8 @@ def check_configuration(model: nn.Module, config: AdapterConfig | Mapping[str, A
     names = all_names(model)
     layers = adapter_layers(model)
     for name, there in present.items():
+        if there.is_derived and isinstance(config, AdapterConfig):
+            continue  # the others' says what it follows from
         if isinstance(config, AdapterConfig):
             wanted = config.of(*map(plain_name, names[id(layers[name])]))
         else:
@@ -119,7 +128,7 @@ def effective_ranks(model: nn.Module, kind: RankKind = "entropy") -> dict[str, f
     Raises:
         ValueError: The model has no adapters.
     """
-    return {name: effective_rank(*layer.factors(), kind=kind) for name, layer in require_adapters(model).items()}
+    return {name: layer.effective_rank(kind) for name, layer in require_adapters(model).items()}
 
 
 def inject_adapters(
@@ -154,6 +163,8 @@ def inject_adapters(
         (the GenLoRAFinetuning callback sees to it).
     """
     config = read_config(config)
+    if config.is_derived:
+        raise ValueError(f"{config.title} are no kind of adapter: give `tokens_to_train` to one.")
     check_no_set(model)
     existing = adapter_layers(model)
     if existing:
@@ -177,6 +188,12 @@ def inject_adapters(
     # A copy: the caller may go on to change the lists of theirs.
     configs = configurations(model, targets, replace(config), skipped)
     layers = {name: (module, configs[name]) for name, module in targets.items()}
+    taken = {id(module): "adapted, too: leave it out of `target_modules`" for module, _ in layers.values()}
+    in_full = {id(inner): "trained in full" for module in trained.values() for inner in module.modules()}
+    rows = token_rows(model, config, taken | in_full)
+    skipped = {name: reason for name, reason in skipped.items() if name not in rows}
+    skipped |= dict.fromkeys(untied_heads(model, {*layers, *rows, *trained}) if rows else (), UNTIED_HEAD)
+    layers |= rows
     return _put_in(model, layers, trained, skipped, generator)
 
 
@@ -249,8 +266,10 @@ def _put_in(
                 f"`keep_zeros` is set, and {name} is quantized, which leaves no zeros that could be told from others: "
                 "load the base as it is, or leave `keep_zeros` out."
             )
+        if config.rows and not is_linear(module):
+            raise ValueError(f"`target_rows` is for linears, and {name} is a {type(module).__name__}.")
         try:
-            config.check_shape(shape, name)
+            config.check_shape(config.chosen(shape), name)
         except ValueError as error:
             if module is not last_if_new(model):
                 raise
@@ -405,9 +424,10 @@ def _disable_fast_paths(model: nn.Module) -> None:
 
 
 def _possible_head(model: nn.Module) -> str | None:
-    name, layer = list(adapter_layers(model).items())[-1]
+    own = {name: layer for name, layer in adapter_layers(model).items() if not layer.config.is_derived}
+    name, layer = [*own.items()][-1] if own else ("", None)
     last = last_if_new(model)
-    return name if last is not None and last is layer.base_layer else None
+    return name if layer is not None and last is not None and last is layer.base_layer else None
 
 
 def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
@@ -429,12 +449,24 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
             is_linear=not layer.named_only,
         )
         for name, layer in layers.items()
+        if not layer.config.is_derived
+    )
+    rows = tuple(
+        InjectionRow(
+            module=name,
+            kind=type(layer.base_layer).__name__,
+            shape=f"{layer.config.rank} of {layer.out_features} rows",
+            trainable_parameters=sum(p.numel() for p in own[name] if owners[p] == name),
+            lora_parameters=0,
+        )
+        for name, layer in layers.items()
+        if layer.config.is_derived
     )
     trained = tuple(
         InjectionRow(
             module=name,
             kind=type(module).__name__,
-            shape="trained in full",
+            shape=TRAINED_IN_FULL,
             trainable_parameters=sum(p.numel() for p in module.parameters()),
             lora_parameters=0,
         )
@@ -444,7 +476,7 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
     return InjectionReport(
         title=adapter_config(model).title,
         adapted=adapted,
-        trained=trained,
+        trained=(*rows, *trained),
         skipped=skipped,
         trainable_parameters=sum(size for size, is_trained in sizes if is_trained),
         total_parameters=sum(size for size, _ in sizes),

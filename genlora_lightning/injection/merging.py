@@ -6,7 +6,7 @@ Shapes: I in_features, O out_features.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +97,7 @@ def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
     """
     layers = require_adapters(model)
     done: list[AdaptedLayer] = []
+    tied: dict[Hashable, AdaptedLayer] = {}
     rows = []
     if dtype is not None:
         widen(model, dtype)
@@ -108,6 +109,8 @@ def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
                 with naming(name):
                     layer.merge(dtype)
                 done.append(layer)
+            if (first := tied.setdefault(layer.merged_with, layer)) is not layer:
+                layer.share_merged(first)
             rows.append(measure_drift(name, layer, layer.weight))
     except BaseException:
         for layer in done if dtype is None else layers.values():

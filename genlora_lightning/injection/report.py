@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from genlora_lightning.injection.heads import NEW_HEAD, NEW_LINEAR, TIED_TO_ADAPTED, UNTIED
+from genlora_lightning.injection.heads import NEW_HEAD, NEW_LINEAR, TIED_TO_ADAPTED, UNTIED, UNTIED_HEAD
 from genlora_lightning.injection.targets import STACK
 from genlora_lightning.text import text_table
 
 # Why modules were left alone, where the summary says it.
 BESIDE_PARTS = "adapters were put into a part of the model before, and not here"
-_IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, UNTIED, TIED_TO_ADAPTED, STACK, BESIDE_PARTS)
+TRAINED_IN_FULL = "trained in full"
+_IN_SUMMARY = (NEW_HEAD, NEW_LINEAR, UNTIED, UNTIED_HEAD, TIED_TO_ADAPTED, STACK, BESIDE_PARTS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,9 @@ class InjectionReport:
             text += f" (LoRA of the same rank: {self.lora_parameters:,})"
         text += ". "
         if self.trained:
-            names = ", ".join(row.module for row in self.trained)
+            names = ", ".join(
+                row.module if row.shape == TRAINED_IN_FULL else f"{row.shape} of {row.module}" for row in self.trained
+            )
             text += f"Trained in full: {names} ({sum(r.trainable_parameters for r in self.trained):,}). "
         for reason in _IN_SUMMARY:
             names = _some([name for name, given in self.skipped.items() if given == reason])

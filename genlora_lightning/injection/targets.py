@@ -190,8 +190,8 @@ def configurations(
         if isinstance(module, StackOfMatrices):  # which is no module of the model
             own = name.rpartition(".")[2]
             names[id(module)] = [f"{alias}.{own}" for alias in names[id(module.module)]]
-    for field, patterns in (("rank_pattern", config.rank_pattern), ("alpha_pattern", config.alpha_pattern)):
-        for pattern in patterns:
+    for field in ("rank_pattern", "alpha_pattern", "target_rows"):
+        for pattern in filter(None, getattr(config, field)):
             if any(matches(pattern, *names[id(module)]) for module in targets.values()):
                 continue
             for name, _ in model.named_modules():
@@ -199,9 +199,9 @@ def configurations(
                     reason = skipped.get(name, "it is no linear, or not in `target_modules`")
                     raise ValueError(f"`{field}` has {pattern!r}, but {name} is not adapted: {reason}.")
             raise ValueError(f"`{field}` has {pattern!r}, which no adapted linear matches. {_near(pattern, targets)}")
-    made: dict[tuple[int, float], AdapterConfig] = {}
+    made: dict[tuple[int, float, str], AdapterConfig] = {}
     found = {name: config.of(*names[id(module)]) for name, module in targets.items()}
-    return {name: made.setdefault((own.rank, own.alpha), own) for name, own in found.items()}
+    return {name: made.setdefault((own.rank, own.alpha, str(own.rows)), own) for name, own in found.items()}
 
 
 def _layer_number(name: str) -> int | None:

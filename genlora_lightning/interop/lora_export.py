@@ -31,6 +31,7 @@ from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.experts import AdaptedStack
 from genlora_lightning.layers.linear import is_conv1d
 from genlora_lightning.layers.sites import matrix_shape
+from genlora_lightning.layers.token_rows import AdaptedRows
 from genlora_lightning.storage.folders import check_replaceable, write_folder
 from genlora_lightning.text import text_table
 
@@ -72,6 +73,7 @@ class LoRAExport:
         task_type: PEFT's name of the task, if it is known.
         named_only: Of the layers those that are no linears: embeddings and convolutions.
         target_parameters: Stacks of matrices among the rows: PEFT's name for them.
+        token_rows: Embeddings of which rows are trained in full.
     """
 
     folder: Path
@@ -81,6 +83,7 @@ class LoRAExport:
     task_type: str | None
     named_only: tuple[str, ...] = ()
     target_parameters: tuple[str, ...] = ()
+    token_rows: tuple[str, ...] = ()
 
     @property
     def served_rank(self) -> int | None:
@@ -91,6 +94,11 @@ class LoRAExport:
         """What a LoRA server must be told for this adapter."""
         if self.named_only:
             return f"LoRA servers take linears, and not {self.named_only[0]}: load it with PEFT, or merge it."
+        if self.token_rows:
+            return (
+                f"LoRA servers take no rows of an embedding ({', '.join(self.token_rows)}), which PEFT does: use PEFT, "
+                "or merge it into the base."
+            )
         if self.modules_to_save:
             names = ", ".join(self.modules_to_save)
             return (
@@ -149,16 +157,19 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
     """
     require_adapters(model)
     check_one_active(model)
-    full_rank = max(config.rank for config in adapter_configs(model).values())
+    full_rank = max(config.rank for config in adapter_configs(model).values() if not config.is_derived)
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= full_rank):
         raise ValueError(f"`rank` must be an integer from 1 to the adapter's rank {full_rank}, got {rank!r}.")
     check_replaceable(folder, _is_export, "LoRA adapter")
     base = transformers_base(model) or model
-    layers = adapter_layers(base)
+    present = adapter_layers(base)
     _check_places(base)
-    _check_taken_by_peft(base, layers)
+    _check_taken_by_peft(base, present)
+    layers = {name: layer for name, layer in present.items() if not layer.config.is_derived}
 
     state, rows, settings = _lora_tensors(layers, rank)
+    row_tensors, tokens = _token_rows(base, {n: la for n, la in present.items() if isinstance(la, AdaptedRows)})
+    state |= row_tensors
     alphas = {name: layer.active_config.alpha for name, layer in layers.items()} if settings else None
     trained = _outermost(trained_modules(base))
     for name, module in trained.items():
@@ -185,6 +196,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         fan_in_fan_out=any(is_conv1d(layer.base_layer) for layer in layers.values()),
         exclude_modules=others or None,
         modules_to_save=list(trained) or None,
+        **({"trainable_token_indices": tokens} if tokens else {}),
     )
     path = write_folder(folder, lambda staging: _write(staging, state, config), _is_export, "LoRA adapter")
     return LoRAExport(
@@ -195,6 +207,7 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
         task_type=task,
         named_only=tuple(n for n, layer in layers.items() if layer.named_only and n not in stacks),
         target_parameters=tuple(stacks),
+        token_rows=tuple(tokens),
     )
 
 
@@ -268,6 +281,36 @@ def _lora_tensors(
             own_tensors = to_peft(name, layer, A, B)
         state |= {f"{_PREFIX}{key}": tensor for key, tensor in own_tensors.items()}
     return state, rows, settings
+
+
+def _token_rows(base: Any, layers: Mapping[str, AdaptedRows]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """Rows that are trained in full by their names in the file, and PEFT's ``trainable_token_indices``."""
+    state: dict[str, Tensor] = {}
+    tokens: dict[str, list[int]] = {}
+    seen: dict[nn.Module, str] = {}
+    for name, layer in layers.items():
+        first = seen.setdefault(layer.table, name)
+        reason = None
+        if not isinstance(layer.base_layer, nn.Embedding) and layer.bias is not None:
+            reason = "PEFT leaves out the bias of a linear with such rows"
+        elif first is not name and not _ties_as_peft(base, first):
+            reason = f"it is tied to {first}, which PEFT finds only in a transformers model with `tie_word_embeddings`"
+        if reason is not None:
+            raise ValueError(
+                f"PEFT's `trainable_token_indices` cannot say what the rows of {name} do: {reason}. Nothing was "
+                "exported. Merge the adapter into the base instead."
+            )
+        if first is name:
+            state[f"{_PREFIX}{name}.token_adapter.trainable_tokens_delta"] = layer.table.rows
+            tokens[name] = [*layer.tokens]
+    return state, tokens
+
+
+def _ties_as_peft(base: Any, name: str) -> bool:
+    """Whether PEFT gives what is tied to the embedding of a name the same rows."""
+    if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
+        return False
+    return base.get_input_embeddings() is base.get_submodule(name)
 
 
 def _wrapper(name: str, layer: AdaptedStack, layers: Mapping[str, AdaptedLayer]) -> str:

@@ -56,6 +56,8 @@ _WITHOUT_MEANING: dict[str, tuple[Any, ...]] = {
     "alpha_pattern": (None, {}),
 }
 
+_PATTERNS = ("layers_to_transform", "rank_pattern", "alpha_pattern")
+
 _CARD = """\
 # GenLoRA adapter for PEFT
 
@@ -77,8 +79,8 @@ def peft_fields(config: GenLoRAConfig) -> dict[str, Any]:
     """Say a configuration in PEFT's terms: the fields of ``GenLoraConfig``.
 
     Raises:
-        ValueError: It has ``layers_to_transform``, ``rank_pattern``, ``alpha_pattern``, ``elastic`` or ``keep_zeros``,
-            which those do not say.
+        ValueError: It has ``layers_to_transform``, ``rank_pattern``, ``alpha_pattern``, ``elastic`` or what else those
+            do not say.
     """
     if config.keep_zeros:
         raise ValueError(
@@ -90,7 +92,7 @@ def peft_fields(config: GenLoRAConfig) -> dict[str, Any]:
             f"`elastic` is {config.elastic}, which PEFT's GenLoraConfig does not say: cut the adapter to one of these "
             "ranks first (`genlora slice`)."
         )
-    for name in ("layers_to_transform", "rank_pattern", "alpha_pattern"):
+    for name in (*_PATTERNS, "tokens_to_train", "share_over_experts", "target_rows"):
         if getattr(config, name):
             raise ValueError(
                 f"`{name}` is {shown(getattr(config, name))}, which PEFT's GenLoraConfig does not say as this library "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Hashable
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +12,9 @@ from typing_extensions import override
 
 from genlora_lightning.adapters.autograd import in_transform
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, WeightUpdate
+from genlora_lightning.adapters.chosen_rows import spread_over
 from genlora_lightning.adapters.config import AdapterConfig
+from genlora_lightning.adapters.low_rank import RankKind, effective_rank
 from genlora_lightning.layers.factors import FactorLayer, FactorStore
 from genlora_lightning.layers.fused import compute_dtype
 from genlora_lightning.layers.obstacles import obstacle_in_hooks, obstacle_in_weight
@@ -62,7 +65,8 @@ class AdaptedLayer(FactorLayer):
         save_by_base_names(is_place)
 
     def _make_update(self, config: AdapterConfig, generator: torch.Generator | None) -> WeightUpdate:
-        return config.make(self.shape, device=self.weight.device, generator=generator)
+        update = config.make(config.chosen(self.shape), device=self.weight.device, generator=generator)
+        return spread_over(update, config.rows, self.shape) if config.rows else update
 
     # -- what a site says ---------------------------------------------------------------------------------------------
 
@@ -193,6 +197,10 @@ class AdaptedLayer(FactorLayer):
         """
         return self.update.delta_weight()
 
+    def effective_rank(self, kind: RankKind = "entropy") -> float:
+        """Measure the effective rank of the update (:func:`~genlora_lightning.adapters.low_rank.effective_rank`)."""
+        return effective_rank(*self.factors(), kind=kind)
+
     @torch.no_grad()
     def acts(self) -> bool:
         """Whether the update is other than the zero that it starts as."""
@@ -235,9 +243,7 @@ class AdaptedLayer(FactorLayer):
         if obstacle is not None:
             raise ValueError(f"Cannot merge into this {type(module).__name__}: {obstacle}")
         delta = self.stored_delta()
-        compute_dtype = torch.promote_types(weight.dtype, torch.float32)
-        total = weight.to(delta.device, compute_dtype) + delta.to(compute_dtype)
-        merged = total.to(dtype or weight.dtype)
+        merged = self._sum(weight, delta).to(dtype or weight.dtype)
         if not merged.isfinite().all():
             what = "The update" if not delta.isfinite().all() else f"The merged weight in {merged.dtype}"
             raise ValueError(f"{what} holds NaN or infinite values; nothing was merged.")
@@ -248,6 +254,16 @@ class AdaptedLayer(FactorLayer):
                 "export it as a LoRA; nothing was merged."
             )
         return merged
+
+    def _sum(self, weight: Tensor, delta: Tensor) -> Tensor:
+        """The weight plus the update, in float32 or better."""
+        compute_dtype = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(delta.device, compute_dtype) + delta.to(compute_dtype)
+
+    @property
+    def merged_with(self) -> Hashable:
+        """What layers have in common that merge into one weight, as those of tied weights may."""
+        return id(self)
 
     def merge(self, dtype: torch.dtype | None = None) -> None:
         """Add the update into the base layer's weight, in float32 with one rounding, and keep the original aside.
@@ -271,6 +287,10 @@ class AdaptedLayer(FactorLayer):
             setattr(self.base_layer, self.parameter, original)
         self._unmerged_weight = (original,)
         setattr(self.base_layer, self.parameter, nn.Parameter(merged, requires_grad=False))
+
+    def share_merged(self, other: AdaptedLayer) -> None:
+        """Take the merged weight of a layer that has the same, so that they stay tied."""
+        setattr(self.base_layer, self.parameter, other.weight)
 
     @torch.no_grad()
     def unmerge(self) -> None:

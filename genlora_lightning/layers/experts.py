@@ -135,6 +135,12 @@ class AdaptedStack(AdaptedLayer):
             return None
         return None if self.forms_delta else self.weight.dtype  # grouped products do not follow autocast
 
+    @override
+    def factors(self) -> tuple[Tensor, Tensor]:
+        A, B = super().factors()
+        number = self.shape.num_matrices  # of what they share there is one
+        return A.expand(number, *A.shape[1:]), B.expand(number, *B.shape[1:])
+
     def current_weight(self) -> Tensor | StackedWeight:
         """What is to stand in the parameter's place in a forward: with the updates, or the parameter if not active."""
         weight = self.weight
@@ -156,8 +162,9 @@ class AdaptedStack(AdaptedLayer):
             A, B = self.store.matrices(*pair, weight.dtype)
         assert isinstance(self.update, FactorPair)
         A, B = self.update.active_rows(A, B)
-        # For the grouped product's sake: rows of zeros add nothing.
-        short = -A.shape[-2] % max(1, _GROUPED_ALIGNMENT // weight.element_size()) if weight.is_cuda else 0
+        # For the grouped product's sake, on a CPU of what a plain one has made: rows of zeros add nothing.
+        is_asked = weight.is_cuda or min(len(A), len(B)) < len(weight)
+        short = -A.shape[-2] % max(1, _GROUPED_ALIGNMENT // weight.element_size()) if is_asked else 0
         if short:
             A, B = F.pad(A, (0, 0, 0, short)), F.pad(B, (0, 0, 0, short))
         left, right = (A.mT, B) if self.base_layer.is_transposed else (B.mT, A)

@@ -13,6 +13,7 @@ from genlora_lightning.layers.convolution import AdaptedConv
 from genlora_lightning.layers.embedding import AdaptedEmbedding
 from genlora_lightning.layers.experts import AdaptedStack, StackOfMatrices
 from genlora_lightning.layers.linear import AdaptedLinear
+from genlora_lightning.layers.token_rows import rows_layer
 
 # The first one that knows a module adapts it.
 SITES: list[type[AdaptedLayer]] = [AdaptedLinear, AdaptedEmbedding, AdaptedConv, AdaptedAttention, AdaptedStack]
@@ -64,4 +65,4 @@ def adapt(module: nn.Module, config: AdapterConfig, generator: torch.Generator |
     if site is None:
         known = ", ".join(s.__name__ for s in SITES)
         raise TypeError(f"A {type(module).__name__} cannot be adapted; {known} know none.")
-    return site(module, config, generator)
+    return (rows_layer(module) if config.is_derived else site)(module, config, generator)

@@ -12,6 +12,8 @@ parameter's place must know these products and not the module::
 Only experts that compute anything take a product then, W is copied nowhere, and the backward keeps what that of a
 linear's update does.
 
+Where all matrices have one factor, of a first dimension 1, its grouped products are plain ones.
+
 Shapes: E matrices (p, q) as the module stores them, R rank: W (E, p, q), L (E, p, R), R (E, R, q).
 """
 
@@ -44,8 +46,8 @@ class StackedWeight:
 
     Args:
         weight: ``W (..., p, q)``, frozen.
-        left: ``L (..., p, R)``, in the weight's dtype.
-        right: ``R (..., R, q)``, in the weight's dtype.
+        left: ``L (..., p, R)``, in the weight's dtype; ``(1, p, R)`` if all matrices have it together.
+        right: ``R (..., R, q)``, in the weight's dtype; likewise.
         scaling: s.
         dropout: Of what the update is multiplied with; ``None`` for none.
     """
@@ -84,7 +86,8 @@ class StackedWeight:
         if self._whole is None:
             with torch.autocast(self._weight.device.type, enabled=False):
                 sum_up = torch.baddbmm if self._weight.dim() == 3 else torch.addmm
-                self._whole = sum_up(self._weight, self._left, self._right, alpha=self._scaling)
+                left, right = (_for_each(factor, self._weight) for factor in (self._left, self._right))
+                self._whole = sum_up(self._weight, left, right, alpha=self._scaling)
         return self._whole
 
     def __getitem__(self, index: Any) -> Any:
@@ -93,10 +96,12 @@ class StackedWeight:
         if isinstance(index, Tensor) and index.dim() == 0 and not index.is_floating_point():
             index = int(index)
         if not isinstance(index, int) or isinstance(index, bool):
-            return self._with(self._weight[index], self._left[index], self._right[index])
+            factors = (side if len(side) < len(self._weight) else side[index] for side in (self._left, self._right))
+            return self._with(self._weight[index], *factors)
         if self._unbound is None:  # whose backward gives one gradient for all, where each slice's would be as large
             self._unbound = self._left.unbind(0), self._right.unbind(0)
-        return self._with(self._weight[index], self._unbound[0][index], self._unbound[1][index])
+        weight = self._weight[index]
+        return self._with(weight, *(side[index if len(side) > 1 else 0] for side in self._unbound))
 
     def __len__(self) -> int:
         return len(self._weight)
@@ -154,13 +159,31 @@ class StackedWeight:
 def _product(func: Any, first: Any, second: Any, *args: Any, **kwargs: Any) -> Tensor:
     if isinstance(first, StackedWeight):
         own, x = first, second
-        inner = func(own._right, own._dropped(x), *args, **kwargs)
-        update = func(own._left, inner, *args, **kwargs)
+        inner = _times(func, own._right, own._dropped(x), own._right, *args, **kwargs)
+        update = _times(func, own._left, inner, own._left, *args, **kwargs)
         base: Tensor = func(own._weight, x, *args, **kwargs)
     else:
         own, x = second, first
-        inner = func(own._dropped(x), own._left, *args, **kwargs)
-        update = func(inner, own._right, *args, **kwargs)
+        inner = _times(func, own._dropped(x), own._left, own._left, *args, **kwargs)
+        update = _times(func, inner, own._right, own._right, *args, **kwargs)
         base = func(x, own._weight, *args, **kwargs)
     result: Tensor = base + own._scaling * update
+    return result
+
+
+def _for_each(factor: Tensor, like: Tensor) -> Tensor:
+    """A factor for each matrix, as a view where they have it together."""
+    return factor.expand(len(like), *factor.shape[1:]) if like.dim() == 3 else factor
+
+
+def _times(func: Any, first: Tensor, second: Tensor, factor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The product of two, of which one is a factor that all matrices may have together."""
+    other = second if first is factor else first
+    if factor.dim() != 3 or len(factor) > 1:
+        result: Tensor = func(first, second, *args, **kwargs)
+    elif other.dim() == 2:  # a grouped product, of which each group has the same matrix; or E is 1
+        result = first[0] @ second if first is factor else first @ second[0]
+    else:
+        one = _for_each(factor, other)
+        result = func(one, second, *args, **kwargs) if first is factor else func(first, one, *args, **kwargs)
     return result

@@ -223,8 +223,30 @@ class GenLoRAModule(LightningModule):
         return model
 
     def resolve_adapter_config(self, config: AnyConfig) -> AnyConfig:
-        """Complete an adapter configuration with what is known once the model is loaded."""
-        return config
+        """Complete an adapter configuration with what is known once the model is loaded: the ids of tokens.
+
+        Raises:
+            ValueError: A token of ``tokens_to_train`` is none of the tokenizer's.
+        """
+        if isinstance(config, PeftAdapter) or not config.tokens_to_train:
+            return config
+        given = config.tokens_to_train
+        if isinstance(given, dict):
+            ids: Any = {name: self._token_ids(tokens) for name, tokens in given.items()}
+        else:
+            ids = self._token_ids(given)
+        return replace(config, tokens_to_train=ids)
+
+    def _token_ids(self, tokens: list[int | str]) -> list[int]:
+        known = self.tokenizer.get_vocab() if any(isinstance(token, str) for token in tokens) else {}
+        absent = [token for token in tokens if isinstance(token, str) and token not in known]
+        if absent:
+            raise ValueError(
+                f"`tokens_to_train` names {absent[0]!r}, which is no token of {self.source!r}. Add it to the base "
+                f"first: `tokenizer.add_tokens([{absent[0]!r}])`, `model.resize_token_embeddings(len(tokenizer))`, and "
+                "save both to a folder that is the module's `model`."
+            )
+        return [known[token] if isinstance(token, str) else token for token in tokens]
 
     @property
     def tokenizer(self) -> Any:

@@ -129,6 +129,7 @@ class ClassifierModule(GenLoRAModule):
     def resolve_adapter_config(self, config: AnyConfig) -> AnyConfig:
         """Add the head, and modules that the checkpoint lacks, to ``modules_to_train`` (PEFT: ``modules_to_save``)."""
         self.adapter_root()  # an error if the model is not loaded
+        config = super().resolve_adapter_config(config)
         if isinstance(config, PeftAdapter):
             given = config.values.get("modules_to_save") or []
         else:

@@ -98,7 +98,7 @@ _LADDERS: dict[type[AdapterConfig], Callable[..., Iterator[AdapterConfig]]] = {
 
 def count(config: AdapterConfig, shapes: Iterable[MatrixShape]) -> int:
     """Count the parameters that a configuration trains on some matrices."""
-    return sum(s.num_matrices * config.count_parameters(s) for s in shapes) + config.count_shared()
+    return sum(config.count_all(s) for s in shapes) + config.count_shared()
 
 
 def fit_budget(config: AdapterConfig, shapes: Sequence[MatrixShape], parameters: int) -> Budget:
@@ -113,7 +113,7 @@ def fit_budget(config: AdapterConfig, shapes: Sequence[MatrixShape], parameters:
         ValueError: There is nothing to adapt, there are ranks or alphas by name or elastic ranks, the kind has no sizes
             to choose from, or the smallest configuration is above the budget; the message says by how much.
     """
-    patterns = [name for name in ("rank_pattern", "alpha_pattern", "elastic") if getattr(config, name)]
+    patterns = [name for name in ("rank_pattern", "alpha_pattern", "target_rows", "elastic") if getattr(config, name)]
     if patterns:
         raise ValueError(f"A budget decides one rank for all linears: leave out `{'` and `'.join(patterns)}`.")
     if not shapes:

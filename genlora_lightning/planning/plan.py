@@ -238,7 +238,11 @@ def make_plan(
         trainable_parameters=report.trainable_parameters,
         lora_parameters=sizes.num_lora,
         memory=held,
-        traffic={label: plan_traffic(sizes, setup, lora=lora, sharding=kind) for label, lora, kind in cases},
+        traffic={
+            label: plan_traffic(sizes, setup, lora=lora, sharding=kind)
+            for label, lora, kind in cases
+            if not (lora and config.kind == "lora")  # it is that itself, but for what experts share or rows
+        },
         layers=len(sizes.base) - 1,
         remedy=None if _fits(held, setup) else _remedy(setup, memory, can_shard=quantization is None),
         quantization=quantization,

@@ -50,13 +50,11 @@ def search_ranks(
     if unknown:
         raise ValueError(f"{unknown[0]!r} is no elastic layer of the model. They are {', '.join([*layers][:5])}, …")
     ladders = {name: layer.config.elastic or [] for name, layer in layers.items()}
-    fixed = sum(
-        layer.config.count_parameters(layer.shape) for n, layer in require_adapters(model).items() if n not in layers
-    )
+    fixed = sum(layer.config.count_all(layer.shape) for n, layer in require_adapters(model).items() if n not in layers)
 
     def size(places: dict[str, int]) -> int:
         configs = {name: layer.config.of_first_rows(ladders[name][places[name]]) for name, layer in layers.items()}
-        return fixed + sum(configs[name].count_parameters(layer.shape) for name, layer in layers.items())
+        return fixed + sum(configs[name].count_all(layer.shape) for name, layer in layers.items())
 
     def moved(places: dict[str, int], group: Sequence[str], by: int) -> dict[str, int]:
         return places | {name: min(max(places[name] + by, 0), len(ladders[name]) - 1) for name in group}

@@ -122,6 +122,8 @@ def model_sizes(model: nn.Module) -> Sizes:
     unit_of = {id(m): index for index, block in enumerate(blocks, 1) for m in block.modules()}
     layers = list(adapter_layers(model).values())
     full = {id(p): p for module in trained_modules(model).values() for p in module.parameters()}
+    rows = [layer for layer in layers if layer.config.is_derived]
+    full |= {id(p): p for layer in rows for p in layer.adapter_parameters().values()}
     own = {id(p) for layer in layers for p in layer.adapter_parameters().values()} | set(full)
     count = len(blocks) + 1
     base: list[list[Shape]] = [[] for _ in range(count)]
@@ -132,7 +134,7 @@ def model_sizes(model: nn.Module) -> Sizes:
     itemsize = 0
     for module in model.modules():
         unit = unit_of.get(id(module), 0)
-        if isinstance(module, AdaptedLayer):
+        if isinstance(module, AdaptedLayer) and module not in rows:
             rank, several = module.config.rank, module.shape.sizes[:-2]
             lora[unit] += [(*several, rank, module.in_features), (*several, module.out_features, rank)]
         for parameter in module.parameters(recurse=False):

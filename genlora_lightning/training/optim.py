@@ -39,7 +39,7 @@ class OptimizerConfig:
         lr_factors: Factors on ``lr`` for groups of the adapter's parameters, by name; 1 for those that are not named.
             GenLoRA has ``latents``, ``rbf_weights`` and ``rbf_shapes`` (centres and widths), LoRA ``lora_a`` and
             ``lora_b`` (``{"lora_b": 16}`` is LoRA+), PoLAR ``polar_directions`` and ``polar_core``, Compacter
-            ``compacter_factors`` and ``compacter_shared``.
+            ``compacter_factors`` and ``compacter_shared``; rows of tokens are ``token_rows``.
         head_lr_factor: Factor on ``lr`` for all else that is trained: the modules in ``modules_to_train``.
         schedule: Shape of the decay: ``"cosine"``, ``"linear"``, or ``"constant"`` for none.
         warmup_steps: Length of the warm-up in optimizer steps.

@@ -117,6 +117,18 @@ def test_module_trained_in_full_is_read_in_float32_and_untied(tmp_path):
     assert torch.equal(model.lm_head.weight.bfloat16(), model.model.embed_tokens.weight)
 
 
+def test_rows_of_tokens_start_as_those_in_the_files(tmp_path):
+    folder = saved(tiny_llama(), tmp_path)
+    model = loaded(CAUSAL, folder, config=small_config(tokens_to_train=[40, 7]), dtype=torch.bfloat16)
+    layers = adapter_layers(model)
+    assert layers["lm_head"].table is layers["model.embed_tokens"].table
+    assert torch.equal(layers["lm_head"].table.rows, layers["lm_head"].weight[[7, 40]].float())
+    assert not layers["model.embed_tokens"].acts()
+    reference = ordinary(CAUSAL, folder, dtype=torch.bfloat16)
+    ids = torch.tensor([[7, 3, 40]])
+    assert torch.equal(model(ids).logits, reference(ids).logits)
+
+
 def test_fingerprint_is_the_same_before_and_after_the_weights_are_read(tmp_path):
     folder = saved(tiny_llama(), tmp_path)
     for dtype in (torch.float32, torch.bfloat16):

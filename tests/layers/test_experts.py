@@ -24,6 +24,17 @@ from tests.test_kinds_and_sites import OuterConfig
 CONFIGS = {
     "genlora": GenLoRAConfig(rank=3, num_groups_b=2, target_parameters=PARAMETERS),
     "lora": LoRAConfig(rank=3, target_parameters=PARAMETERS),
+    "genlora, one generator": GenLoRAConfig(
+        rank=3,
+        num_groups_b=2,
+        num_centers=2,
+        learn_centers=True,
+        learn_widths=True,
+        target_parameters=PARAMETERS,
+        share_over_experts="generator",
+    ),
+    "genlora, one A": GenLoRAConfig(rank=3, num_groups_b=2, target_parameters=PARAMETERS, share_over_experts="a"),
+    "lora, one A": LoRAConfig(rank=3, target_parameters=PARAMETERS, share_over_experts="a"),
     "outer": OuterConfig(target_parameters=PARAMETERS),  # without factors
 }
 each = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -53,7 +64,8 @@ def linears(experts: AdaptedExperts, name: str) -> list[AdaptedLinear]:
         layer = AdaptedLinear(linear, stack.config).to(matrix.dtype)
         for own, parameter in layer.adapter_parameters().items():
             if own in stack.adapter_parameters():
-                parameter.data.copy_(stack.adapter_parameters()[own][number])
+                stacked = stack.adapter_parameters()[own]
+                parameter.data.copy_(stacked[number if len(stacked) > 1 else 0])
             else:  # of a kind without factors
                 parameter.data.copy_(stack.adapter_parameters()[own.replace("update.", f"update.each.{number}.")])
         found.append(layer)
@@ -106,12 +118,13 @@ def test_each_way_to_compute_experts_is_exactly_a_loop_of_adapted_linears(config
                 for own, parameter in experts.stacks[name].adapter_parameters().items():
                     parts = own.split(".")
                     numbers = [int(parts[2])] if parts[1] == "each" else range(len(of_matrices))
-                    for number in numbers:
-                        linear = of_matrices[number].adapter_parameters()[own.replace(f".each.{number}", "")]
-                        expected = torch.zeros_like(linear) if linear.grad is None else linear.grad
-                        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                        gradient = gradient if parts[1] == "each" else gradient[number]
-                        torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
+                    linears_own = [of_matrices[n].adapter_parameters()[own.replace(f".each.{n}", "")] for n in numbers]
+                    expected = torch.stack([torch.zeros_like(p) if p.grad is None else p.grad for p in linears_own])
+                    gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                    gradient = gradient[None] if parts[1] == "each" else gradient
+                    if len(gradient) < len(expected):  # shared
+                        expected = expected.sum(0, keepdim=True)
+                    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
 
 
 def test_gradients_are_the_same_kept_for_a_step_and_by_plain_autograd():

@@ -8,6 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
+from genlora_lightning import LoRAConfig
 from genlora_lightning.injection.inject import adapter_parameters
 from genlora_lightning.modules import CausalLMModule
 from genlora_lightning.training.optim import OptimizerConfig
@@ -222,3 +223,14 @@ def test_labels_on_a_device_and_batches_of_other_kinds_are_not_looked_at() -> No
         assert module._known_labels is not None
         module._apply_batch_transfer_handler(batch, device=torch.device(device))
         assert module._known_labels is None
+
+
+def test_strings_of_tokens_are_looked_up_in_the_tokenizer(model_folders: dict[str, str]) -> None:
+    module = loaded(model_folders["llama"])
+    word, number = next((word, number) for word, number in module.tokenizer.get_vocab().items() if number > 3)
+    found = module.resolve_adapter_config(LoRAConfig(tokens_to_train=[word, 2]))
+    assert found.tokens_to_train == [number, 2]
+    found = module.resolve_adapter_config(LoRAConfig(tokens_to_train={"embed_tokens": [word]}))
+    assert found.tokens_to_train == {"embed_tokens": [number]}
+    with pytest.raises(ValueError, match=r"'<no such>', which is no token of .*resize_token_embeddings"):
+        module.resolve_adapter_config(LoRAConfig(tokens_to_train=["<no such>"]))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from typing_extensions import Self, override
@@ -17,6 +18,8 @@ from genlora_lightning.fields import check_choice, check_flag, check_integer, ch
 
 # γ·√R of `entry_signs`: found by search (docs/method.md), at a rate that suits the latents.
 SIGNED_GAIN = 64.0
+Sharing = Literal["generator", "a"]
+_GENERATOR = ("weight", "centers", "log_widths")
 
 
 @explain_arguments
@@ -67,14 +70,21 @@ class GenLoRAConfig(AdapterConfig):
         exclude_modules: Names, or last parts of names, of linears not to adapt; all in a named module are left out.
         modules_to_train: Names, or last parts of names, of modules trained in full beside the adapters and saved
             with them, such as a classification head.
+        tokens_to_train: Tokens whose rows of the input embedding, and of a head tied to it, are trained in full: ids,
+            or strings that a text module's tokenizer looks up; or such lists by names of embeddings and linears.
         layers_to_transform: Numbers of the layers to adapt: the first number in a linear's name. All if ``None``.
         rank_pattern: Ranks other than ``rank``, by a name, its last part, or a regular expression of either; the first
             that matches counts.
         alpha_pattern: Likewise for ``alpha``.
+        target_rows: Ranges of outputs ``[[start, end], …]`` to adapt of linears that are adapted in part, by names as
+            in ``rank_pattern``: the queries and values of a fused projection.
         elastic: Ranks to train for, rising, the last of them ``rank``; each step draws one for each layer. Afterwards
             the adapter may be used at any of them, and cut to it (``genlora slice``).
         keep_zeros: Update the weights alone that are not 0 in the base, ``W + ΔW ⊙ (W ≠ 0)``: a pruned base stays as
             sparse when the adapter is merged.
+        share_over_experts: What the experts of a stack (``target_parameters``) have together, each stack its own.
+            ``None``: nothing; ``"generator"``: RBF weights, centres and widths, so that each expert has latents of its
+            own alone; ``"a"``: A's latents, too, and with them A: each expert has latents of B of its own alone.
 
     Raises:
         ValueError: A value is out of its range; the message gives the field, the value, and what is allowed.
@@ -101,6 +111,7 @@ class GenLoRAConfig(AdapterConfig):
     learn_widths: bool = False
     init: Init = "zero_latent"
     kernel: str = "gaussian"
+    share_over_experts: Sharing | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -113,6 +124,7 @@ class GenLoRAConfig(AdapterConfig):
             check_flag(name, getattr(self, name))
         check_choice("init", self.init, get_args(Init))
         get_kernel(self.kernel)
+        self._check_shared(self.share_over_experts, get_args(Sharing))
 
     @property
     def gain(self) -> float:
@@ -165,6 +177,22 @@ class GenLoRAConfig(AdapterConfig):
                     f"`{field}` is {groups}, but {name} has only {entries} {what} to divide into groups. Lower "
                     f"`{field}` to {entries} or add {name!r} to `exclude_modules`."
                 )
+
+    @property
+    @override
+    def shared_over_experts(self) -> tuple[Collection[str], Collection[str]]:
+        if self.share_over_experts is None:
+            return (), ()
+        return (_GENERATOR if self.share_over_experts == "generator" else ("latent", *_GENERATOR)), _GENERATOR
+
+    @override
+    def count_shared_over_experts(self, shape: MatrixShape) -> int:
+        if self.share_over_experts is None:
+            return 0
+        latents_of_a = self.num_latents_a * shape.in_features
+        own = self.num_latents_b * shape.out_features
+        own += latents_of_a if self.share_over_experts == "generator" else 0
+        return self.count_parameters(shape) - own
 
     @override
     def count_parameters(self, shape: MatrixShape) -> int:

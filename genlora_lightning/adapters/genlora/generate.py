@@ -77,7 +77,7 @@ def generate_matrices(
     Args:
         parameters: For each generator latent, weight, centres and logarithms of widths, as :func:`generate` takes them.
             Or one tuple of the four stacked, each with the dimension of the generators first: then there is one
-            matrix ``(L, R, n)``, and nothing is copied on the way in or out.
+            matrix ``(L, R, n)``, and nothing is copied on the way in or out. That dimension is 1 of what all share.
         kernel: Name of the radial basis function.
         scale: A factor on the matrices.
         signs: The same for all of them.
@@ -241,7 +241,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of L generators' parameters, stacked, from those of their matrices ``(L, R, n)``, where wanted.
 
-    Each line is a pass over as many numbers as the matrices have, and these passes are what a generator costs.
+    Of what they share, whose first dimension is 1, it is the sum. Each line is a pass over as many numbers as the
+    matrices have, and these passes are what a generator costs.
     """
     latent, weight, centers, inverse_widths = _stacked(flat, scale)
     (num, rank, num_entries), num_groups = gradient.shape, flat[1].shape[-4]
@@ -252,8 +253,12 @@ def _gradients(
     rbf = get_kernel(kernel)
     value, factor = rbf.factored(t, centers)
     of_latent = of_weight = of_centers = of_log_widths = None
+
+    def summed(values: Tensor, dims: tuple[int, ...], like: Tensor) -> Tensor:
+        return values.sum((0, *dims)).unsqueeze(0) if len(like) < num else values.sum(dims)
+
     if wanted[1]:
-        of_weight = (gradient * value).sum(-1)  # (L, R, Q, K, G)
+        of_weight = summed(gradient * value, (-1,), weight)  # (L, R, Q, K, G)
         if factor is not None:
             of_weight *= scale * factor.squeeze(-1)
         elif scale != 1.0:
@@ -265,12 +270,12 @@ def _gradients(
         of_weight = of_weight.flatten().view(of_weight.shape)
     if wanted[2]:
         psi = value if factor is None else value * factor
-        of_centers = (gradient * weight * rbf.slope_by_center(t, centers, psi)).sum((-1, -2))
+        of_centers = summed(gradient * weight * rbf.slope_by_center(t, centers, psi), (-1, -2), centers)
     if wanted[0] or wanted[3]:
         by_t = weight * inverse_widths if factor is None else weight * factor * inverse_widths
         by_t = rbf.factored_slope(t, centers, value).mul_(gradient).mul_(by_t)
         if wanted[3]:
-            of_log_widths = -(by_t * latent).sum((-1, -2))
+            of_log_widths = -summed(by_t * latent, (-1, -2), inverse_widths)
         of_latent = by_t.sum((1, 3)).view(num, -1, num_entries).mT
         of_latent = of_latent.flatten().view(of_latent.shape)
     return of_latent if wanted[0] else None, of_weight, of_centers, of_log_widths
