@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Tests run small models, where more threads cost more than they bring; multi-process tests need a core per rank.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -16,6 +18,37 @@ from torch import nn
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.injection.inject import adapter_parameters
 from tests.hub import hub  # noqa: F401 - a fixture
+
+# What takes longest, begun first, or all wait for one of them at the end; files that start ranks, which wait for each
+# other, take turns with those that do not.
+LONGEST = (
+    "test_support_matrix.py",
+    "benchmarks/test_speed.py",
+    "distributed/test_sharded_files.py",
+    "docs/test_blocks.py",
+    "distributed/test_sharded.py",
+    "benchmarks/test_gpu.py",
+    "test_mixtures.py",
+    "planning/test_plan.py",
+    "distributed/test_torchrun.py",
+    "test_kinds_and_sites.py",
+    "cli/test_train.py",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.option.loadscopereorder = False  # newer releases of pytest-xdist begin with the files that have most tests
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what was imported out of all garbage collections: there are a million objects of it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -112,6 +112,8 @@ class GenLoRACLI(LightningCLI):
 
     def __init__(self, args: list[str] | None = None, *, run: bool = True, logs: RunLogs | None = None) -> None:
         self._logs = logs
+        given = sys.argv[1:] if args is None else args
+        self._asked = given[0] if given and given[0] in self.subcommands() else None
         super().__init__(
             run=run,
             trainer_class=CommandTrainer,
@@ -187,6 +189,8 @@ class GenLoRACLI(LightningCLI):
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._asked not in (None, subcommand):  # to be named in messages alone: the arguments of each take a while
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "predict":
             parser.add_argument(

@@ -8,7 +8,19 @@ import yaml
 from genlora_lightning.adapters.genlora.config import GenLoRAConfig
 from genlora_lightning.cli.main import main
 from genlora_lightning.injection.inject import inject_adapters
+from genlora_lightning.planning import plan
+from genlora_lightning.planning.activations import StepMemory
+from tests.counted import counted_once  # noqa: F401 - a fixture
 from tests.models import give_own_code, tiny_llama
+
+pytestmark = pytest.mark.usefixtures("counted_once")
+
+
+@pytest.fixture
+def uncounted(counted_once, monkeypatch):  # noqa: F811 - after it
+    """What is asked is which matrices are adapted, and not what their step holds."""
+    for name in ("count_generation", "count_step"):
+        monkeypatch.setattr(plan, name, lambda *_, **__: StepMemory(activations=0, factors=0))
 
 
 @pytest.fixture
@@ -42,6 +54,7 @@ def test_plan_says_at_once_what_it_does_and_takes_ddp_where_it_fits(model, capsy
     assert "add --config genlora:strategy/ddp" in found.out
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_plan_takes_names_or_an_expression_as_targets(model, capsys):
     for targets, linears in ((["q_proj", "v_proj"], 4), (["q_proj"], 2), ([r".*\.mlp\..*"], 6), (["all-linear"], 14)):
         assert (
@@ -66,6 +79,7 @@ def test_code_of_the_model_is_run_if_asked_and_nobody_is_asked_on_the_terminal(
     assert json.loads(capsys.readouterr().out)["linears"] == 14
 
 
+@pytest.mark.usefixtures("uncounted")
 def test_plan_counts_ranks_by_name_and_layers_by_number(model, capsys):
     arguments = ["plan", "--model", model, "--kind", "lora", "--rank", "4", "--seq", "8", "--target-modules", "q_proj"]
     arguments += ["--json"]

@@ -465,6 +465,15 @@ def test_named_adapters_are_a_list_or_have_settings_each(config: Path, monkeypat
     assert kinds(named) == {"a": ("genlora", 4), "b": ("lora", 2)}
 
 
+def test_a_configuration_of_all_commands_may_stand_before_the_command(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = write_config(config.with_name("whole.yaml"), fit=yaml.safe_load(config.read_text()))
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main(["--config", str(whole), "fit", "--print_config"])
+    assert yaml.safe_load(capsys.readouterr().out)["adapter"]["rank"] == 4
+
+
 def test_every_argument_of_the_callback_is_a_setting() -> None:
     arguments = set(inspect.signature(AdapterFinetuning.__init__).parameters) - {"self", "config"}
     assert set(_CALLBACK_DEFAULTS) == arguments

@@ -11,18 +11,16 @@ from genlora_lightning.injection.inject import inject_adapters
 from genlora_lightning.planning.plan import GIB, Plan, make_plan
 from genlora_lightning.planning.traffic import Setup
 from tests.conftest import small_config
+from tests.counted import counted_once  # noqa: F401 - a fixture
 from tests.models import tiny_bert, tiny_llama, tiny_squeezebert
 
-PLANS: dict[str, Plan] = {}
+pytestmark = pytest.mark.usefixtures("counted_once")
 
 
 def tiny_plan(config: GenLoRAConfig | None = None, **setup: object) -> Plan:
-    """A plan of a tiny model; made once for each setting, because it takes a second."""
-    key = f"{config} {setup}"
-    if key not in PLANS:
-        made = Setup(**{"tokens": 64, **setup})  # type: ignore[arg-type]
-        PLANS[key] = make_plan(tiny_llama().config, "tiny", "causal-lm", config or small_config(), made)
-    return PLANS[key]
+    """A plan of a tiny model."""
+    made = Setup(**{"tokens": 64, **setup})  # type: ignore[arg-type]
+    return make_plan(tiny_llama().config, "tiny", "causal-lm", config or small_config(), made)
 
 
 def real(config: GenLoRAConfig):
