@@ -50,7 +50,7 @@ test-matrix: $(STAMP) ## run the fast half of the suite on the oldest and on the
 	@for set in lowest-direct:$(LOWEST_PYTHON) highest:$(HIGHEST_PYTHON); do \
 	  name=.venv-$${set%%:*}; echo "== $$name" && \
 	  $(BIN)/uv venv --quiet --clear --python "$${set#*:}" $$name && \
-	  $(BIN)/uv pip install --quiet --python $$name --resolution $${set%%:*} --editable '.[data,peft,quickstart]' \
+	  $(BIN)/uv pip install --quiet --python $$name --resolution $${set%%:*} --editable '.[data,images,peft,quickstart]' \
 	    'pytest>=8.0' 'pytest-timeout>=2.3' 'pytest-xdist>=3.6' 'hypothesis>=6.100' && \
 	  $$name/bin/python -m pytest -q -m "not slow" -n auto --dist loadfile $(PYTEST_ARGS) $(MATRIX_TESTS) || exit 1; \
 	done

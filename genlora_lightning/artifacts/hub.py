@@ -113,15 +113,15 @@ def _explained(repo: str, revision: str | None, where: str) -> Iterator[None]:
         raise FileNotFoundError(f"{where}{repo} on the Hugging Face Hub has no revision {revision!r}.") from error
     except errors.RepositoryNotFoundError as error:
         raise FileNotFoundError(f"{where}{repo} is not on the Hugging Face Hub, or it is private. {login}") from error
-    except errors.HfHubHTTPError as error:
-        status: Any = getattr(error.response, "status_code", None)
-        access = f" No access with this token, or none is set. {login}" if status in (401, 403) else ""
-        raise OSError(f"{where}{repo}: the Hugging Face Hub answers {_first_line(error)}.{access}") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise OSError(
             f"{where}{repo} is not in the Hugging Face Hub's cache here, and the Hub cannot be reached. Check the "
             "network, and that HF_HUB_OFFLINE is not set."
         ) from error
+    except errors.HfHubHTTPError as error:
+        status: Any = getattr(error.response, "status_code", None)
+        access = f" No access with this token, or none is set. {login}" if status in (401, 403) else ""
+        raise OSError(f"{where}{repo}: the Hugging Face Hub answers {_first_line(error)}.{access}") from error
     except errors.HFValidationError as error:
         raise ValueError(f"{where}{repo} is no name on the Hugging Face Hub: {_first_line(error)}.") from error
     except Exception as error:
