@@ -46,7 +46,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of all garbage collections: there are a million objects of it."""
+    """Leave what was imported out of all garbage collections: there are some 400,000 objects of it."""
     gc.collect()
     gc.freeze()
 
