@@ -64,7 +64,11 @@ def test_unusable_files_are_refused_before_they_are_read(
     [
         ("a.jsonl", "\n  \n", r"a\.jsonl: train_file holds no records"),
         ("a.csv", "text,label\n", r"a\.csv: train_file holds no records"),
-        ("a.jsonl", '{"a": 1}\n{"a": 1,}\n', r"a\.jsonl:2: not valid JSON: .* at column 9"),
+        (
+            "a.jsonl",
+            '{"a": 1}\n{"a": 1,}\n',
+            r"a\.jsonl:2: not valid JSON: .* at column [89]",
+        ),  # Python 3.13 names the comma
         ("a.jsonl", "{\n", r"a\.jsonl:1: not valid JSON: .*one JSON object a line"),
         ("a.jsonl", '{"a": 1, "b": {"c": 1, "c": 2}}', r"a\.jsonl:1: not usable JSON: the key 'c' is there twice"),
         pytest.param(
