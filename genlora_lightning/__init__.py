@@ -7,10 +7,10 @@ without importing Lightning.
 from __future__ import annotations
 
 import logging
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from genlora_lightning._version import __version__ as __version__
+from genlora_lightning.lazy import names_of
 
 if TYPE_CHECKING:
     from genlora_lightning.adapters.compacter import CompacterConfig as CompacterConfig
@@ -86,13 +86,4 @@ __all__ = ["__version__", *_HOME]
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = names_of(__name__, _HOME)
