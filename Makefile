@@ -18,7 +18,7 @@ LOWEST_PYTHON ?= $(PYTHON)
 HIGHEST_PYTHON ?= $(PYTHON)
 RELEASE_PYTHONS ?= $(PYTHON)
 # What depends on other libraries' versions and takes minutes.
-MATRIX_TESTS ?= $(addprefix tests/,adapters artifacts backbone data injection interop layers modules storage training)
+MATRIX_TESTS ?= $(addprefix tests/,adapters artifacts backbone data injection interop layers modules planning storage training)
 
 ifeq ($(OS),Windows_NT)
   BIN := $(VENV)/Scripts

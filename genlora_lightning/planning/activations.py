@@ -232,6 +232,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype is torch.bool:
+            return False  # transformers 4 asks whether the attention mask is all true, and makes its own otherwise
         product = _grouped_product if func in _GROUPED else func
         results = product(*args, **(kwargs or {}))
         for result in tree_leaves(results):

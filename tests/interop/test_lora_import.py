@@ -17,7 +17,11 @@ IDS = torch.tensor([[3, 5, 7, 2, 9]])
 
 
 # PEFT asks transformers for it, which is going to rename it.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    # Embeddings that are tied are adapted here on purpose, of which PEFT warns.
+    pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`:UserWarning"),
+]
 
 
 def untied_llama() -> nn.Module:

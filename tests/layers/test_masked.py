@@ -114,7 +114,7 @@ def test_gradients_are_autograds(config):
     assert gradients[0].keys() == gradients[1].keys()
     assert gradients[0]
     for name, gradient in gradients[0].items():
-        assert (gradient - gradients[1][name]).norm() <= 1e-5 * gradients[1][name].norm(), name
+        assert (gradient - gradients[1][name]).norm() <= 2e-5 * gradients[1][name].norm(), name
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -34,7 +34,8 @@ def saved_bytes(model: nn.Module, batch: int, tokens: int) -> int:
 
     ids = torch.zeros(batch, tokens, dtype=torch.long)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        model.config.use_cache = False
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
     return sum(kept.values())
 
 
