@@ -581,7 +581,7 @@ def test_forwards_of_inference_mode_and_of_several_dtypes():
     loss_of(model).backward()
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated", "ignore::torch.jit.TracerWarning")
 def test_traced_model_is_saved_and_generates_from_its_own_parameters():
     model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)).eval()
     inject_adapters(model, small_config())

@@ -3,11 +3,13 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model, save_as_lora
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from genlora_lightning.artifacts.adapter_io import save_adapter
 from genlora_lightning.injection.inject import inject_adapters
@@ -108,6 +110,9 @@ def test_lora_of_its_rank_is_exact(llama, tokens, tmp_path):
         torch.testing.assert_close(served(tokens).logits, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION), reason=f"transformers needs PEFT {MIN_PEFT_VERSION} for it"
+)
 def test_transformers_adds_loads_and_switches_adapters(llama, tokens, tmp_path):
     with torch.no_grad():
         base = llama(tokens).logits
