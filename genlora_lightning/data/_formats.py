@@ -12,7 +12,8 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from typing import Any, NamedTuple
 
 from genlora_lightning.errors import DataFileError
@@ -50,8 +51,11 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _decoded_lines(path: str) -> Iterator[str]:
-    """Yields the lines of a UTF-8 file, with or without a byte order mark; those in a .gz file, too."""
+def _decoded_lines(path: str) -> Generator[str, None, None]:
+    """Yields the lines of a UTF-8 file, with or without a byte order mark; those in a .gz file, too.
+
+    Close it: an error keeps it alive, and with it the open file.
+    """
     with gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb") as file:
         number = 0
         while True:
@@ -81,22 +85,25 @@ def read_json_lines(path: str, wanted: Callable[[int], bool] | None = None) -> I
         wanted: Says which records to parse, by their numbers from 0; None is yielded for others. All if not given.
     """
     place = -1
-    for number, line in enumerate(_decoded_lines(path), start=1):
-        if not line.strip():
-            continue
-        place += 1
-        if wanted is not None and not wanted(place):
-            yield None
-            continue
-        where = f"{path}:{number}"
-        try:
-            fields = parse_json(line)
-        except json.JSONDecodeError as error:
-            reason = f"not valid JSON: {error.msg} at column {error.colno}; a .jsonl file has one JSON object a line"
-            raise DataFileError(where, reason) from error
-        except ValueError as error:
-            raise DataFileError(where, f"not usable JSON: {error}") from error
-        yield _record(where, fields)
+    with closing(_decoded_lines(path)) as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            place += 1
+            if wanted is not None and not wanted(place):
+                yield None
+                continue
+            where = f"{path}:{number}"
+            try:
+                fields = parse_json(line)
+            except json.JSONDecodeError as error:
+                reason = (
+                    f"not valid JSON: {error.msg} at column {error.colno}; a .jsonl file has one JSON object a line"
+                )
+                raise DataFileError(where, reason) from error
+            except ValueError as error:
+                raise DataFileError(where, f"not usable JSON: {error}") from error
+            yield _record(where, fields)
 
 
 def _record(where: str, fields: Any) -> Record:
@@ -112,29 +119,32 @@ def _read_jsonl(path: str) -> Iterator[Record]:
 
 def _read_csv(path: str) -> Iterator[Record]:
     csv.field_size_limit(sys.maxsize // 2**32)  # 2 GiB: a conversation may well be longer than the default of 128 KiB
-    reader = csv.reader(_decoded_lines(path), strict=True)
-    header: list[str] | None = None
-    while True:
-        where = f"{path}:{reader.line_num + 1}"  # a record may span lines: name its first
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise DataFileError(where, f"not valid CSV: {error}") from error
-        if row is None:
-            return
-        if not row:
-            continue
-        if header is None:
-            header = [name.strip() for name in row]
-            if len(set(header)) < len(header) or "" in header:
-                raise DataFileError(where, f"column names must be distinct and not empty, got {shown(header)}")
-            if len(header) == 1 and (other := re.search("[;\t|]", header[0])):
-                reason = f"one column {shown(header[0])}: its names are separated by {other[0]!r}; save it with commas"
-                raise DataFileError(where, reason)
-        elif len(row) != len(header):
-            raise DataFileError(where, f"{len(row)} values in a file of {len(header)} columns {shown(header)}")
-        else:
-            yield Record(where, dict(zip(header, row, strict=True)))
+    with closing(_decoded_lines(path)) as lines:
+        reader = csv.reader(lines, strict=True)
+        header: list[str] | None = None
+        while True:
+            where = f"{path}:{reader.line_num + 1}"  # a record may span lines: name its first
+            try:
+                row = next(reader, None)
+            except csv.Error as error:
+                raise DataFileError(where, f"not valid CSV: {error}") from error
+            if row is None:
+                return
+            if not row:
+                continue
+            if header is None:
+                header = [name.strip() for name in row]
+                if len(set(header)) < len(header) or "" in header:
+                    raise DataFileError(where, f"column names must be distinct and not empty, got {shown(header)}")
+                if len(header) == 1 and (other := re.search("[;\t|]", header[0])):
+                    reason = (
+                        f"one column {shown(header[0])}: its names are separated by {other[0]!r}; save it with commas"
+                    )
+                    raise DataFileError(where, reason)
+            elif len(row) != len(header):
+                raise DataFileError(where, f"{len(row)} values in a file of {len(header)} columns {shown(header)}")
+            else:
+                yield Record(where, dict(zip(header, row, strict=True)))
 
 
 def _read_json(path: str) -> Iterator[Record]:
