@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
@@ -248,3 +249,10 @@ def test_version_is_that_of_pyproject():
     stated = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert stated
     assert stated[1] == genlora_lightning.__version__
+
+
+def test_docs_list_each_field_of_the_configuration():
+    rows = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs/configuration.md").read_text(), re.MULTILINE)
+    listed = {name for row in rows for name in re.findall(r"`(\w+)`", row)}
+    fields = {field.name for field in dataclasses.fields(genlora_lightning.GenLoRAConfig)}
+    assert fields <= listed, f"docs/configuration.md leaves out {sorted(fields - listed)}"
