@@ -368,6 +368,13 @@ METHODS: dict[str, Method] = {
         _sine_size,
     ),
     "genlora": Method(_kind(lambda settings: GenLoRAConfig(**settings), fused=True), _genlora_size),
+    "started genlora": Method(  # at a mean gradient, by what runs it
+        _kind(
+            lambda settings: GenLoRAConfig(**{key: value for key, value in settings.items() if key != "start"}),
+            fused=True,
+        ),
+        lambda shapes, budget, **fixed: {**_genlora_size(shapes, budget, **fixed), "start": "mean gradient"},
+    ),
     "variant": Method(_variant, lambda shapes, budget, **spec: spec),
 }
 

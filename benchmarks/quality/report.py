@@ -14,18 +14,23 @@ ROOT = Path(__file__).resolve().parents[2]
 REPORT = Path(__file__).parent / "REPORT.md"
 IMAGES = ROOT / "docs" / "images"
 LOSS, ACCURACY = "test_loss", "test_accuracy"
+FORGOTTEN = "general_rise"
 TABLE = ("main", "llm", "vision")  # the experiments of the main table
+TAIL = "the language model's last blocks"
 MATCH = 0.05  # two arms are of equal size if their parameters differ by less than this share
 
 
 def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> None:
     """Write the report and its pictures."""
-    main, rates, traces, scaling = (
-        load(folder, names) for names in (TABLE, (*TABLE, "rates"), ("ranks",), ("rank-scaling",))
+    main, rates, traces, scaling, tail, search = (
+        load(folder, names)
+        for names in (TABLE, (*TABLE, "rates"), ("ranks",), ("rank-scaling",), ("tail",), ("tail-search",))
     )
     images.mkdir(parents=True, exist_ok=True)
     parts = [_head(main), _score_tables(main), _difference_tables(main), _bars(main, rates), _rank_table(main)]
     parts.append(_rate_table(main, rates))
+    parts += [_score_tables(tail, TAIL), _difference_tables(tail, TAIL), _search_table(tail, search)]
+    parts.append(_rate_table(tail, tail, TAIL))
     drawn = [
         ("quality-pareto.png", "Quality over adapter parameters", pictures.pareto(main, images)),
         ("quality-ranks.png", "Effective rank of ΔW by size", pictures.ranks(main, images)),
@@ -77,7 +82,7 @@ def _cell(samples: list[list[float]], digits: int, scale: float = 1.0) -> str:
     return average([[scale * value for value in sample] for sample in samples]).text(digits)
 
 
-def _score_tables(results: Results) -> str:
+def _score_tables(results: Results, of: str = "") -> str:
     if not results.arms():
         return ""
     parts = []
@@ -85,13 +90,20 @@ def _score_tables(results: Results) -> str:
     for column, title, digits, scale in (
         (LOSS, "Test loss (lower is better)", 4, 1.0),
         (ACCURACY, "Test accuracy in percent", 1, 100.0),
+        (FORGOTTEN, "Rise of the loss on English news (lower is better)", 4, 1.0),
     ):
+        if column == FORGOTTEN and not of:
+            continue  # most rows of the main table have none
         rows = [
             [arm, _size(results, arm), *(_cell(results.samples(arm, task, column), digits, scale) for task in tasks)]
             for arm in results.arms()
         ]
-        parts.append(f"## {title}\n\n" + _table(["method", "adapter parameters", *tasks], rows))
+        parts.append(f"## {_titled(title, of)}\n\n" + _table(["method", "adapter parameters", *tasks], rows))
     return "\n\n".join(parts)
+
+
+def _titled(title: str, of: str) -> str:
+    return f"{title}: {of}" if of else title
 
 
 def _size(results: Results, arm: str) -> str:
@@ -124,7 +136,7 @@ def _over(results: Results, arm: str, other: str) -> str:
     return "" if found == results.tasks() else f" (over {', '.join(found)})"
 
 
-def _difference_tables(results: Results) -> str:
+def _difference_tables(results: Results, of: str = "") -> str:
     if not results.arms():
         return ""
     parts = []
@@ -147,7 +159,10 @@ def _difference_tables(results: Results) -> str:
             rows.append([arm, other, f"{share:.2f}", *texts, last])
         if rows:
             header = ["method", "compared with", "share of its size", *tasks, "accuracy, average (points)"]
-            parts.append(f"## Difference in test loss to {title}\n\nNegative is better.\n\n" + _table(header, rows))
+            parts.append(
+                f"## {_titled(f'Difference in test loss to {title}', of)}\n\nNegative is better.\n\n"
+                + _table(header, rows)
+            )
     return "\n\n".join(parts)
 
 
@@ -270,7 +285,26 @@ def _rank_table(results: Results) -> str:
     return "## Effective rank at the end of training\n\nMeans over linears, seeds and tasks.\n\n" + _table(header, rows)
 
 
-def _rate_table(main: Results, rates: Results) -> str:
+def _search_table(tail: Results, search: Results) -> str:
+    """Validation losses of the forms that were tried, at each rate, beside those of the methods compared."""
+    tasks = sorted({task for found in (tail, search) for cells in found.cells.values() for task in cells})
+    rows = [
+        [arm, f"{found.budgets[arm]:.2f}", *(_trials(found, arm, task) for task in tasks)]
+        for found in (tail, search)
+        for arm in found.cells
+    ]
+    if not rows:
+        return ""
+    title = _titled("Validation loss by learning rate", TAIL)
+    return f"## {title}\n\nThe tuning seed alone.\n\n" + _table(["method", "size, of LoRA rank 1's", *tasks], rows)
+
+
+def _trials(results: Results, arm: str, task: str) -> str:
+    cell = results.cells[arm].get(task)
+    return ", ".join(f"{rate:g}: {loss:.4f}" for rate, loss in sorted(cell.means().items())) if cell else "–"
+
+
+def _rate_table(main: Results, rates: Results, of: str = "") -> str:
     rows, edges = [], []
     for arm, tasks in main.cells.items():
         for task, cell in tasks.items():
@@ -293,7 +327,7 @@ def _rate_table(main: Results, rates: Results) -> str:
         "best",
         "range within 1 % of the best loss, factors of two",
     ]
-    text = "## Learning rates\n\n" + _table(header, rows)
+    text = f"## {_titled('Learning rates', of)}\n\n" + _table(header, rows)
     if edges:
         text += "\n\nBest at the end of the rates tried: " + ", ".join(edges) + "."
     return text

@@ -19,13 +19,16 @@ import torch
 
 import genlora_lightning
 from genlora_lightning.adapters.steps import hook_steps
+from genlora_lightning.injection.inject import adapter_layers
 
 from .batches import on_device
 from .methods import METHODS, deltas, linear_shapes, lora_unit
 from .ranks import mean_ranks
 from .tasks import make_task
+from .variants import BATCHES, mean_gradients, start_at
 
 WARMUP_SHARE = 0.06
+CALIBRATION_SEED = 10_000
 get_task = functools.cache(make_task)
 
 
@@ -76,7 +79,13 @@ def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[
     model = task.build(spec.seed, full=method.full)
     shapes = linear_shapes(model.base)
     before = {name: model.base.get_submodule(name).weight.float().clone() for name in shapes} if method.full else None
+    by_gradient = spec.settings.get("start") == "mean gradient"
+    if by_gradient:
+        batches = task.batches(spec.seed + CALIBRATION_SEED, BATCHES)
+        gradients = mean_gradients(model.base, (functools.partial(task.loss, model, batch) for batch in batches))
     groups = method.apply(model.base, spec.settings, spec.seed)
+    if by_gradient:
+        start_at(gradients, adapter_layers(model.base))
     head = list(model.head.parameters()) if model.head is not None else []
     head_lr = spec.lr if spec.method == "frozen" else task.head_lr
     adapter_parameters = sum(p.numel() for group in groups for p in group["params"])

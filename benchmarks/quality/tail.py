@@ -23,8 +23,8 @@ from .batches import bucketed
 from .language import ATTENTION, LanguageTask, model_folder, tokenizer
 
 SUFFIX = "-tail"
-BLOCKS = 6
-_MOST_WINDOWS = 2000  # for training
+BLOCKS = 3
+_MOST_WINDOWS = 900  # for training
 _SPLITS = ("train", "val", "test", "general")
 
 

@@ -14,12 +14,17 @@ fields that differ for one factor:
 for each layer anew, "shared": the same in all, "shifted": those of one table, read from another place in each layer |
 | plain_latents, plain_rows | so many latents, or rows of M, come first and have no signs: a part that entries share |
 | equal | the weights start at 1 instead of at random |
+| blocks | row r of A is latent r mod q at the entries of group r // q, and zero at all others; each group of B starts \
+with latent q taking all rows of A's latent q: LoRA of rank q, whose G × G blocks get weights of their own. R = G · q |
 | a_scale | factor on the initial size of A (1: uniform in ±1/√n) |
 | freeze | names of parameters that are not trained |
 | dense | "train": a stored matrix, as in LoRA; "frozen": a random one that is not trained |
 | sketch | M = C · S with a trained C (R, sketch) and a frozen S (sketch, n) of random signs / √sketch, or of singular \
 vectors where `start` is "weight": rows of a subspace |
-| start | A from singular vectors of the "weight" |
+| start | what is stored, or C's subspace, from singular vectors of the "weight", or of its "mean gradient" over \
+`BATCHES` batches before the first step |
+| bits | of what is frozen only the signs are kept, all of one size |
+| shorter | of each linear the shorter factor is trained, and the other one frozen |
 | core | ΔW = s · U C V with frozen singular vectors U, V of the weight and a trained C (R, R), as LoRA-XS |
 | share_a, share_b | one set of latents for all factors that read (write) the residual stream; "kind": one A (B) \
 for each kind of linear, that is for all of one last part of a name |
@@ -31,8 +36,8 @@ Of the first search's rows four are of forms that are no more: singular vectors 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, cast
 
 import torch
@@ -42,6 +47,7 @@ from typing_extensions import override
 from genlora_lightning import inject_adapters
 from genlora_lightning.adapters.base import Factor, FactorPair, MatrixShape, Role
 from genlora_lightning.adapters.config import AdapterConfig, ScalingRule
+from genlora_lightning.adapters.genlora.generator import RBFGenerator
 from genlora_lightning.adapters.genlora.rbf import get_kernel
 from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.layers.adapted import AdaptedLayer
@@ -54,6 +60,8 @@ Side = Literal["a", "b"]
 READERS = ("query", "key", "value", "intermediate.dense", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 _CENTERS = (0.5, 2.0)  # range of the centres' distances from zero
 _LONG = {"G": "num_groups", "K": "num_centers", "q": "num_latents"}
+BATCHES = 16  # of the mean gradient
+_WHOLE = ("alpha", "core", "shorter")
 _RATES = ("lr_rbf", "lr_a")
 _AFTERWARDS = ("start", "share_a", "share_b")  # what is done when all layers are there
 
@@ -72,10 +80,13 @@ class FactorForm:
     plain_latents: int = 0
     plain_rows: int = 0
     equal: bool = False
+    blocks: bool = False
     a_scale: float = 1.0
     freeze: tuple[str, ...] = ()
     dense: Literal["", "train", "frozen"] = ""
     sketch: int = 0
+    bits: bool = False
+    zero: bool | None = None  # whether it starts at zero; B does if nothing is said
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +97,7 @@ class VariantConfig(AdapterConfig):
         a: Form of A.
         b: Form of B.
         core: Whether B is ``C · M`` with a trained ``C (R, R)``, which starts at zero, of a stored M.
+        shorter: Whether the shorter factor is stored and trained, and the other one stored and frozen.
     """
 
     kind: ClassVar[str] = "variant"
@@ -97,6 +109,7 @@ class VariantConfig(AdapterConfig):
     a: FactorForm = field(default_factory=FactorForm)
     b: FactorForm = field(default_factory=FactorForm)
     core: bool = False
+    shorter: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,8 +128,12 @@ class VariantConfig(AdapterConfig):
                 return DenseFactor(num_entries, self.rank, form, side, core=core, device=device, generator=generator)
             return VariantFactor(num_entries, self.rank, form, side, device=device, generator=generator)
 
-        A = factor(shape.in_features, self.a, "a")
-        return FactorPair(A, factor(shape.out_features, self.b, "b"), self.scaling_factor)
+        a, b = self.a, self.b
+        if self.shorter:
+            trained, frozen = (replace(self.b, dense=how, zero=how == "train") for how in ("train", "frozen"))
+            a, b = (frozen, trained) if shape.out_features <= shape.in_features else (trained, frozen)
+        A = factor(shape.in_features, a, "a")
+        return FactorPair(A, factor(shape.out_features, b, "b"), self.scaling_factor)
 
     @override
     def count_parameters(self, shape: MatrixShape) -> int:
@@ -199,12 +216,23 @@ class VariantFactor(FormulaFactor):
         self.weight.div_((self.weight * own).square().sum(3, keepdim=True).mean(2, keepdim=True).sqrt())
         if is_b:
             self.latent.zero_()
+        if form.blocks:
+            self._set_blocks()
         if form.signs:
             self.signs = self._draw_signs(generator)
             signed = self.weight[form.plain_latents :]
             signed.abs_()  # they say how much of a direction there is
             if form.equal:
                 signed.fill_(1.0)
+
+    def _set_blocks(self) -> None:
+        """Weights of A that are 1 for a group's own rows, and of B that are 1 for a latent's own."""
+        form, row = self.form, torch.arange(self.rank, device=self.weight.device)
+        latent = torch.arange(form.num_latents, device=row.device)[:, None, None]
+        own = row % form.num_latents == latent
+        if self.side == "a":
+            own = own & (row // form.num_latents == torch.arange(self.weight.shape[1], device=row.device)[:, None])
+        self.weight.copy_(own.expand(self.weight.shape[:3]).unsqueeze(-1))
 
     def _draw_signs(self, generator: torch.Generator | None) -> Tensor:
         """Signs (q, n, R, 1)."""
@@ -288,7 +316,7 @@ class DenseFactor(FormulaFactor):
             self.stored.uniform_(-1, 1, generator=generator).mul_(size)
         if self.core is not None:
             self.core.normal_(0.0, size / math.sqrt(3), generator=generator)
-        if self.side == "b":
+        if self.side == "b" if self.form.zero is None else self.form.zero:
             (self.stored if self.core is None else self.core).zero_()
 
     @override
@@ -302,14 +330,14 @@ def variant_config(spec: Spec) -> VariantConfig:
     Raises:
         ValueError: It has a field that there is not.
     """
-    shared = {key: value for key, value in spec.items() if key not in ("R", "alpha", "core", "a", "b")}
+    shared = {key: value for key, value in spec.items() if key not in (*_WHOLE, "R", "a", "b")}
     shared = {key: value for key, value in shared.items() if key not in (*_RATES, *_AFTERWARDS)}
     forms = {side: {_LONG.get(k, k): v for k, v in {**shared, **spec.get(side, {})}.items()} for side in ("a", "b")}
     known = {one.name for one in fields(FactorForm)}
     if unknown := sorted({name for form in forms.values() for name in form} - known):
         raise ValueError(f"A specification has no fields {unknown}; those of a factor are {sorted(known)}.")
-    whole = {"rank": spec.get("R", 16), "alpha": spec.get("alpha", 2.0), "core": spec.get("core", False)}
-    return VariantConfig.from_dict({**whole, **forms})
+    whole = {key: spec[key] for key in _WHOLE if key in spec}
+    return VariantConfig.from_dict({"rank": spec.get("R", 16), **whole, **forms})
 
 
 def inject_variant(base: nn.Module, spec: Spec, seed: int) -> dict[str, float]:
@@ -320,9 +348,8 @@ def inject_variant(base: nn.Module, spec: Spec, seed: int) -> dict[str, float]:
     """
     inject_adapters(base, variant_config(spec), generator=torch.Generator().manual_seed(seed + 1000))
     layers = adapter_layers(base)
-    if spec.get("start"):
-        for layer in layers.values():
-            _start_at_weight(layer)
+    if spec.get("start") == "weight":
+        start_at({name: layer.base_weight for name, layer in layers.items()}, layers)
     for side in ("A", "B"):
         if how := spec.get(f"share_{side.lower()}"):
             _share(layers, side, by_kind=how == "kind")
@@ -344,21 +371,62 @@ def _share(layers: Mapping[str, AdaptedLayer], side: str, *, by_kind: bool) -> N
 
 
 @torch.no_grad()
-def _start_at_weight(layer: AdaptedLayer) -> None:
-    """Set A, and B under a core, to leading singular vectors of the weight."""
-    assert layer.pair is not None
-    A, B = layer.pair
-    source = layer.base_weight.float()
-    left, _, right = torch.linalg.svd(source, full_matrices=False)
-    size = cast(VariantFactor | DenseFactor, A).form.a_scale / math.sqrt(3)  # norm of a row that is uniform in ±1/√n
-    if isinstance(A, DenseFactor) and A.form.sketch:
-        A.stored.copy_(right[: A.inner] * math.sqrt(A.num_entries / A.inner))
-    elif isinstance(A, DenseFactor):
-        A.stored.copy_(right[: A.rank] * size)
-    elif isinstance(A, VariantFactor):
-        for group in A.group.unique():
-            own = A.group == group
-            vector = torch.linalg.svd(source[:, own], full_matrices=False)[2][0]
-            A.latent[0, own] = vector * size * math.sqrt(int(own.sum()) / source.shape[1])
-    if isinstance(B, DenseFactor) and B.core is not None:
-        B.stored.copy_(left[:, : B.rank].T)
+def start_at(sources: Mapping[str, Tensor], layers: Mapping[str, AdaptedLayer]) -> None:
+    """Set what the factors store to leading singular vectors of a matrix for each layer, but for what is zero."""
+    for name, layer in layers.items():
+        assert layer.pair is not None
+        A, B = layer.pair
+        if isinstance(A, RBFGenerator) and isinstance(B, RBFGenerator):
+            _start_latent_at(sources[name].float(), A, B)
+            continue
+        left, _, right = torch.linalg.svd(sources[name].float(), full_matrices=False)
+        for factor, vectors in zip(layer.pair, (right, left.T), strict=True):
+            form = cast(VariantFactor | DenseFactor, factor).form
+            size = form.a_scale / math.sqrt(3)  # norm of a row that is uniform in ±1/√n
+            if isinstance(factor, DenseFactor) and form.sketch:
+                factor.stored.copy_(vectors[: factor.inner] * math.sqrt(factor.num_entries / factor.inner))
+            elif isinstance(factor, DenseFactor) and factor.core is not None:
+                factor.stored.copy_(vectors[: factor.rank])
+            elif isinstance(factor, DenseFactor) and factor.stored.any():
+                factor.stored.copy_(vectors[: factor.rank] * size)
+                if form.bits:
+                    factor.stored.sign_().mul_(size / math.sqrt(factor.num_entries))
+            elif isinstance(factor, VariantFactor) and factor.side == "a":
+                for group in factor.group.unique():
+                    own = factor.group == group
+                    vector = torch.linalg.svd(sources[name][:, own].float(), full_matrices=False)[2][0]
+                    factor.latent[0, own] = vector * size * math.sqrt(int(own.sum()) / factor.num_entries)
+
+
+def _start_latent_at(source: Tensor, A: RBFGenerator, B: RBFGenerator) -> None:
+    """Set the package's one latent of A to the direction that B's first step follows farthest, at the length it has.
+
+    Entry j of B's latent q moves by what ``source`` has along its signed direction: ``(G ∘ Sq) z`` with ``Sq = B̂qᵀ Â``,
+    of the slopes at zero. The z of a length that makes it largest is the leading right singular vector.
+    """
+
+    def slopes(factor: RBFGenerator, latent: int) -> Tensor:
+        before, small = factor.latent.clone(), 1e-3
+        factor.latent.zero_()[:, latent] = small
+        made = factor(plain=True) / small
+        factor.latent.copy_(before)
+        return made
+
+    of_a = slopes(A, 0)
+    seen = torch.cat([source * (slopes(B, latent).T @ of_a) for latent in range(B.num_latents)])
+    direction = torch.linalg.svd(seen, full_matrices=False)[2][:1].T
+    A.latent.copy_(direction * A.latent.norm())
+
+
+def mean_gradients(base: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> dict[str, Tensor]:
+    """Mean gradient of each linear's weight ``(out, in)``, over losses; the model is left as it was."""
+    linears = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
+    for linear in linears.values():
+        linear.weight.requires_grad_(True)
+    for loss in losses:
+        loss().backward()
+    found = {name: cast(Tensor, linear.weight.grad) for name, linear in linears.items()}
+    for linear in linears.values():
+        linear.weight.grad = None
+        linear.weight.requires_grad_(False)
+    return found

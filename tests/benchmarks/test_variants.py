@@ -10,8 +10,16 @@ import torch
 
 from benchmarks.quality.adapters import SineConfig, StiefelConfig
 from benchmarks.quality.experiments import EXPERIMENTS
+from benchmarks.quality.methods import METHODS
 from benchmarks.quality.rows import RESULTS, read_rows
-from benchmarks.quality.variants import READERS, FactorForm, inject_variant, variant_config
+from benchmarks.quality.variants import (
+    READERS,
+    FactorForm,
+    inject_variant,
+    mean_gradients,
+    start_at,
+    variant_config,
+)
 from genlora_lightning import inject_adapters
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.injection.inject import adapter_layers
@@ -23,7 +31,9 @@ SIGNED = {"R": 8, "G": 1, "kernel": "linear", "signs": "shifted", "equal": True,
 CORE = {"R": 4, "a": {"dense": "frozen"}, "b": {"dense": "frozen"}, "core": True, "start": "weight"}
 MIXED = {"R": 4, "a": {"dense": "train", "a_scale": 0.5}, "grouping": "strided", "K": 2, "freeze": ["centers"]}
 SKETCH = {"R": 4, "a": {"sketch": 6}, "b": {"dense": "train"}}
-SPECS = {"signed": SIGNED, "core": CORE, "mixed": MIXED, "sketch": SKETCH}
+SHORTER = {"R": 4, "alpha": 4.0, "shorter": True}
+BLOCKS = {"R": 6, "G": 3, "q": 2, "kernel": "linear", "blocks": True, "freeze": ["centers", "log_widths"]}
+SPECS = {"signed": SIGNED, "core": CORE, "mixed": MIXED, "sketch": SKETCH, "shorter": SHORTER, "blocks": BLOCKS}
 CONFIGS = {
     "stiefel": StiefelConfig(rank=3),
     "sine": SineConfig(rank=3),
@@ -132,3 +142,78 @@ def test_sketch_starts_as_long_as_loras_rows_within_a_subspace_of_the_weights_le
         matrix = A.matrix()
         torch.testing.assert_close(matrix @ leading.T @ leading, matrix, rtol=1e-4, atol=1e-5)
         assert 0.2 < matrix.norm(dim=1).mean() * 3**0.5 < 3
+
+
+def test_shorter_factor_of_each_linear_is_trained_from_zero_and_the_other_one_is_frozen():
+    model = tiny_bert().base_model
+    inject_variant(model, SHORTER, 0)
+    shapes = set()
+    for layer in adapter_layers(model).values():
+        A, B = layer.pair
+        trained, frozen = (B, A) if B.num_entries <= A.num_entries else (A, B)
+        shapes.add(trained is A)
+        assert trained.stored.requires_grad
+        assert not frozen.stored.requires_grad
+        assert trained.stored.abs().max() == 0 < frozen.stored.abs().max()
+    assert shapes == {True, False}
+
+
+def test_blocks_start_as_lora_and_each_block_has_weights_of_its_own():
+    model = tiny_bert().base_model
+    inject_variant(model, BLOCKS, 0)
+    layer = next(iter(adapter_layers(model).values()))
+    A, B = layer.pair
+    torch.nn.init.normal_(B.latent)
+    torch.testing.assert_close(layer.delta_weight(), layer.scaling * B.latent.T @ A.latent)
+    before = layer.delta_weight()
+    with torch.no_grad():
+        B.weight[:, 1, 2 * 2 :] *= 3.0  # the second group of outputs, the third of inputs
+    changed = (layer.delta_weight() != before).any(1), (layer.delta_weight() != before).any(0)
+    assert torch.equal(changed[0], B.group == 1)
+    assert torch.equal(changed[1], A.group == 2)
+
+
+@pytest.mark.parametrize("bits", [False, True])
+def test_mean_gradient_is_that_of_the_losses_and_what_is_frozen_starts_at_its_leading_inputs(bits):
+    model, ids = tiny_bert().base_model.eval().requires_grad_(False), torch.arange(24).view(4, 6)
+    model.pooler = None
+    losses = [lambda part=part: model(input_ids=part).last_hidden_state.exp().sum() for part in ids.split(2)]
+    found = mean_gradients(model, losses)
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+    name = "encoder.layer.0.attention.self.query"
+    weight = model.get_submodule(name).weight.requires_grad_(True)
+    (expected,) = torch.autograd.grad(model(input_ids=ids).last_hidden_state.exp().sum(), weight)
+    weight.requires_grad_(False)
+    torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+
+    inject_variant(model, {"R": 2, "a": {"dense": "frozen", "bits": bits}, "b": {"dense": "train"}}, 0)
+    start_at(found, adapter_layers(model))
+    A, B = adapter_layers(model)[name].pair
+    leading = torch.linalg.svd(expected, full_matrices=False)[2][:2]
+    torch.testing.assert_close(A.stored.sign() if bits else A.stored * 3**0.5, leading.sign() if bits else leading)
+    torch.testing.assert_close(A.stored.norm(dim=1), torch.full((2,), 3**-0.5))
+    assert B.stored.abs().max() == 0
+
+
+def test_latent_started_at_a_gradient_is_moved_faster_than_any_other_of_its_length():
+    model = tiny_bert().base_model
+    METHODS["started genlora"].apply(model, {"rank": 16, "num_latents_b": 2, "start": "mean gradient"}, 0)
+    layers = adapter_layers(model)
+    generator = torch.Generator().manual_seed(0)
+    gradients = {name: torch.randn(layer.base_weight.shape, generator=generator) for name, layer in layers.items()}
+    lengths = {name: layer.pair[0].latent.norm().item() for name, layer in layers.items()}
+    start_at(gradients, layers)
+    name, layer = next(iter(layers.items()))
+    A, B = layer.pair
+    assert A.latent.norm().item() == pytest.approx(lengths[name])
+
+    def first_step() -> float:
+        (gradient,) = torch.autograd.grad((layer.delta_weight() * gradients[name]).sum(), B.latent)
+        return gradient.norm().item()
+
+    started = first_step()
+    for _ in range(20):
+        with torch.no_grad():
+            A.latent.normal_(generator=generator)
+            A.latent.mul_(lengths[name] / A.latent.norm())
+        assert first_step() < started
