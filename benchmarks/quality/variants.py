@@ -19,15 +19,11 @@ with latent q taking all rows of A's latent q: LoRA of rank q, whose G × G bloc
 | a_scale | factor on the initial size of A (1: uniform in ±1/√n) |
 | freeze | names of parameters that are not trained |
 | dense | "train": a stored matrix, as in LoRA; "frozen": a random one that is not trained |
-| sketch | M = C · S with a trained C (R, sketch) and a frozen S (sketch, n) of random signs / √sketch, or of singular \
-vectors where `start` is "weight": rows of a subspace |
-| start | what is stored, or C's subspace, from singular vectors of the "weight", or of its "mean gradient" over \
-`BATCHES` batches before the first step |
-| bits | of what is frozen only the signs are kept, all of one size |
+| start | what is stored from singular vectors of the "weight", or of its "mean gradient" over `BATCHES` batches \
+before the first step |
 | shorter | of each linear the shorter factor is trained, and the other one frozen |
 | core | ΔW = s · U C V with frozen singular vectors U, V of the weight and a trained C (R, R), as LoRA-XS |
-| share_a, share_b | one set of latents for all factors that read (write) the residual stream; "kind": one A (B) \
-for each kind of linear, that is for all of one last part of a name |
+| share_a, share_b | one set of latents for all factors that read (write) the residual stream |
 | lr_rbf, lr_a | factors on the rate: of weights, centres and widths; of all of A |
 
 Of the first search's rows four are of forms that are no more: singular vectors of a "gradient", a "float32" base.
@@ -84,8 +80,6 @@ class FactorForm:
     a_scale: float = 1.0
     freeze: tuple[str, ...] = ()
     dense: Literal["", "train", "frozen"] = ""
-    sketch: int = 0
-    bits: bool = False
     zero: bool | None = None  # whether it starts at zero; B does if nothing is said
 
 
@@ -123,7 +117,7 @@ class VariantConfig(AdapterConfig):
         self, shape: MatrixShape, *, device: torch.device | None = None, generator: torch.Generator | None = None
     ) -> FactorPair:
         def factor(num_entries: int, form: FactorForm, side: Side) -> Factor:
-            if form.dense or form.sketch:
+            if form.dense:
                 core = self.core and side == "b"
                 return DenseFactor(num_entries, self.rank, form, side, core=core, device=device, generator=generator)
             return VariantFactor(num_entries, self.rank, form, side, device=device, generator=generator)
@@ -285,39 +279,33 @@ class DenseFactor(FormulaFactor):
         self.form = form
         self.side = side
         self.roles = {"stored": Role(f"latents_{side}")}
-        self.inner = form.sketch or rank
-        stored = torch.empty(self.inner, num_entries, dtype=torch.float32, device=device)
-        self.stored = nn.Parameter(stored, requires_grad=form.dense != "frozen" and not form.sketch)
+        stored = torch.empty(rank, num_entries, dtype=torch.float32, device=device)
+        self.stored = nn.Parameter(stored, requires_grad=form.dense != "frozen")
         self.core: nn.Parameter | None = None
-        if core or form.sketch:
-            self.roles = {**self.roles, "core": Role(f"latents_{side}" if form.sketch else "core")}
-            self.core = nn.Parameter(torch.empty(rank, self.inner, dtype=torch.float32, device=device))
+        if core:
+            self.roles = {**self.roles, "core": Role("core")}
+            self.core = nn.Parameter(torch.empty(rank, rank, dtype=torch.float32, device=device))
         self.reset_parameters(generator)
 
     @override
     def is_trained(self, name: str) -> bool:
-        return name == "core" or (self.form.dense != "frozen" and not self.form.sketch)
+        return name == "core" or self.form.dense != "frozen"
 
     @property
     @override
     def first_shape(self) -> tuple[int, ...]:
-        return self.inner, self.num_entries
+        return self.rank, self.num_entries
 
     @override
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         if self.is_meta:
             return
-        # A row of M is as long as LoRA's, and a step of C moves an entry of it as far as a step of LoRA's does.
-        size = self.form.a_scale / math.sqrt(self.num_entries)
-        if self.form.sketch:
-            self.stored.bernoulli_(0.5, generator=generator).mul_(2).sub_(1).div_(math.sqrt(self.inner))
-        else:
-            self.stored.uniform_(-1, 1, generator=generator).mul_(size)
+        self.stored.uniform_(-1, 1, generator=generator).mul_(self.form.a_scale / math.sqrt(self.num_entries))
         if self.core is not None:
-            self.core.normal_(0.0, size / math.sqrt(3), generator=generator)
-        if self.side == "b" if self.form.zero is None else self.form.zero:
-            (self.stored if self.core is None else self.core).zero_()
+            self.core.zero_()
+        elif self.side == "b" if self.form.zero is None else self.form.zero:
+            self.stored.zero_()
 
     @override
     def matrix(self) -> Tensor:
@@ -350,24 +338,13 @@ def inject_variant(base: nn.Module, spec: Spec, seed: int) -> dict[str, float]:
     layers = adapter_layers(base)
     if spec.get("start") == "weight":
         start_at({name: layer.base_weight for name, layer in layers.items()}, layers)
-    for side in ("A", "B"):
-        if how := spec.get(f"share_{side.lower()}"):
-            _share(layers, side, by_kind=how == "kind")
+    for side, is_reader in (("A", True), ("B", False)):
+        if spec.get(f"share_{side.lower()}"):
+            factors = [getattr(li.update, side) for name, li in layers.items() if name.endswith(READERS) == is_reader]
+            for factor in factors[1:]:
+                factor.latent = factors[0].latent
     rbf, of_a = spec.get("lr_rbf", 1.0), spec.get("lr_a", 1.0)
     return {"rbf_a": rbf * of_a, "rbf_b": rbf, "latents_a": of_a}
-
-
-def _share(layers: Mapping[str, AdaptedLayer], side: str, *, by_kind: bool) -> None:
-    """Have factors share what they are made of, by kind of linear, or their latents, at the residual stream."""
-    first: dict[str, Any] = {}
-    for name, layer in layers.items():
-        factor: Any = getattr(layer.update, side)
-        if by_kind:
-            kind = name.rpartition(".")[2]
-            for own in (name for name, parameter in factor.named_parameters() if parameter.requires_grad):
-                setattr(factor, own, getattr(first.setdefault(kind, factor), own))
-        elif name.endswith(READERS) == (side == "A"):
-            factor.latent = first.setdefault("", factor).latent
 
 
 @torch.no_grad()
@@ -383,14 +360,10 @@ def start_at(sources: Mapping[str, Tensor], layers: Mapping[str, AdaptedLayer]) 
         for factor, vectors in zip(layer.pair, (right, left.T), strict=True):
             form = cast(VariantFactor | DenseFactor, factor).form
             size = form.a_scale / math.sqrt(3)  # norm of a row that is uniform in ±1/√n
-            if isinstance(factor, DenseFactor) and form.sketch:
-                factor.stored.copy_(vectors[: factor.inner] * math.sqrt(factor.num_entries / factor.inner))
-            elif isinstance(factor, DenseFactor) and factor.core is not None:
+            if isinstance(factor, DenseFactor) and factor.core is not None:
                 factor.stored.copy_(vectors[: factor.rank])
             elif isinstance(factor, DenseFactor) and factor.stored.any():
                 factor.stored.copy_(vectors[: factor.rank] * size)
-                if form.bits:
-                    factor.stored.sign_().mul_(size / math.sqrt(factor.num_entries))
             elif isinstance(factor, VariantFactor) and factor.side == "a":
                 for group in factor.group.unique():
                     own = factor.group == group

@@ -198,3 +198,38 @@ def test_report_compares_with_lora_of_the_same_size_and_bears_gaps(tmp_path):
     assert list(results.differences("GenLoRA r1", "LoRA r1", "encoders", "test_loss")) == ["movies", "tweets"]
     assert "left out below: LoRA r2" in text
     assert (tmp_path / "images" / "quality-pareto.png").stat().st_size > 5000
+
+
+def test_report_has_the_last_blocks_apart_with_what_was_forgotten_and_searched(tmp_path):
+    def add(arm, experiment, task, seed, lr, loss, stage):
+        spec = Spec(
+            task=task,
+            method=arm.split()[0].lower(),
+            settings={"name": arm},
+            lr=lr,
+            seed=seed,
+            steps=5,
+            stage=stage,
+        )
+        row = row_of(arm, spec, loss, experiment)
+        row["general_rise"] = 0.25 + loss / 10 if stage == "final" else ""
+        append_row(experiment, row, tmp_path)
+
+    for arm, loss in (("LoRA r2", 2.0), ("GenLoRA r2", 1.9)):
+        for task in ("french-tail", "lisp-tail"):
+            for lr, more in ((0.01, 0.1), (0.02, 0.0), (0.04, 0.2)):
+                add(arm, "tail", task, 100, lr, loss + more, "tuning")
+            for seed in range(3):
+                add(arm, "tail", task, seed, 0.02, loss + 0.01 * seed, "final")
+    add("Other r2", "tail-search", "french-tail", 100, 0.02, 2.5, "tuning")
+    pytest.importorskip("matplotlib")
+    write_report(tmp_path, tmp_path / "REPORT.md", tmp_path / "images")
+    text = (tmp_path / "REPORT.md").read_text()
+    of = "the language model's last blocks"
+    assert f"## Rise of the loss on English news (lower is better): {of}" in text
+    assert "| GenLoRA r2 | 1,000 | 0.4410 ± 0.0025 | 0.4410 ± 0.0025 | 0.4410 ± 0.0011 |" in text
+    assert "| GenLoRA r2 | LoRA r2 | 1.00 | -0.1000 ± 0.0000 | -0.1000 ± 0.0000 | -0.1000 ± 0.0000 |" in text
+    assert "| Other r2 | 2.00 | 0.02: 2.5000 | – |" in text
+    assert "| LoRA r2 | 2.00 | 0.01: 2.1000, 0.02: 2.0000, 0.04: 2.2000 |" in text
+    assert f"## Learning rates: {of}" in text
+    assert "## Test loss (lower is better)\n" not in text  # there are no rows of the other tasks
