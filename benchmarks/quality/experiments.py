@@ -156,8 +156,8 @@ def _shared_direction(name: str, b: dict[str, Any]) -> Arm:
 
 # What a language model might need and the signs do not give: a direction that all outputs share.
 SHARED_DIRECTION = (
-    _shared_direction("shared and own, b2.2", {"plain_latents": 1}),
-    _shared_direction("shared and own, b2.7", {"plain_latents": 1, "G": 4}),
+    _shared_direction("shared and own", {"plain_latents": 1}),
+    _shared_direction("shared and own, 4 groups", {"plain_latents": 1, "G": 4}),
 )
 
 
@@ -419,8 +419,8 @@ EXPERIMENTS: dict[str, Experiment] = {
     "tail": Experiment(
         arms=(
             *(lora(rank, lr) for rank, lr in ((2, 8e-3), (8, 4e-3))),
-            replace(GENLORAS[2], lr=8e-3),
-            *(replace(arm, lr=lr) for arm, lr in zip(RELATIVES, (8e-3, 2e-3), strict=True)),
+            *(replace(arm, lr=8e-3) for arm in (GENLORAS[2], RELATIVES[0])),
+            replace(RELATIVES[1], lr=1.6e-2),
         ),
         tasks=TAIL_TASKS,
         trials=3,

@@ -1,8 +1,8 @@
-"""The texts for the last blocks of SmolLM2-135M alone: the same model and data at about a quarter of a step's time.
+"""The texts for the last three blocks of SmolLM2-135M: the same model and data at a tenth of a step's products.
 
 The blocks before them stay as they are, so that what they give is computed once, and kept in a file that all processes
-map. Logits are those of the tokens that the texts have. What is learned is less than by adapters in all blocks; the
-task is for finding forms and rates that are worth a whole run.
+map. Logits are those of the tokens that the texts have. What is learned is less than by adapters in all blocks, and
+the size of an adapter counts for more.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class TailTask(LanguageTask):
 
     batch_size = 4
     steps = 200
-    num_seeds = 3
+    num_seeds = 5
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -151,6 +151,27 @@ def test_gradients_are_the_same_kept_for_a_step_and_by_plain_autograd():
             torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at intermediates
+def test_compiled_experts_have_the_outputs_and_gradients_of_plain_ones():
+    torch.compiler.reset()
+    model = mixture()
+    inject_adapters(model, CONFIGS["genlora"])
+    experts = experts_of(perturb(model))
+    x, index, weights = routed(model, torch.float32)
+
+    def run(runner: nn.Module) -> list[Tensor]:
+        given = x.detach().clone().requires_grad_()
+        experts.zero_grad()
+        output = runner(given, index, weights)
+        output.square().sum().backward()
+        return [output.detach(), given.grad, *(p.grad for p in experts.parameters() if p.requires_grad)]
+
+    plain = [found.clone() for found in run(experts)]
+    assert all(bool(found.any()) for found in plain)
+    for given, expected in zip(run(torch.compile(experts, backend="eager")), plain, strict=True):
+        torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_checkpointed_layers_have_the_same_gradients_and_inference_keeps_what_it_made(monkeypatch):
     def gradients(checkpointing: bool) -> list[Tensor]:
         model = mixture().train()
