@@ -396,9 +396,10 @@ def mean_gradients(base: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> d
     linears = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     for linear in linears.values():
         linear.weight.requires_grad_(True)
-    for loss in losses:
+    count = 0
+    for count, loss in enumerate(losses, start=1):  # noqa: B007
         loss().backward()
-    found = {name: cast(Tensor, linear.weight.grad) for name, linear in linears.items()}
+    found = {name: cast(Tensor, linear.weight.grad) / count for name, linear in linears.items()}
     for linear in linears.values():
         linear.weight.grad = None
         linear.weight.requires_grad_(False)

@@ -161,7 +161,7 @@ def test_mean_gradient_is_that_of_the_losses_and_what_is_frozen_starts_at_its_le
     weight = model.get_submodule(name).weight.requires_grad_(True)
     (expected,) = torch.autograd.grad(model(input_ids=ids).last_hidden_state.exp().sum(), weight)
     weight.requires_grad_(False)
-    torch.testing.assert_close(found[name], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found[name], expected / 2, rtol=1e-4, atol=1e-5)
 
     inject_variant(model, {"R": 2, "a": {"dense": "frozen"}, "b": {"dense": "train"}}, 0)
     start_at(found, adapter_layers(model))
