@@ -55,7 +55,7 @@ class TailTask(LanguageTask):
 
     batch_size = 4
     steps = 200
-    num_seeds = 5
+    num_seeds = 4
 
     def __init__(self, name: str) -> None:
         self.name = name
