@@ -151,7 +151,7 @@ def test_gradients_are_the_same_kept_for_a_step_and_by_plain_autograd():
             torch.testing.assert_close(given, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at intermediates
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo looks at them
 def test_compiled_experts_have_the_outputs_and_gradients_of_plain_ones():
     torch.compiler.reset()
     model = mixture()
