@@ -82,7 +82,7 @@ def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[
     by_gradient = spec.settings.get("start") == "mean gradient"
     if by_gradient:
         batches = task.batches(spec.seed + CALIBRATION_SEED, BATCHES)
-        gradients = mean_gradients(model.base, (functools.partial(task.loss, model, batch) for batch in batches))
+        gradients = mean_gradients(model.base, [functools.partial(task.loss, model, batch) for batch in batches])
     groups = method.apply(model.base, spec.settings, spec.seed)
     if by_gradient:
         start_at(gradients, adapter_layers(model.base))

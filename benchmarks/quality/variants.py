@@ -32,7 +32,7 @@ Of the first search's rows four are of forms that are no more: singular vectors 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, cast
 
@@ -391,15 +391,14 @@ def _start_latent_at(source: Tensor, A: RBFGenerator, B: RBFGenerator) -> None:
     A.latent.copy_(direction * A.latent.norm())
 
 
-def mean_gradients(base: nn.Module, losses: Iterable[Callable[[], Tensor]]) -> dict[str, Tensor]:
+def mean_gradients(base: nn.Module, losses: Sequence[Callable[[], Tensor]]) -> dict[str, Tensor]:
     """Mean gradient of each linear's weight ``(out, in)``, over losses; the model is left as it was."""
     linears = {name: module for name, module in base.named_modules() if isinstance(module, nn.Linear)}
     for linear in linears.values():
         linear.weight.requires_grad_(True)
-    count = 0
-    for count, loss in enumerate(losses, start=1):  # noqa: B007
+    for loss in losses:
         loss().backward()
-    found = {name: cast(Tensor, linear.weight.grad) / count for name, linear in linears.items()}
+    found = {name: cast(Tensor, linear.weight.grad) / len(losses) for name, linear in linears.items()}
     for linear in linears.values():
         linear.weight.grad = None
         linear.weight.requires_grad_(False)
