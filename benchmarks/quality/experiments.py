@@ -22,7 +22,7 @@ TUNING_SEED = 100
 SENTIMENT_TASKS = ("movies", "tweets")
 LANGUAGE_TASKS = ("siqa", "asdiv")
 CAPACITY_TASKS = ("french", "lisp", "subjects", "asdiv")  # where LoRA's rank should matter
-TAIL_TASKS = ("french-tail", "lisp-tail")
+TAIL_TASKS = ("french-tail", "lisp-tail", "subjects-tail")
 VISION_TASKS = ("fashion",)
 
 
@@ -37,6 +37,7 @@ class Arm:
         fixed: Settings that are given; for a "variant" all of them.
         lr: Lowest rate that is tried, on the encoder tasks.
         weight_decay: AdamW's.
+        most_seeds: At most so many final seeds; as many as the experiment has if ``None``.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Arm:
     budget: float = 2.0
     fixed: dict[str, Any] = field(default_factory=dict)
     weight_decay: float = 0.0
+    most_seeds: int | None = None
 
     def settings(self, shapes: Shapes) -> dict[str, Any]:
         """The method's settings for the linears of a model."""
@@ -63,6 +65,7 @@ class Experiment:
         final: Whether fresh seeds run at the best rate.
         trace: Points of training at which the final runs measure the effective rank.
         most_seeds: At most so many final seeds; as many as the task asks for if ``None``.
+        steps: Optimizer steps of a run; the task's if ``None``.
     """
 
     arms: Sequence[Arm]
@@ -72,6 +75,7 @@ class Experiment:
     final: bool = True
     trace: int = 0
     most_seeds: int | None = None
+    steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -401,7 +405,7 @@ EXPERIMENTS: dict[str, Experiment] = {
                 _blocks(8, 2),
                 SHARED_DIRECTION[0],
                 GENLORAS[1],
-                *(_genlora(f"GenLoRA R{rank} b2", 2.0, rank, (1, 2)) for rank in (16, 128)),
+                *(_genlora(f"GenLoRA R{rank} b2", 2.0, rank, (1, 2)) for rank in (16, 32, 128)),
                 _genlora("GenLoRA R28, latents 2 and 2", 0, 28, (2, 2), num_groups_b=1),
                 _genlora("GenLoRA b2, latents 2 and 1", 2.0, 64, (2, 1)),
                 *(
@@ -418,12 +422,29 @@ EXPERIMENTS: dict[str, Experiment] = {
     # … and then what is worth it, beside the package's other kinds.
     "tail": Experiment(
         arms=(
-            *(lora(rank, lr) for rank, lr in ((2, 8e-3), (8, 4e-3))),
-            *(replace(arm, lr=8e-3) for arm in (GENLORAS[2], RELATIVES[0])),
-            replace(RELATIVES[1], lr=1.6e-2),
+            *(replace(arm, lr=8e-3) for arm in (LORAS[1], GENLORAS[2])),
+            *(
+                replace(arm, lr=lr, most_seeds=3)
+                for arm, lr in (
+                    (lora(1, 0), 8e-3),
+                    (lora(8, 0), 4e-3),
+                    (lora(32, 0), 4e-3),
+                    (RELATIVES[0], 8e-3),
+                    (RELATIVES[1], 1.6e-2),
+                    *((leader, 8 * leader.lr) for leader in LEADERS),
+                )
+            ),
         ),
         tasks=TAIL_TASKS,
         trials=3,
+    ),
+    # All blocks, at rates as high as theirs: a few runs, because each takes eleven minutes of a core.
+    "whole": Experiment(
+        arms=tuple(replace(arm, lr=8e-3) for arm in (LORAS[1], GENLORAS[2])),
+        tasks=("french",),
+        trials=2,
+        most_seeds=3,
+        steps=100,
     ),
     "vision": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS), tasks=VISION_TASKS),
     # Effective rank over training, at the rates that were found for the main table.
@@ -466,7 +487,7 @@ def tuning_specs(experiment: Experiment, arm: Arm, task: str) -> list[Spec]:
     """One run per rate and tuning seed."""
     settings = arm.settings(_shapes(task))
     return [
-        _spec(arm, task, settings, lr, seed, "tuning")
+        _spec(arm, task, settings, lr, seed, "tuning", experiment.steps)
         for seed in _tuning_seeds(experiment, task)
         for lr in rates(arm, experiment, task)
     ]
@@ -487,7 +508,7 @@ def final_specs(experiment: Experiment, arm: Arm, task: str, done: dict[str, Row
         return []
     return [
         replace(trials[0], lr=best, seed=seed, stage="final", trace=experiment.trace)
-        for seed in range(_num_seeds(experiment, task))
+        for seed in range(_num_seeds(experiment, arm, task))
     ]
 
 
@@ -509,8 +530,8 @@ def pending(experiment: Experiment, done: dict[str, Row], skip: Iterable[str] = 
 def total_runs(experiment: Experiment) -> int:
     """How many runs the experiment has."""
     trials = experiment.trials * sum(len(_tuning_seeds(experiment, task)) for task in experiment.tasks)
-    finals = sum(_num_seeds(experiment, task) for task in experiment.tasks) if experiment.final else 0
-    return len(experiment.arms) * (trials + finals)
+    cells = [(arm, task) for arm in experiment.arms for task in experiment.tasks] if experiment.final else []
+    return len(experiment.arms) * trials + sum(_num_seeds(experiment, arm, task) for arm, task in cells)
 
 
 def narrowed(experiment: Experiment, tasks: Sequence[str], arms: Sequence[str]) -> Experiment:
@@ -536,9 +557,9 @@ def _tuning_seeds(experiment: Experiment, task: str) -> Sequence[int]:
     return range(TUNING_SEED, TUNING_SEED + get_task(task).num_tuning_seeds)
 
 
-def _num_seeds(experiment: Experiment, task: str) -> int:
+def _num_seeds(experiment: Experiment, arm: Arm, task: str) -> int:
     wanted: int = get_task(task).num_seeds
-    return wanted if experiment.most_seeds is None else min(wanted, experiment.most_seeds)
+    return min([wanted, *(most for most in (experiment.most_seeds, arm.most_seeds) if most is not None)])
 
 
 _SHAPES: dict[str, Shapes] = {}
@@ -550,14 +571,16 @@ def _shapes(task: str) -> Shapes:
     return _SHAPES[task]
 
 
-def _spec(arm: Arm, task: str, settings: dict[str, Any], lr: float, seed: int, stage: str) -> Spec:
+def _spec(
+    arm: Arm, task: str, settings: dict[str, Any], lr: float, seed: int, stage: str, steps: int | None = None
+) -> Spec:
     return Spec(
         task=task,
         method=arm.method,
         settings=settings,
         lr=lr,
         seed=seed,
-        steps=get_task(task).steps,
+        steps=steps or get_task(task).steps,
         stage=stage,
         weight_decay=arm.weight_decay,
     )

@@ -21,6 +21,7 @@ from .batches import bucketed, on_device
 from .questions import Encoded
 
 ATTENTION = "eager"
+AnswerBatch = tuple[Sequence[Encoded], dict[str, Tensor], Tensor]  # questions, batch, `1000 · question + answer`
 MODEL_VARIABLE = "GENLORA_BENCHMARK_LLM"
 
 
@@ -161,22 +162,19 @@ class QuestionTask(LanguageTask):
         """Batches of a seed: the same for every method."""
         train = self.splits["train"]
         for chosen in bucketed([question.length for question in train], self.batch_size, seed, steps):
-            yield _right_answers([train[index] for index in chosen])
+            yield right_answers([train[index] for index in chosen])
 
     def loss(self, model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         """Cross-entropy, the mean over the right answers' tokens."""
-        return F.cross_entropy(model(batch["input_ids"], batch["places"]), batch["targets"])
+        return F.cross_entropy(model(batch["inputs"], batch["places"]), batch["targets"])
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
         """Mean loss per token of the right answers, and the share of questions answered right."""
-        found = sorted(self.splits[split], key=lambda question: question.length)
         total, tokens, right = 0.0, 0, 0
-        for start in range(0, len(found), 16):
-            part = found[start : start + 16]
-            batch, owners = _all_answers(part, model.base.dtype)
+        for part, batch, owners in self._answer_batches(split, model.base.dtype):
             batch = on_device(batch, model.base.device)
-            logits = model(batch["input_ids"], batch["places"], **_arguments(batch))
+            logits = model(batch["inputs"], batch["places"], **decoder_arguments(batch))
             losses = F.cross_entropy(logits, batch["targets"], reduction="none").cpu()
             hits = (logits.argmax(1) == batch["targets"]).cpu()
             for index, question in enumerate(part):
@@ -187,7 +185,14 @@ class QuestionTask(LanguageTask):
                     right += bool(hits[mine[0]].all())
                 else:
                     right += int(torch.stack([losses[m].mean() for m in mine]).argmin()) == question.right
-        return {"loss": total / tokens, "accuracy": right / len(found)}
+        return {"loss": total / tokens, "accuracy": right / len(self.splits[split])}
+
+    def _answer_batches(self, split: str, dtype: torch.dtype) -> Iterator[AnswerBatch]:
+        """The questions of a split with all their answers, sixteen of similar length at a time."""
+        found = sorted(self.splits[split], key=lambda question: question.length)
+        for start in range(0, len(found), 16):
+            part = found[start : start + 16]
+            yield part, *all_answers(part, dtype)
 
 
 class SubjectTask(QuestionTask):
@@ -199,11 +204,12 @@ class SubjectTask(QuestionTask):
     base_dtype = torch.float32
 
 
-def _arguments(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def decoder_arguments(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What the decoder takes of a batch, besides its inputs."""
     return {key: batch[key] for key in ("attention_mask", "position_ids") if key in batch}
 
 
-def _right_answers(found: Sequence[Encoded]) -> dict[str, Tensor]:
+def right_answers(found: Sequence[Encoded]) -> dict[str, Tensor]:
     """Questions with their right answers, padded on the right: with causal attention no mask is needed."""
     longest = max(question.length for question in found)
     rows, places, targets = [], [], []
@@ -213,10 +219,10 @@ def _right_answers(found: Sequence[Encoded]) -> dict[str, Tensor]:
         first = number * longest + len(question.prompt) - 1
         places += range(first, first + len(answer))
         targets += answer
-    return {"input_ids": torch.tensor(rows), "places": torch.tensor(places), "targets": torch.tensor(targets)}
+    return {"inputs": torch.tensor(rows), "places": torch.tensor(places), "targets": torch.tensor(targets)}
 
 
-def _all_answers(found: Sequence[Encoded], dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
+def all_answers(found: Sequence[Encoded], dtype: torch.dtype) -> tuple[dict[str, Tensor], Tensor]:
     """Each question once, followed by all its answers, each of which sees the question and itself alone.
 
     Returns:
@@ -247,7 +253,7 @@ def _all_answers(found: Sequence[Encoded], dtype: torch.dtype) -> tuple[dict[str
     allowed = (same | sees_question) & torch.ones(longest, longest, dtype=torch.bool).tril()
     mask = torch.zeros(allowed.shape, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min).unsqueeze(1)
     batch = {
-        "input_ids": ids,
+        "inputs": ids,
         "position_ids": positions,
         "attention_mask": mask,
         "places": torch.tensor(places),

@@ -17,20 +17,22 @@ LOSS, ACCURACY = "test_loss", "test_accuracy"
 FORGOTTEN = "general_rise"
 TABLE = ("main", "llm", "vision")  # the experiments of the main table
 TAIL = "the language model's last blocks"
+WHOLE = "all blocks of the language model"
 MATCH = 0.05  # two arms are of equal size if their parameters differ by less than this share
 
 
 def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> None:
     """Write the report and its pictures."""
-    main, rates, traces, scaling, tail, search = (
+    main, rates, traces, scaling, tail, search, whole = (
         load(folder, names)
-        for names in (TABLE, (*TABLE, "rates"), ("ranks",), ("rank-scaling",), ("tail",), ("tail-search",))
+        for names in (TABLE, (*TABLE, "rates"), ("ranks",), ("rank-scaling",), ("tail",), ("tail-search",), ("whole",))
     )
     images.mkdir(parents=True, exist_ok=True)
     parts = [_head(main), _score_tables(main), _difference_tables(main), _bars(main, rates), _rank_table(main)]
     parts.append(_rate_table(main, rates))
     parts += [_score_tables(tail, TAIL), _difference_tables(tail, TAIL), _search_table(tail, search)]
     parts.append(_rate_table(tail, tail, TAIL))
+    parts += [_score_tables(whole, WHOLE), _difference_tables(whole, WHOLE), _rate_table(whole, whole, WHOLE)]
     drawn = [
         ("quality-pareto.png", "Quality over adapter parameters", pictures.pareto(main, images)),
         ("quality-ranks.png", "Effective rank of ΔW by size", pictures.ranks(main, images)),

@@ -39,6 +39,7 @@ FIELDS = (
     "train_seconds",
     "seconds",
     "versions",
+    "shares",  # JSON: [share of the trained update that is added, test loss, general_rise], where asked for
 )
 Row = dict[str, str]
 

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import genlora_lightning
 from genlora_lightning.adapters.steps import hook_steps
@@ -128,16 +129,19 @@ def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[
     val, test = dict(empty), dict(empty)
     general_rise: float | str = ""
     ranks: tuple[Any, Any] = ("", "")
+    shares: list[list[float]] = []
     if not diverged:
         with autocast:
             val = task.evaluate(model, "val")
             if spec.stage == "final":
                 test = task.evaluate(model, "test")
-                if hasattr(task, "general_loss"):
-                    general_rise = task.general_loss(model) - _general_loss_of_base(spec.task, device)
+            if hasattr(task, "general_loss"):
+                general_rise = task.general_loss(model) - _general_loss_of_base(spec.task, device)
         diverged = not math.isfinite(val["loss"])
     if not diverged:
         ranks = mean_ranks(deltas(model.base, before))
+        if spec.stage == "final" and getattr(task, "shares", ()):
+            shares = _of_shares(task, dict(deltas(model.base, before)), _general_loss_of_base(spec.task, device))
     last = losses[-max(1, spec.steps // 3) :]
     dtype = f"{str(getattr(task, 'base_dtype', torch.bfloat16)).removeprefix('torch.')} base, float32 adapter"
     if method.full:
@@ -174,7 +178,23 @@ def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[
         "train_seconds": train_seconds,
         "seconds": time.perf_counter() - started,
         "versions": versions(device),
+        "shares": json.dumps(shares) if shares else "",
     }
+
+
+@torch.no_grad()
+def _of_shares(task: Any, changes: dict[str, Tensor], general_before: float) -> list[list[float]]:
+    """What is learned and what is forgotten if a share of each ΔW is added to the base."""
+    base = task.build(0)
+    weights = {name: base.base.get_submodule(name).weight for name in changes}
+    before = {name: weight.clone() for name, weight in weights.items()}
+    found = []
+    for share in task.shares if changes else ():  # of Lily there is no ΔW
+        for name, weight in weights.items():
+            weight.copy_(before[name] + share * changes[name].to(weight))
+        learned, general = task.evaluate(base, "test")["loss"], task.general_loss(base)
+        found.append([share, round(learned, 5), round(general - general_before, 5)])
+    return found
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from . import data, questions, texts
 from .batches import bucketed, on_device
 from .classifier import Classifier
 from .language import QuestionTask, SubjectTask, TextTask
-from .tail import SUFFIX, TailTask
+from .tail import SUFFIX, TailQuestionTask, TailTextTask
 from .vision import FashionTask
 
 _SIZES = {"movies": (2000, 1000), "tweets": (1000, 600)}
@@ -99,9 +99,11 @@ def make_task(name: str) -> Any:
     if name in texts.TRAINED:
         return TextTask(name)
     if name.removesuffix(SUFFIX) in texts.TRAINED:
-        return TailTask(name)
+        return TailTextTask(name)
+    if name.removesuffix(SUFFIX) in questions.FILES:
+        return TailQuestionTask(name)
     if name == FashionTask.name:
         return FashionTask()
-    tails = [text + SUFFIX for text in texts.TRAINED]
+    tails = [whole + SUFFIX for whole in (*texts.TRAINED, *questions.FILES)]
     known = [*_SIZES, *questions.FILES, *texts.TRAINED, *tails, FashionTask.name]
     raise ValueError(f"Unknown task {name!r}; the tasks are {known}.")

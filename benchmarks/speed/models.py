@@ -20,7 +20,7 @@ from genlora_lightning import GenLoRAConfig, LoRAConfig, inject_adapters
 from genlora_lightning.backbone.architectures import enable_gradient_checkpointing, read_config, repeated_blocks
 from genlora_lightning.layers.accumulation import generated_once
 
-from .plan import Cell
+from .plan import Cell, rank_if_sized
 
 _RATE = 1e-4
 
@@ -55,6 +55,12 @@ def _tiny_encoder(dtype: torch.dtype) -> Any:
 _SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
 
 
+def _few_blocks(name: str, blocks: int) -> Any:
+    config = read_config(name)
+    config.update({"num_hidden_layers": blocks, "vocab_size": 1024, "pad_token_id": None})
+    return config
+
+
 def _random(config: Any) -> Callable[[torch.dtype], Any]:
     """A language model of random weights, made on the default device."""
     return lambda dtype: transformers.AutoModelForCausalLM.from_config(config(), dtype=dtype)
@@ -71,6 +77,9 @@ MODELS: dict[str, Callable[[torch.dtype], Any]] = {
     ),
     "random-1b": _random(lambda: read_config("llama-1b")),
     "random-8b": _random(lambda: read_config("llama-8b")),
+    # A block or two of theirs with a small vocabulary: what a step costs at their width.
+    "random-1b-blocks": _random(lambda: _few_blocks("llama-1b", 2)),
+    "random-8b-block": _random(lambda: _few_blocks("llama-8b", 1)),
 }
 _ENCODERS = ("minilm", "tiny-encoder")
 
@@ -110,7 +119,14 @@ def put_on(name: str, model: Any, rank: int) -> Any:
     """Put an arm's adapters on a model, in place; what is then to be called."""
     names = targets(model)
     torch.manual_seed(0)
-    if name.startswith("genlora"):
+    if own := rank_if_sized(name):
+        from benchmarks.quality.methods import METHODS
+
+        layers = {name: model.get_submodule(name) for name in names}
+        shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
+        sizes = METHODS["genlora"].size(shapes, rank, rank=own, num_latents_b=2)
+        inject_adapters(model, GenLoRAConfig.from_dict({**sizes, "target_modules": names}))
+    elif name.startswith("genlora"):
         groups = re.search(r"-g(\d+)$", name)
         sizes = {"num_groups_b": int(groups[1])} if groups else {}
         inject_adapters(model, GenLoRAConfig(rank=rank, target_modules=names, **sizes))

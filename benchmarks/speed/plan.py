@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 Kind = Literal["step", "memory", "counts", "forward", "generate"]
 PRECISIONS = ("fp32", "bf16-mixed")
-EXPERIMENTS = ("steps", "ranks", "tokens", "checkpointing", "accumulation", "memory", "counts", "inference")
+EXPERIMENTS = ("steps", "ranks", "size", "tokens", "checkpointing", "accumulation", "memory", "counts", "inference")
 
 # The names of arms in the results, and what they are.
 ARMS = {
@@ -24,7 +24,19 @@ ARMS = {
     "base": "frozen base",
     "genlora-merged": "GenLoRA, merged",
 }
+_SIZED = "sized-"  # GenLoRA of a rank, with as many parameters as LoRA of the cell's rank
 _INFERENCE = ("base", "genlora", "genlora-merged", "lora", "vera")
+
+
+def title_of(arm: str) -> str:
+    """What an arm is, in words."""
+    rank = rank_if_sized(arm)
+    return ARMS[arm] if rank is None else f"GenLoRA of that LoRA's size, R {rank}"
+
+
+def rank_if_sized(arm: str) -> int | None:
+    """GenLoRA's own rank, where the cell's is that of the LoRA whose size it has."""
+    return int(arm.removeprefix(_SIZED)) if arm.startswith(_SIZED) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +51,7 @@ class Cell:
         rank: Of all adapters.
         batch: Sequences in a micro-batch.
         tokens: In each sequence; of kind "generate": in the prompt.
-        arms: Keys of :data:`ARMS`.
+        arms: Keys of :data:`ARMS`, or "sized-64": GenLoRA of rank 64 with as many parameters as LoRA of `rank`.
         checkpointing: Whether blocks are computed again in the backward.
         accumulation: Micro-batches in an optimizer step.
         new_tokens: Of kind "generate": how many are generated.
@@ -62,6 +74,7 @@ class Cell:
         words = f"{self.model} {self.precision} rank {self.rank} {self.batch}x{self.tokens}"
         words += f"+{self.new_tokens}" if self.new_tokens else ""
         words += " checkpointing" if self.checkpointing else ""
+        words += " of one size" if any(rank_if_sized(arm) for arm in self.arms) else ""
         return words + (f" accumulation {self.accumulation}" if self.accumulation > 1 else "")
 
     @property
@@ -81,8 +94,10 @@ class Grid:
     Args:
         language: The causal language model, for which the bars are.
         encoder: The other model.
+        wide: Models of the widths of larger ones.
         ranks: All ranks, ascending.
         main_ranks: The two of them at which most is measured.
+        size: The rank of LoRA whose size GenLoRA has, and GenLoRA's ranks then.
         batch: Sequences, where their length is not what is varied; else one.
         tokens: Lengths of sequences, ascending; the first is the usual one.
         longest: Most tokens that the encoder takes.
@@ -94,8 +109,10 @@ class Grid:
 
     language: str = "smollm2"
     encoder: str = "minilm"
+    wide: tuple[str, ...] = ("random-1b-blocks", "random-8b-block")
     ranks: tuple[int, ...] = (8, 16, 64, 256)
     main_ranks: tuple[int, int] = (16, 64)
+    size: tuple[int, tuple[int, ...]] = (2, (64, 32, 16))
     batch: int = 4
     tokens: tuple[int, ...] = (128, 256, 512, 1024)
     longest: int = 512
@@ -136,6 +153,12 @@ class Grid:
             new_tokens=self.new_tokens if generates else 0,
         )
 
+    def size_cell(self, model: str) -> Cell:
+        """Steps at the size of a small LoRA, whatever the rank that GenLoRA has then."""
+        rank, ours = self.size
+        arms = ("floor", "lora", "our-lora", *(f"{_SIZED}{own}" for own in ours))
+        return replace(self.cell("step", "fp32", rank, model=model), arms=arms)
+
     def cells(self, experiment: str) -> list[Cell]:
         """The cells of an experiment; different experiments share some.
 
@@ -144,6 +167,8 @@ class Grid:
         """
         if experiment == "memory":
             return [self.cell("memory", precision, rank, checkpointing=on) for precision, rank, on in self.memory]
+        if experiment == "size":
+            return [self.size_cell(model) for model in (self.language, *self.wide)]
         models = (self.language, self.encoder)
         return [cell for model in models for cell in self._cells(experiment, model)]
 
@@ -184,8 +209,10 @@ FULL = Grid()
 QUICK = Grid(
     language="tiny",
     encoder="tiny-encoder",
+    wide=(),
     ranks=(2, 4),
     main_ranks=(2, 4),
+    size=(2, (4, 3)),
     batch=2,
     tokens=(8, 16),
     longest=8,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import ARMS, EXPERIMENTS, FULL, PRECISIONS, QUICK, Cell, Grid
+from .plan import EXPERIMENTS, FULL, PRECISIONS, QUICK, Cell, Grid, rank_if_sized, title_of
 from .results import Results, Spread
 
 Row = list[str]
@@ -46,7 +46,12 @@ BARS_HEADER = ["language model", "bar", "figure", "quartiles", "status"]
 
 def bars(grid: Grid) -> list[Bar]:
     """All bars, for the language model of a grid."""
-    found: list[Bar] = []
+    size = grid.size_cell(grid.language)
+    sized = [name for name in size.arms if rank_if_sized(name)]
+    found = [
+        _ratio_bar(f"step / PEFT LoRA rank {size.rank}, {title_of(name)}, fp32", 1.1, size, "lora", arm=name)
+        for name in sized
+    ]
     for precision in PRECISIONS:
         found += _step_bars(grid, precision)
         found += _growth_bars(grid, precision)
@@ -177,7 +182,7 @@ def table(cells: Sequence[Cell], results: Results) -> tuple[Row, list[Row]]:
     for cell in cells:
         arms = results.arms(cell) if cell.key in results.cells else {}
         for number, name in enumerate(arms):
-            rows.append(["" if number else cell.label, ARMS[name], *row_of(results, cell, name, arms[name])])
+            rows.append(["" if number else cell.label, title_of(name), *row_of(results, cell, name, arms[name])])
     return ["setting", "arm", *header], rows
 
 

@@ -44,7 +44,8 @@ def measure_steps(cell: Cell, options: Options) -> dict[str, Any]:
     """Seconds of each arm's training steps, and of the generator alone."""
     arms = {name: make_arm(name, cell, options.device) for name in cell.arms}
     tasks = {name: arm.step for name, arm in arms.items()}
-    tasks["generator"] = generator_task(arms["genlora"])
+    if "genlora" in arms:
+        tasks["generator"] = generator_task(arms["genlora"])
     return _seconds(interleave(tasks, options))
 
 

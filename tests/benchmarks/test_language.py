@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.quality.language import LanguageModel, QuestionTask, _all_answers, _arguments, _right_answers
+from benchmarks.quality.language import LanguageModel, QuestionTask, all_answers, decoder_arguments, right_answers
 from benchmarks.quality.questions import Encoded, Question, _choices, _numbers, split
 from tests.models import tiny_llama
 
@@ -24,12 +24,12 @@ def model():
 
 @torch.no_grad()
 def test_answers_packed_behind_their_question_score_as_each_on_its_own(model):
-    batch, owners = _all_answers(QUESTIONS, torch.float32)
-    logits = model(batch["input_ids"], batch["places"], **_arguments(batch))
+    batch, owners = all_answers(QUESTIONS, torch.float32)
+    logits = model(batch["inputs"], batch["places"], **decoder_arguments(batch))
     packed = F.cross_entropy(logits, batch["targets"], reduction="none")
     for number, question in enumerate(QUESTIONS):
         for index, answer in enumerate(question.answers):
-            alone = _right_answers([Encoded(question.prompt, [answer], 0)])
+            alone = right_answers([Encoded(question.prompt, [answer], 0)])
             plain = model(torch.tensor([question.prompt + answer]), alone["places"])
             expected = F.cross_entropy(plain, torch.tensor(answer), reduction="none")
             torch.testing.assert_close(packed[owners == 1000 * number + index], expected, atol=1e-5, rtol=1e-5)
@@ -38,8 +38,8 @@ def test_answers_packed_behind_their_question_score_as_each_on_its_own(model):
 @torch.no_grad()
 def test_padding_changes_no_loss(model):
     task = object.__new__(QuestionTask)
-    together = _right_answers(QUESTIONS)
-    sums = [(task.loss(model, b := _right_answers([q])) * len(b["targets"])).item() for q in QUESTIONS]
+    together = right_answers(QUESTIONS)
+    sums = [(task.loss(model, b := right_answers([q])) * len(b["targets"])).item() for q in QUESTIONS]
     assert task.loss(model, together).item() == pytest.approx(sum(sums) / len(together["targets"]), rel=1e-5)
 
 
@@ -62,7 +62,7 @@ def test_likeliest_answer_counts_as_given(model):
     found = task.evaluate(model, "val")
     best = []
     for question in QUESTIONS:
-        losses = [task.loss(model, _right_answers([Encoded(question.prompt, [a], 0)])) for a in question.answers]
+        losses = [task.loss(model, right_answers([Encoded(question.prompt, [a], 0)])) for a in question.answers]
         best.append(int(torch.stack(losses).argmin()) == question.right)
     assert found["accuracy"] == pytest.approx(sum(best) / 3)
 

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import statistics
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ import torch
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import memory
 from benchmarks.speed.counts import saved_bytes
-from benchmarks.speed.models import adapted_modules, load_base, make_arm, targets
+from benchmarks.speed.models import MODELS, adapted_modules, load_base, make_arm, put_on, targets
 from benchmarks.speed.plan import EXPERIMENTS, FULL, QUICK
 from benchmarks.speed.report import bars, markdown
 from benchmarks.speed.results import Results, Spread, spread
@@ -71,7 +72,7 @@ def test_every_cell_has_all_its_arms_with_a_time_of_each_round(results):
     assert set(results.cells) == {cell.key for cell in CELLS}
     for cell in CELLS:
         arms = results.arms(cell)
-        assert set(arms) == {*cell.arms, *(["generator"] if cell.kind == "step" else [])}
+        assert set(arms) == {*cell.arms, *(["generator"] if cell.kind == "step" and "genlora" in cell.arms else [])}
         for arm in arms.values():
             if cell.kind in ("step", "forward", "generate"):
                 assert len(arm["seconds"]) == 2
@@ -90,6 +91,24 @@ def test_arms_cover_what_is_compared():
         assert {cell.kind for cell in FULL.cells(name)} == {cell.kind for cell in QUICK.cells(name)}
     assert {cell.rank for cell in FULL.cells("ranks")} == {8, 16, 64, 256}
     assert {cell.tokens for cell in FULL.cells("tokens") if cell.model == "smollm2"} == {128, 256, 512, 1024}
+
+
+def test_arms_of_one_size_train_as_many_parameters_as_the_lora_beside_them():
+    cell = replace(FULL.size_cell("random-1b-blocks"), tokens=2, batch=1)
+    with torch.device("meta"):
+        sizes = {
+            name: sum(
+                p.numel()
+                for p in put_on(name, MODELS[cell.model](torch.float32), cell.rank).parameters()
+                if p.requires_grad
+            )
+            for name in cell.arms
+            if name != "floor"
+        }
+    assert len(sizes) == 5
+    assert sizes["our-lora"] == sizes["lora"]
+    for size in sizes.values():
+        assert size == pytest.approx(sizes["lora"], rel=0.03)
 
 
 @pytest.mark.parametrize("model", [QUICK.language, QUICK.encoder])
