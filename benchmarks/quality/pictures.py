@@ -220,6 +220,48 @@ def scaling(results: Results, folder: Path) -> bool:
     return _save(figure, folder / "quality-rank-scaling.png")
 
 
+def forgetting(results: Results, folder: Path) -> bool:
+    """What was learned against what was forgotten: a marker for each method, a line through shares of its update."""
+    tasks = [task for task in results.tasks() if any(results.samples(a, task, "general_rise") for a in results.arms())]
+    if not tasks:
+        return False
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, len(tasks), figsize=(3.4 * len(tasks) + 1.7, 3.6), squeeze=False)
+    styles = _line_styles(results, results.arms())
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for arm in results.arms():
+            points = _learned_and_forgotten(results, arm, task)
+            if not all(math.isfinite(value) for point in points for value in point):
+                continue
+            style = styles[arm] | {"linestyle": "-", "markersize": 3}
+            if len(points) > 1:
+                axis.plot(*zip(*points, strict=True), **style, alpha=0.7)
+            if points:
+                axis.plot(*points[-1], **style | {"linestyle": "", "markersize": 6}, label=arm, zorder=4)
+        axis.axhline(0.0, color="#666666", linestyle=":", linewidth=1)
+        axis.set_title(task, fontsize=10)
+        axis.set_xlabel("test loss", fontsize=9)
+    axes[0][0].set_ylabel("rise of the loss on English news", fontsize=9)
+    entries = {name: handle for axis in axes[0] for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+    figure.legend(entries.values(), entries, loc="center right", fontsize=8, frameon=False)
+    return _save(figure, folder / "quality-forgetting.png", legend=1.45)
+
+
+def _learned_and_forgotten(results: Results, arm: str, task: str) -> list[tuple[float, float]]:
+    """Means over seeds of test loss and rise, for each share of the update that was tried and last for the whole."""
+    cell = results.cells[arm].get(task)
+    rows = [row for row in cell.finals.values() if row["general_rise"]] if cell else []
+    by_share: dict[float, list[tuple[float, float]]] = {}
+    for row in [row for row in rows if row["shares"]] or rows:  # a line through the same seeds
+        for share, loss, rise in json.loads(row["shares"] or "[]"):
+            by_share.setdefault(share, []).append((loss, rise))
+        by_share.setdefault(1.0, []).append((float(row["test_loss"]), float(row["general_rise"])))
+    return [
+        (sum(loss for loss, _ in found) / len(found), sum(rise for _, rise in found) / len(found))
+        for _, found in sorted(by_share.items())
+    ]
+
+
 def _line_styles(results: Results, arms: list[str]) -> dict[str, dict[str, Any]]:
     """Colours by method, shaded by size; markers as in the other pictures."""
     styles: dict[str, dict[str, Any]] = {}

@@ -38,6 +38,7 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
         ("quality-ranks.png", "Effective rank of ΔW by size", pictures.ranks(main, images)),
         ("quality-rank-trace.png", "Effective rank of ΔW over training", pictures.traces(traces, images)),
         ("quality-rates.png", "Validation loss over the learning rate", pictures.rates(rates, images)),
+        ("quality-forgetting.png", "Learned and forgotten: the last blocks", pictures.forgetting(tail, images)),
         ("quality-rank-scaling.png", "R at a nearly fixed budget", pictures.scaling(scaling, images)),
     ]
     lines = ["## Pictures", ""]

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.quality import experiments
 from benchmarks.quality.experiments import EXPERIMENTS, Experiment, pending
+from benchmarks.quality.pictures import _learned_and_forgotten
 from benchmarks.quality.report import difference, reference, write_report
 from benchmarks.quality.results import AVERAGE, Cell, load
 from benchmarks.quality.rows import FIELDS, append_row, read_rows
@@ -213,6 +214,7 @@ def test_report_has_the_last_blocks_apart_with_what_was_forgotten_and_searched(t
         )
         row = row_of(arm, spec, loss, experiment)
         row["general_rise"] = 0.25 + loss / 10 if stage == "final" else ""
+        row["shares"] = json.dumps([[0.5, loss + 0.2, 0.1]]) if stage == "final" and seed else ""
         append_row(experiment, row, tmp_path)
 
     for arm, loss in (("LoRA r2", 2.0), ("GenLoRA r2", 1.9)):
@@ -232,4 +234,10 @@ def test_report_has_the_last_blocks_apart_with_what_was_forgotten_and_searched(t
     assert "| Other r2 | 2.00 | 0.02: 2.5000 | – |" in text
     assert "| LoRA r2 | 2.00 | 0.01: 2.1000, 0.02: 2.0000, 0.04: 2.2000 |" in text
     assert f"## Learning rates: {of}" in text
+    assert "(" + str(tmp_path / "images" / "quality-forgetting.png") + ")" in text
+    assert (tmp_path / "images" / "quality-forgetting.png").stat().st_size > 5000
+    tail = load(tmp_path, ("tail",))
+    # Of the two seeds with shares alone, so that the points are of one line.
+    expected = [(2.015 + 0.2, 0.1), (2.015, 0.4515)]
+    assert _learned_and_forgotten(tail, "LoRA r2", "french-tail") == [pytest.approx(point) for point in expected]
     assert "## Test loss (lower is better)\n" not in text  # there are no rows of the other tasks
