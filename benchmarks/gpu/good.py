@@ -17,8 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.quality.experiments import (
-    CAPACITY_TASKS,
+from benchmarks.quality.arms import (
     GENLORAS,
     LEADERS,
     OTHERS,
@@ -28,6 +27,7 @@ from benchmarks.quality.experiments import (
     groups_only,
     lora,
 )
+from benchmarks.quality.experiments import CAPACITY_TASKS
 from benchmarks.quality.methods import Shapes, linear_shapes
 from benchmarks.quality.rows import Row, append_row, read_rows
 from benchmarks.quality.runs import Spec, execute, get_task, start_worker

@@ -17,7 +17,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TQDM_DISABLE", "1")
 
-from .experiments import EXPERIMENTS, Experiment, Planned, narrowed, pending, total_runs
+from .experiments import EXPERIMENTS, Experiment
+from .planned import Planned, narrowed, pending, total_runs
 from .rows import RESULTS, append_row, read_rows
 from .runs import execute, start_worker
 

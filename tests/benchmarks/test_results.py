@@ -9,9 +9,11 @@ import math
 
 import pytest
 
-from benchmarks.quality import experiments
-from benchmarks.quality.experiments import EXPERIMENTS, Experiment, pending
+from benchmarks.quality import planned as plan
+from benchmarks.quality.arms import LORAS
+from benchmarks.quality.experiments import EXPERIMENTS, Experiment
 from benchmarks.quality.pictures import _learned_and_forgotten
+from benchmarks.quality.planned import pending
 from benchmarks.quality.report import difference, reference, write_report
 from benchmarks.quality.results import AVERAGE, Cell, load
 from benchmarks.quality.rows import FIELDS, append_row, read_rows
@@ -27,8 +29,8 @@ class FakeTask:
 
 @pytest.fixture(autouse=True)
 def without_data(monkeypatch):
-    monkeypatch.setattr(experiments, "get_task", lambda name: FakeTask)
-    monkeypatch.setattr(experiments, "_shapes", lambda task: SHAPES)
+    monkeypatch.setattr(plan, "get_task", lambda name: FakeTask)
+    monkeypatch.setattr(plan, "_shapes", lambda task: SHAPES)
 
 
 def row_of(arm: str, spec: Spec, loss: float, experiment: str = "main") -> dict[str, object]:
@@ -57,14 +59,14 @@ def row_of(arm: str, spec: Spec, loss: float, experiment: str = "main") -> dict[
 
 
 def small() -> Experiment:
-    return dataclasses.replace(EXPERIMENTS["main"], arms=experiments.LORAS[:2], tasks=("movies", "tweets"))
+    return dataclasses.replace(EXPERIMENTS["main"], arms=LORAS[:2], tasks=("movies", "tweets"))
 
 
 def test_every_arm_has_the_same_number_of_trials_a_factor_of_two_apart():
     for experiment in EXPERIMENTS.values():
         for arm in experiment.arms:
             for task in experiment.tasks:
-                tried = sorted({spec.lr for spec in experiments.tuning_specs(experiment, arm, task)})
+                tried = sorted({spec.lr for spec in plan.tuning_specs(experiment, arm, task)})
                 assert len(tried) == experiment.trials
                 assert all(b / a == pytest.approx(2, rel=1e-3) for a, b in itertools.pairwise(tried))
 
@@ -87,23 +89,23 @@ def test_rate_has_the_lowest_mean_over_the_tuning_seeds_that_the_task_asks_for(m
     monkeypatch.setattr(FakeTask, "num_tuning_seeds", 2)
     experiment = dataclasses.replace(small(), tasks=("movies",))
     arm = experiment.arms[0]
-    specs = experiments.tuning_specs(experiment, arm, "movies")
+    specs = plan.tuning_specs(experiment, arm, "movies")
     assert sorted({spec.seed for spec in specs}) == [100, 101]
     losses = {100: [0.5, 0.7, 0.9, 0.9], 101: [1.1, 0.8, 0.9, 0.9]}  # the best of one seed is not the best of both
     done = {spec.key: {"status": "ok", "val_loss": losses[spec.seed][index % 4]} for index, spec in enumerate(specs)}
-    finals = experiments.final_specs(experiment, arm, "movies", done)
+    finals = plan.final_specs(experiment, arm, "movies", done)
     assert {spec.lr for spec in finals} == {specs[1].lr}
-    assert experiments.final_specs(experiment, arm, "movies", dict([*done.items()][:-1])) is None
+    assert plan.final_specs(experiment, arm, "movies", dict([*done.items()][:-1])) is None
     assert Cell(trials={1.0: {100: 0.5}, 2.0: {100: 0.7, 101: 0.8}, 4.0: {100: 0.9, 101: 0.7}}).best_rate == 2.0
 
 
 def test_trial_that_another_experiment_made_counts_where_settings_task_and_seed_are_the_same(tmp_path):
-    arm, other = experiments.LORAS[0], experiments.LORAS[1]
-    specs = experiments.tuning_specs(small(), arm, "movies")
+    arm, other = LORAS[0], LORAS[1]
+    specs = plan.tuning_specs(small(), arm, "movies")
     for number, spec in enumerate(specs):
         experiment = "main" if number else "search"
         append_row(experiment, row_of(arm.name, spec, 1.0, experiment), tmp_path)
-    strangers = [dataclasses.replace(specs[0], seed=7), experiments.tuning_specs(small(), other, "movies")[0]]
+    strangers = [dataclasses.replace(specs[0], seed=7), plan.tuning_specs(small(), other, "movies")[0]]
     for spec in strangers:
         append_row("search", row_of(arm.name, spec, 0.5, "search"), tmp_path)
     cell = load(tmp_path, ("main",)).cells[arm.name]["movies"]
@@ -111,8 +113,8 @@ def test_trial_that_another_experiment_made_counts_where_settings_task_and_seed_
 
 
 def test_final_runs_of_an_earlier_rate_do_not_mix_with_those_of_the_best(tmp_path):
-    arm = experiments.LORAS[0]
-    spec = experiments.tuning_specs(small(), arm, "movies")[0]
+    arm = LORAS[0]
+    spec = plan.tuning_specs(small(), arm, "movies")[0]
     for lr, seeds, loss in ((1e-3, (0, 1, 2), 0.5), (2e-3, (0, 1), 0.9)):
         for seed in seeds:
             append_row(
