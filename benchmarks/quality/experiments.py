@@ -41,7 +41,7 @@ class Experiment:
     Args:
         arms: In the order in which they run.
         tasks: Names of tasks.
-        trials: Rates per arm and task, each twice the one before.
+        trials: Rates per arm and task, each twice the one before; with one of them the final runs have it untried.
         tuning_seeds: Seeds of the trials; as many as the task asks for, from `TUNING_SEED` on, if ``None``.
         final: Whether fresh seeds run at the best rate.
         trace: Points of training at which the final runs measure the effective rank.
@@ -264,6 +264,15 @@ EXPERIMENTS: dict[str, Experiment] = {
         ),
         tasks=TAIL_TASKS,
         trials=3,
+    ),
+    # What a decay of the weights keeps of English, at the rate that is the best without it.
+    "tail-decay": Experiment(
+        arms=tuple(
+            replace(arm, name=f"{arm.name}, decay 0.2", weight_decay=0.2, lr=1.6e-2) for arm in (LORAS[1], GENLORAS[2])
+        ),
+        tasks=TAIL_TASKS[:2],
+        trials=1,
+        most_seeds=3,
     ),
     # All blocks, at rates as high as theirs: a few runs, because each takes eleven minutes of a core.
     "whole": Experiment(

@@ -35,7 +35,9 @@ def rates(arm: Arm, experiment: Experiment, task: str) -> list[float]:
 
 
 def tuning_specs(experiment: Experiment, arm: Arm, task: str) -> list[Spec]:
-    """One run per rate and tuning seed."""
+    """One run per rate and tuning seed; none where there is nothing to choose for the final runs."""
+    if experiment.final and experiment.trials == 1:
+        return []
     settings = arm.settings(_shapes(task))
     return [
         _spec(arm, task, settings, lr, seed, "tuning", experiment.steps)
@@ -48,6 +50,11 @@ def final_specs(experiment: Experiment, arm: Arm, task: str, done: dict[str, Row
     """Fresh seeds at the best rate; ``None`` while the trials are not complete or all have diverged."""
     if not experiment.final:
         return []
+    seeds = range(_num_seeds(experiment, arm, task))
+    settings = arm.settings(_shapes(task))
+    if experiment.trials == 1:
+        (only,) = rates(arm, experiment, task)
+        return [_spec(arm, task, settings, only, seed, "final", experiment.steps) for seed in seeds]
     trials = tuning_specs(experiment, arm, task)
     if any(spec.key not in done for spec in trials):
         return None
@@ -57,10 +64,7 @@ def final_specs(experiment: Experiment, arm: Arm, task: str, done: dict[str, Row
     best = min(losses, key=lambda lr: losses[lr])
     if not math.isfinite(losses[best]):
         return []
-    return [
-        replace(trials[0], lr=best, seed=seed, stage="final", trace=experiment.trace)
-        for seed in range(_num_seeds(experiment, arm, task))
-    ]
+    return [replace(trials[0], lr=best, seed=seed, stage="final", trace=experiment.trace) for seed in seeds]
 
 
 def pending(experiment: Experiment, done: dict[str, Row], skip: Iterable[str] = ()) -> list[Planned]:
@@ -81,6 +85,8 @@ def pending(experiment: Experiment, done: dict[str, Row], skip: Iterable[str] = 
 def total_runs(experiment: Experiment) -> int:
     """How many runs the experiment has."""
     trials = experiment.trials * sum(len(_tuning_seeds(experiment, task)) for task in experiment.tasks)
+    if experiment.final and experiment.trials == 1:
+        trials = 0
     cells = [(arm, task) for arm in experiment.arms for task in experiment.tasks] if experiment.final else []
     return len(experiment.arms) * trials + sum(_num_seeds(experiment, arm, task) for arm, task in cells)
 

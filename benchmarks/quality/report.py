@@ -25,7 +25,15 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
     """Write the report and its pictures."""
     main, rates, traces, scaling, tail, search, whole = (
         load(folder, names)
-        for names in (TABLE, (*TABLE, "rates"), ("ranks",), ("rank-scaling",), ("tail",), ("tail-search",), ("whole",))
+        for names in (
+            TABLE,
+            (*TABLE, "rates"),
+            ("ranks",),
+            ("rank-scaling",),
+            ("tail", "tail-decay"),
+            ("tail-search",),
+            ("whole",),
+        )
     )
     images.mkdir(parents=True, exist_ok=True)
     parts = [_head(main), _score_tables(main), _difference_tables(main), _bars(main, rates), _rank_table(main)]

@@ -67,7 +67,7 @@ def test_every_arm_has_the_same_number_of_trials_a_factor_of_two_apart():
         for arm in experiment.arms:
             for task in experiment.tasks:
                 tried = sorted({spec.lr for spec in plan.tuning_specs(experiment, arm, task)})
-                assert len(tried) == experiment.trials
+                assert len(tried) == (0 if experiment.final and experiment.trials == 1 else experiment.trials)
                 assert all(b / a == pytest.approx(2, rel=1e-3) for a, b in itertools.pairwise(tried))
 
 
@@ -83,6 +83,15 @@ def test_final_runs_follow_at_the_best_rate_and_finished_runs_are_not_made_again
     assert all(p.spec.stage == "final" and p.spec.lr == pytest.approx(4e-3) for p in second)
     append_row("main", row_of(second[0].arm, second[0].spec, 0.9), tmp_path)
     assert pending(experiment, read_rows(tmp_path)) == second[1:]
+
+
+def test_where_one_rate_is_given_final_runs_have_it_at_once_and_an_arm_may_want_fewer_of_them():
+    arms = (LORAS[0], dataclasses.replace(LORAS[1], most_seeds=2))
+    experiment = dataclasses.replace(small(), arms=arms, trials=1, steps=7)
+    runs = [planned.spec for planned in pending(experiment, {})]
+    assert len(runs) == plan.total_runs(experiment) == 2 * (3 + 2)
+    assert {(spec.stage, spec.lr, spec.steps) for spec in runs} == {("final", 1e-3, 7)}
+    assert [p.spec for p in pending(experiment, {runs[0].key: {}})] == runs[1:]
 
 
 def test_rate_has_the_lowest_mean_over_the_tuning_seeds_that_the_task_asks_for(monkeypatch):
