@@ -18,53 +18,54 @@ STYLES = {
     "variant": {"color": "#d9480f", "marker": "D"},
 }
 REFERENCES = {"full": "--", "frozen": ":"}  # drawn as lines: no adapter, so no place on the axis of its size
-OTHER_MARKERS = ("^", "v", "s", "P", "X", "<", ">", "p", "*", "h")
+STARS: tuple[Any, ...] = ((4, 1, 0), (5, 2, 0), (6, 1, 0), (4, 2, 0))  # corners, style, turned by
+OTHER_MARKERS = ("^", "v", "s", "P", "X", "<", ">", "p", "*", "h", "d", "8", *STARS)
 OTHER_COLORS = ("#2f6f9f", "#5b8c5a", "#8b6fb0", "#b0803a", "#4d9a9a")
 SHADES = ("#f2a65a", "#e8772e", "#c94a0c", "#7f2704", "#4a1602")  # of the accent, by size
 DARK_SHADES = ("#b8bcc4", "#8a8f98", "#4b5563", "#1f2937", "#000000")
 MOST_COLUMNS = 3
+MANY_ARMS = 8  # a panel with more of them has a line of its own
 FEWEST_ARMS = 5
 
 
 def pareto(results: Results, folder: Path) -> bool:
-    """Test accuracy over adapter parameters, one panel per task and the average."""
-    return _over_size(
-        results, folder / "quality-pareto.png", "test_accuracy", 100.0, "test accuracy, % (mean, 95 % interval)"
-    )
+    """Test loss over adapter parameters, one panel per task and the average."""
+    return _over_size(results, folder / "quality-pareto.png", "test_loss", "test loss (mean, 95 % interval)")
 
 
 def ranks(results: Results, folder: Path) -> bool:
     """Entropy effective rank of ΔW over adapter parameters, one panel per task."""
     return _over_size(
-        results, folder / "quality-ranks.png", "entropy_rank", 1.0, "effective rank of ΔW (entropy)", is_log=True
+        results, folder / "quality-ranks.png", "entropy_rank", "effective rank of ΔW (entropy)", is_log=True
     )
 
 
-def _over_size(results: Results, path: Path, column: str, scale: float, label: str, *, is_log: bool = False) -> bool:
+def _over_size(results: Results, path: Path, column: str, label: str, *, is_log: bool = False) -> bool:
     results = _covered(results)
     tasks = results.tasks()
     if not tasks:
         return False
     panels = [*tasks, AVERAGE] if len(tasks) > 1 else tasks
     plt = _pyplot()
-    columns = 2 if len(panels) == 4 else min(MOST_COLUMNS, len(panels))  # no line of one panel alone
-    lines = -(-len(panels) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(3.5 * columns + 1.6, 3.4 * lines), squeeze=False)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_visible(False)
-    for index, (axis, task) in enumerate(zip(axes.flat, panels, strict=False)):
-        _draw_points(axis, results, task, column, scale)
+    wide = [task for task in panels if len(panels) > 1 and len(results.arms(task)) > MANY_ARMS and task != AVERAGE]
+    narrow = [task for task in panels if task not in wide]
+    columns = max(1, min(MOST_COLUMNS, len(narrow)))
+    layout = [[task] * columns for task in wide]
+    layout += [(narrow[at : at + columns] + ["."] * columns)[:columns] for at in range(0, len(narrow), columns)]
+    figure, axes = plt.subplot_mosaic(layout, figsize=(3.0 * columns + 1.8, 3.4 * len(layout)))
+    for task, axis in axes.items():
+        _draw_points(axis, results, task, column)
         axis.set_title(task, fontsize=10)
         axis.set_xscale("log")
         _size_ticks(axis, results, task)
-        axis.margins(x=0.12)
+        axis.margins(x=0.12, y=0.12)
         axis.set_xlabel("adapter parameters", fontsize=9)
         if is_log:
             axis.set_yscale("log")
-        if index % columns == 0:
+        if task in [line[0] for line in layout]:
             axis.set_ylabel(label, fontsize=9)
     entries = {
-        name: handle for axis in axes.flat for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
+        name: handle for axis in axes.values() for handle, name in zip(*axis.get_legend_handles_labels(), strict=True)
     }
     figure.legend(entries.values(), entries, loc="center right", fontsize=8, frameon=False)
     return _save(figure, path, legend=1.45)
@@ -81,29 +82,34 @@ def _covered(results: Results) -> Results:
 
 def _size_ticks(axis: Any, results: Results, task: str) -> None:
     """Ticks at LoRA's sizes where it ran, since all is compared with it."""
-    by_arm = (results.parameters[arm] for arm in results.arms() if results.methods[arm] == "lora")
-    sizes = [sizes.get(task, next(iter(sizes.values()))) for sizes in by_arm]
+    arms = [arm for arm in results.arms() if results.methods[arm] == "lora" and results.samples(arm, task, "test_loss")]
+    sizes = sorted({_size(results, arm, task) for arm in arms})
     if sizes:
         axis.set_xticks(sizes, [f"{size / 1000:.0f}k" for size in sizes], fontsize=8)
         axis.minorticks_off()
 
 
-def _draw_points(axis: Any, results: Results, task: str, column: str, scale: float) -> None:
+def _size(results: Results, arm: str, task: str) -> float:
+    """The arm's parameters on a task; their mean over the tasks for an average of them."""
+    sizes = results.parameters[arm]
+    return sizes.get(task, sum(sizes.values()) / len(sizes))
+
+
+def _draw_points(axis: Any, results: Results, task: str, column: str) -> None:
     curves: dict[str, list[tuple[float, float]]] = {}
+    references: list[tuple[float, dict[str, str]]] = []
     others = [arm for arm in results.arms() if results.methods[arm] not in (*STYLES, *REFERENCES)]
     for arm in results.arms():
         samples = results.samples(arm, task, column)
         if not samples or not all(math.isfinite(value) for sample in samples for value in sample):
             continue
-        found = average([[scale * value for value in sample] for sample in samples])
+        found = average(samples)
         half = found.half if math.isfinite(found.half) else 0.0
         kind = results.methods[arm]
         if kind in REFERENCES:
-            if found.mean > 0:
-                axis.axhline(found.mean, color="#666666", linestyle=REFERENCES[kind], linewidth=1, label=arm)
+            references.append((found.mean, {"linestyle": REFERENCES[kind], "label": arm}))
             continue
-        sizes = results.parameters[arm]
-        size = sizes.get(task, sum(sizes.values()) / len(sizes))
+        size = _size(results, arm, task)
         if kind in STYLES:
             label = "GenLoRA" if kind == "genlora" else arm if kind == "variant" else "LoRA"
             style = STYLES[kind]
@@ -141,6 +147,11 @@ def _draw_points(axis: Any, results: Results, task: str, column: str, scale: flo
     for kind, points in curves.items():
         if kind != "variant":
             axis.plot(*zip(*sorted(points), strict=True), color=STYLES[kind]["color"], linewidth=1.2, alpha=0.6)
+    low, high = axis.get_ylim()
+    for mean, style in references:
+        # One that is far off would leave no room to tell the others apart.
+        if mean > 0 and low - (high - low) / 2 < mean < high + (high - low) / 2:
+            axis.axhline(mean, color="#666666", linewidth=1, **style)
 
 
 def traces(results: Results, folder: Path) -> bool:
