@@ -55,9 +55,9 @@ def _tiny_encoder(dtype: torch.dtype) -> Any:
 _SMOLLM2 = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9}
 
 
-def _few_blocks(name: str, blocks: int) -> Any:
+def _two_blocks(name: str) -> Any:
     config = read_config(name)
-    config.update({"num_hidden_layers": blocks, "vocab_size": 1024, "pad_token_id": None})
+    config.update({"num_hidden_layers": 2, "vocab_size": 1024, "pad_token_id": None})
     return config
 
 
@@ -77,9 +77,8 @@ MODELS: dict[str, Callable[[torch.dtype], Any]] = {
     ),
     "random-1b": _random(lambda: read_config("llama-1b")),
     "random-8b": _random(lambda: read_config("llama-8b")),
-    # A block or two of theirs with a small vocabulary: what a step costs at their width.
-    "random-1b-blocks": _random(lambda: _few_blocks("llama-1b", 2)),
-    "random-8b-block": _random(lambda: _few_blocks("llama-8b", 1)),
+    # Two blocks with a small vocabulary: what a step costs at that width.
+    "random-1b-blocks": _random(lambda: _two_blocks("llama-1b")),
 }
 _ENCODERS = ("minilm", "tiny-encoder")
 

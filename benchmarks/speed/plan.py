@@ -109,7 +109,7 @@ class Grid:
 
     language: str = "smollm2"
     encoder: str = "minilm"
-    wide: tuple[str, ...] = ("random-1b-blocks", "random-8b-block")
+    wide: tuple[str, ...] = ("random-1b-blocks",)
     ranks: tuple[int, ...] = (8, 16, 64, 256)
     main_ranks: tuple[int, int] = (16, 64)
     size: tuple[int, tuple[int, ...]] = (2, (64, 32, 16))
