@@ -38,9 +38,9 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
     images.mkdir(parents=True, exist_ok=True)
     parts = [_head(main), _score_tables(main), _difference_tables(main), _bars(main, rates), _rank_table(main)]
     parts.append(_rate_table(main, rates))
-    parts += [_score_tables(tail, TAIL), _difference_tables(tail, TAIL), _search_table(tail, search)]
+    parts += [_score_tables(tail, TAIL), _difference_tables(tail, TAIL), _trial_table(TAIL, tail, search)]
     parts.append(_rate_table(tail, tail, TAIL))
-    parts += [_score_tables(whole, WHOLE), _difference_tables(whole, WHOLE), _rate_table(whole, whole, WHOLE)]
+    parts += [_score_tables(whole, WHOLE), _difference_tables(whole, WHOLE), _trial_table(WHOLE, whole)]
     drawn = [
         ("quality-pareto.png", "Quality over adapter parameters", pictures.pareto(main, images)),
         ("quality-ranks.png", "Effective rank of ΔW by size", pictures.ranks(main, images)),
@@ -296,17 +296,18 @@ def _rank_table(results: Results) -> str:
     return "## Effective rank at the end of training\n\nMeans over linears, seeds and tasks.\n\n" + _table(header, rows)
 
 
-def _search_table(tail: Results, search: Results) -> str:
-    """Validation losses of the forms that were tried, at each rate, beside those of the methods compared."""
-    tasks = sorted({task for found in (tail, search) for cells in found.cells.values() for task in cells})
+def _trial_table(of: str, *results: Results) -> str:
+    """Validation losses of all that was tried, at each rate."""
+    tasks = sorted({task for found in results for cells in found.cells.values() for task in cells})
     rows = [
         [arm, f"{found.budgets[arm]:.2f}", *(_trials(found, arm, task) for task in tasks)]
-        for found in (tail, search)
-        for arm in found.cells
+        for found in results
+        for arm, cells in found.cells.items()
+        if any(cell.trials for cell in cells.values())
     ]
     if not rows:
         return ""
-    title = _titled("Validation loss by learning rate", TAIL)
+    title = _titled("Validation loss by learning rate", of)
     return f"## {title}\n\nThe tuning seed alone.\n\n" + _table(["method", "size, of LoRA rank 1's", *tasks], rows)
 
 
