@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ class TailModel(nn.Module):
         return F.linear(out, self.rows)  # type: ignore[arg-type]
 
 
-class _TailTask(LanguageTask):
+class _TailTask(LanguageTask, ABC):
     """What the tasks of the last blocks have in common: the model, and a file of what the blocks before give."""
 
     name: str
@@ -87,8 +88,9 @@ class _TailTask(LanguageTask):
         kept: dict[str, Any] = torch.load(file, mmap=True, weights_only=True)
         return kept
 
+    @abstractmethod
     def _keep(self) -> dict[str, Any]:
-        raise NotImplementedError
+        """Compute what :attr:`_kept` gives."""
 
     def build(self, seed: int, *, full: bool = False) -> TailModel:  # type: ignore[override]
         """The last blocks, frozen, in float32."""
