@@ -258,7 +258,8 @@ EXPERIMENTS: dict[str, Experiment] = {
                     (lora(32, 0), 4e-3),
                     (RELATIVES[0], 8e-3),
                     (RELATIVES[1], 1.6e-2),
-                    *((leader, 8 * leader.lr) for leader in LEADERS),
+                    # These two diverge at 16 times their lowest rate.
+                    *((leader, (2 if leader.method in ("c3a", "waveft") else 8) * leader.lr) for leader in LEADERS),
                 )
             ),
         ),
@@ -274,11 +275,15 @@ EXPERIMENTS: dict[str, Experiment] = {
         trials=1,
         most_seeds=3,
     ),
-    # All blocks, at rates as high as theirs: a few runs, because each takes eleven minutes of a core.
+    # All blocks, at rates as high as theirs. LoRA of four times the size tells what size is worth there.
     "whole": Experiment(
-        arms=tuple(replace(arm, lr=8e-3) for arm in (LORAS[1], GENLORAS[2])),
+        arms=(
+            replace(LORAS[1], lr=4e-3),
+            replace(GENLORAS[2], lr=8e-3),
+            replace(LORAS[3], lr=4e-3),
+        ),
         tasks=("french",),
-        trials=2,
+        trials=3,
         most_seeds=3,
         steps=100,
     ),
