@@ -111,8 +111,12 @@ class TextTask(LanguageTask):
         return F.cross_entropy(logits, targets)
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Mean loss per token, and the share of tokens predicted."""
-        return _windows_loss(model, self.splits[split])
+        """Mean loss per token, also of windows that training repeats and of the others, and the share predicted."""
+        return _windows_loss(model, self.splits[split], self._repeated[split])
+
+    @functools.cached_property
+    def _repeated(self) -> dict[str, list[bool]]:
+        return texts.repeated(self.splits)
 
 
 def _next_tokens(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -122,15 +126,32 @@ def _next_tokens(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _windows_loss(model: nn.Module, found: Sequence[Sequence[int]]) -> dict[str, float]:
-    total, right, tokens = 0.0, 0, 0
+def _windows_loss(
+    model: nn.Module, found: Sequence[Sequence[int]], repeated: Sequence[bool] | None = None
+) -> dict[str, float]:
+    parts = []
     for start in range(0, len(found), 8):
         ids = torch.tensor(found[start : start + 8], device=model.base.device)
         logits, targets = _next_tokens(model, ids)
-        total += F.cross_entropy(logits, targets, reduction="sum").item()
-        right += int((logits.argmax(1) == targets).sum())
-        tokens += len(targets)
-    return {"loss": total / tokens, "accuracy": right / tokens}
+        parts.append(token_scores(logits, targets).unflatten(1, (len(ids), -1)))
+    return window_scores(torch.cat(parts, 1), repeated)
+
+
+def token_scores(logits: Tensor, targets: Tensor) -> Tensor:
+    """Loss of each token, and whether it was the most likely one: ``(2, tokens)``."""
+    return torch.stack([F.cross_entropy(logits, targets, reduction="none"), (logits.argmax(1) == targets).float()])
+
+
+def window_scores(of_tokens: Tensor, repeated: Sequence[bool] | None) -> dict[str, float]:
+    """Means over all tokens of `of_tokens` ``(2, windows, tokens)``; the loss also by :func:`texts.repeated`."""
+    losses, right = of_tokens.double().cpu()
+    scores = {"loss": losses.mean().item(), "accuracy": right.mean().item()}
+    if repeated is not None:
+        again = torch.tensor(repeated)
+        for name, windows in (("fresh_loss", losses[~again]), ("repeated_loss", losses[again])):
+            if len(windows):
+                scores[name] = windows.mean().item()
+    return scores
 
 
 @functools.cache

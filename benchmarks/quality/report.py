@@ -15,6 +15,7 @@ REPORT = Path(__file__).parent / "REPORT.md"
 IMAGES = ROOT / "docs" / "images"
 LOSS, ACCURACY = "test_loss", "test_accuracy"
 FORGOTTEN = "general_rise"
+FRESH, REPEATED = "fresh_loss", "repeated_loss"
 TABLE = ("main", "llm", "vision")  # the experiments of the main table
 TAIL = "the language model's last blocks"
 WHOLE = "all blocks of the language model"
@@ -38,7 +39,8 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
     images.mkdir(parents=True, exist_ok=True)
     parts = [_head(main), _score_tables(main), _difference_tables(main), _bars(main, rates), _rank_table(main)]
     parts.append(_rate_table(main, rates))
-    parts += [_score_tables(tail, TAIL), _difference_tables(tail, TAIL), _trial_table(TAIL, tail, search)]
+    parts += [_score_tables(tail, TAIL), _difference_tables(tail, TAIL), _repetition_table(tail, TAIL)]
+    parts.append(_trial_table(TAIL, tail, search))
     parts.append(_rate_table(tail, tail, TAIL))
     parts += [_score_tables(whole, WHOLE), _difference_tables(whole, WHOLE), _trial_table(WHOLE, whole)]
     drawn = [
@@ -175,6 +177,28 @@ def _difference_tables(results: Results, of: str = "") -> str:
                 + _table(header, rows)
             )
     return "\n\n".join(parts)
+
+
+def _repetition_table(results: Results, of: str, other: str = "LoRA r2") -> str:
+    """Test loss of text that training repeats and of other text, beside LoRA's, of the runs that have both."""
+    rows = []
+    for arm in results.arms():
+        for task in results.tasks():
+            if not (fresh := results.samples(arm, task, FRESH)):
+                continue
+            repeated = results.samples(arm, task, REPEATED)
+            found = [difference(results, arm, other, task, column) for column in (FRESH, REPEATED)]
+            texts = [one.text(4, signed=True) if one else "–" for one in found]
+            rows.append([arm, task, str(len(fresh[0])), _cell(fresh, 4), _cell(repeated, 4), *texts])
+    if not rows:
+        return ""
+    header = ["method", "task", "runs", "new", "repeated", f"new, to {other}", f"repeated, to {other}"]
+    words = (
+        "Repeated is a window of which more than a tenth of all sequences of 12 tokens stand in the training data, "
+        "too. Validation data, which chose the rates, have such windows as well."
+    )
+    title = _titled("Test loss of new and of repeated text", of)
+    return f"## {title}\n\n{words}\n\n" + _table(header, rows)
 
 
 def _bars(main: Results, rates: Results) -> str:

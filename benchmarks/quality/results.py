@@ -31,8 +31,11 @@ class Cell:
     finals: dict[int, Row] = field(default_factory=dict)
 
     def scores(self, column: str) -> dict[int, float]:
-        """A column of the final runs by seed; a run that diverged counts as not finite."""
-        return {seed: float(row[column]) if row[column] else math.nan for seed, row in self.finals.items()}
+        """A column of the final runs that have it by seed; a run that diverged counts as not finite."""
+        found = {
+            seed: row[column] or "nan" for seed, row in self.finals.items() if row[column] or row["status"] != "ok"
+        }
+        return {seed: float(value) for seed, value in found.items()}
 
     @property
     def best_rate(self) -> float | None:

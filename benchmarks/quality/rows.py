@@ -39,6 +39,8 @@ FIELDS = (
     "train_seconds",
     "seconds",
     "versions",
+    "fresh_loss",  # of text, the windows that training does not repeat: test loss, of a tuning run validation loss; …
+    "repeated_loss",  # … of those that it does
     "shares",  # JSON: [share of the trained update that is added, test loss, general_rise], where asked for
 )
 Row = dict[str, str]

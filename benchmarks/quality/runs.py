@@ -178,6 +178,8 @@ def execute(spec: Spec, experiment: str, arm: str, device: str = "cpu") -> dict[
         "train_seconds": train_seconds,
         "seconds": time.perf_counter() - started,
         "versions": versions(device),
+        "fresh_loss": (test if spec.stage == "final" else val).get("fresh_loss", ""),
+        "repeated_loss": (test if spec.stage == "final" else val).get("repeated_loss", ""),
         "shares": json.dumps(shares) if shares else "",
     }
 

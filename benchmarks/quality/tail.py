@@ -11,7 +11,7 @@ import functools
 import os
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,9 @@ from .language import (
     decoder_arguments,
     model_folder,
     right_answers,
+    token_scores,
     tokenizer,
+    window_scores,
 )
 
 SUFFIX = "-tail"
@@ -107,15 +109,14 @@ class _TailTask(LanguageTask, ABC):
         return self._windows_loss(model, _GENERAL)["loss"]
 
     @torch.no_grad()
-    def _windows_loss(self, model: nn.Module, split: str) -> dict[str, float]:
+    def _windows_loss(self, model: nn.Module, split: str, repeated: Sequence[bool] | None = None) -> dict[str, float]:
         inputs, targets = self._kept["inputs"][split], self._kept["targets"][split]
-        total, right = 0.0, 0
+        parts = []
         for start in range(0, len(inputs), 8):
-            expected = targets[start : start + 8].long().flatten().to(model.rows.device)
-            logits = model(inputs[start : start + 8].float().to(model.rows.device)).flatten(0, 1)
-            total += F.cross_entropy(logits, expected, reduction="sum").item()
-            right += int((logits.argmax(1) == expected).sum())
-        return {"loss": total / targets.numel(), "accuracy": right / targets.numel()}
+            expected = targets[start : start + 8].long().to(model.rows.device)
+            logits = model(inputs[start : start + 8].float().to(model.rows.device))
+            parts.append(token_scores(logits.flatten(0, 1), expected.flatten()).unflatten(1, expected.shape))
+        return window_scores(torch.cat(parts, 1), repeated)
 
 
 class TailTextTask(_TailTask):
@@ -137,8 +138,12 @@ class TailTextTask(_TailTask):
         return F.cross_entropy(model(batch["hidden"]).flatten(0, 1), batch["targets"].flatten())
 
     def evaluate(self, model: nn.Module, split: str) -> dict[str, float]:
-        """Mean loss per token, and the share of tokens predicted."""
-        return self._windows_loss(model, split)
+        """Mean loss per token, also of windows that training repeats and of the others, and the share predicted."""
+        return self._windows_loss(model, split, self._repeated[split])
+
+    @functools.cached_property
+    def _repeated(self) -> dict[str, list[bool]]:
+        return texts.repeated({split: self._kept["targets"][split].tolist() for split in ("train", "val", "test")})
 
     def _keep(self) -> dict[str, Any]:
         text = self.name.removesuffix(SUFFIX)

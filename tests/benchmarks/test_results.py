@@ -226,6 +226,8 @@ def test_report_has_the_last_blocks_apart_with_what_was_forgotten_and_searched(t
         row = row_of(arm, spec, loss, experiment)
         row["general_rise"] = 0.25 + loss / 10 if stage == "final" else ""
         row["shares"] = json.dumps([[0.5, loss + 0.2, 0.1]]) if stage == "final" and seed else ""
+        if stage == "final" and task == "lisp-tail" and seed < 2:
+            row["fresh_loss"], row["repeated_loss"] = loss + 0.1, 2 * loss - 1.9
         append_row(experiment, row, tmp_path)
 
     for arm, loss in (("LoRA r2", 2.0), ("GenLoRA r2", 1.9)):
@@ -245,6 +247,10 @@ def test_report_has_the_last_blocks_apart_with_what_was_forgotten_and_searched(t
     assert "| Other r2 | 2.00 | 0.02: 2.5000 | – |" in text
     assert "| LoRA r2 | 2.00 | 0.01: 2.1000, 0.02: 2.0000, 0.04: 2.2000 |" in text
     assert f"## Learning rates: {of}" in text
+    assert f"## Test loss of new and of repeated text: {of}" in text
+    loss = "| GenLoRA r2 | lisp-tail | 2 | 2.0050 ± 0.0635 | 1.9100 ± 0.1271 | -0.1000 ± 0.0000 | -0.2000 ± 0.0000 |"
+    assert loss in text
+    assert "| GenLoRA r2 | french-tail | 3" not in text  # whose runs have no such losses
     assert "(" + str(tmp_path / "images" / "quality-forgetting.png") + ")" in text
     assert (tmp_path / "images" / "quality-forgetting.png").stat().st_size > 5000
     tail = load(tmp_path, ("tail",))

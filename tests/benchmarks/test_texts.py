@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks.quality import peft_form, texts
-from benchmarks.quality.language import LanguageModel, TextTask
+from benchmarks.quality.language import LanguageModel, TextTask, _windows_loss
 from benchmarks.quality.rows import read_rows
 from tests.models import tiny_llama
 
@@ -34,6 +34,31 @@ def test_no_document_stands_in_two_splits(monkeypatch):
     assert len(parts["train"]) <= total - 10
 
 
+def test_repeated_windows_are_those_of_which_training_has_a_tenth_of_the_sequences():
+    new = [list(range(1000 * n, 1000 * n + 112)) for n in range(4)]  # 101 sequences of 12 tokens each
+    train = [new[0], [*range(9000, 9050), *new[1][:21]]]  # of the second window ten sequences, …
+    test = [new[0], new[1], new[2]]
+    assert texts.repeated({"train": train, "val": [new[3]], "test": test}) == {
+        "val": [False],
+        "test": [True, False, False],
+    }
+    train[1] += new[1][21:22]  # … then eleven
+    assert texts.repeated({"train": train, "test": test})["test"] == [True, True, False]
+
+
+@torch.no_grad()
+def test_loss_is_also_given_for_repeated_and_for_new_windows():
+    task = object.__new__(TextTask)
+    model = LanguageModel(tiny_llama().model.eval())
+    windows = torch.arange(80).view(4, 20).remainder(60).tolist()
+    windows[2] = windows[2][::-1]
+    task.splits = {"train": windows[:1], "test": windows[::2] + windows[:1]}
+    found = task.evaluate(model, "test")
+    for name, part in (("repeated_loss", windows[:1]), ("fresh_loss", windows[2:3])):
+        assert found[name] == pytest.approx(_windows_loss(model, part)["loss"], rel=1e-6)
+    assert found["loss"] == pytest.approx((2 * found["repeated_loss"] + found["fresh_loss"]) / 3, rel=1e-6)
+
+
 def test_manual_pages_lose_their_markup():
     page = '.\\" comment\n.TH ls 1\n.SH NOM\nls \\- lister \\fBdes\\fP fichiers\n'
     page += '.SH "DEUX MOTS"\n.PP\nAvec\\ un espace\\&.'
@@ -45,7 +70,7 @@ def test_loss_of_a_text_is_that_of_transformers():
     whole = tiny_llama().eval()
     task = object.__new__(TextTask)
     ids = torch.arange(24).view(2, 12) % 60
-    task.splits = {"val": ids.tolist()}
+    task.splits = {"train": [], "val": ids.tolist()}
     expected = whole(input_ids=ids, labels=ids).loss.item()
     model = LanguageModel(whole.model)
     model.base.embed_tokens.weight.copy_(whole.lm_head.weight)  # which the task takes as output layer
