@@ -46,14 +46,22 @@ def codes(weight: Tensor) -> Tensor | None:
 
 
 def keep_layout(model: nn.Module) -> None:
-    """Keep bitsandbytes from packing 4-bit weights anew for CPUs with bfloat16 arithmetic, in place.
+    """Keep bitsandbytes from packing 4-bit weights anew for CPUs with bfloat16 arithmetic, and unpack them, in place.
 
     Its product with packed weights has no backward, so a training that goes on after a validation would learn nothing
-    below the last layer, and gives other outputs by the rounding of the scales.
+    below the last layer, and gives other outputs by the rounding of the scales. What merges into packed weights takes
+    them for others.
     """
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if not hasattr(module, "support_avx512bf16_for_cpu"):
+            continue
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        weight: Any = module.weight
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            from bitsandbytes import functional
+
+            weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
 
 
 def weight_bytes(model: nn.Module) -> int:

@@ -217,6 +217,7 @@ def test_identity_is_that_of_the_loaded_weights_after_a_kernel_has_packed_them(s
 
     base = quantized(source, "nf4")
     before = base_identity(base)
+    loaded = base.model.layers[0].mlp.up_proj.weight.data.clone()
     for part in base.modules():
         if type(part).__name__ == "Linear4bit":  # what it does in a forward without gradients, on some CPUs
             state = part.weight.quant_state
@@ -229,6 +230,7 @@ def test_identity_is_that_of_the_loaded_weights_after_a_kernel_has_packed_them(s
     assert compare_bases(before, base_identity(quantized(source, "nf4"))) == []
     keep_layout(base)
     assert not any(getattr(part, "support_avx512bf16_for_cpu", False) for part in base.modules())
+    assert torch.equal(base.model.layers[0].mlp.up_proj.weight, loaded)  # unpacked: it can be trained and merged
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra quant)")

@@ -17,6 +17,7 @@ from genlora_lightning.interop.peft.layer import GenLoraLinear
 from genlora_lightning.interop.peft_folders import PEFT_TYPE, PREFIX
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.linear import AdaptedLinear
+from genlora_lightning.layers.quantized import keep_layout
 from genlora_lightning.layers.sharing import share_generation, stop_sharing_generation
 
 
@@ -33,6 +34,10 @@ class GenLoraModel(BaseTuner):  # type: ignore[misc]  # PEFT's classes are untyp
     prefix = PREFIX
     tuner_layer_cls = GenLoraLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    @override
+    def _pre_injection_hook(self, model: nn.Module, config: GenLoraConfig, adapter_name: str) -> None:
+        keep_layout(model)
 
     @override
     def _post_injection_hook(self, model: nn.Module, config: GenLoraConfig, adapter_name: str) -> None:

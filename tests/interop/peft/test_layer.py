@@ -218,6 +218,21 @@ def test_bases_quantized_by_bitsandbytes_are_trained_and_merged(kind):
     assert (model(x) - trained).norm() < 0.5 * (trained - expected).norm() + 0.2 * expected.norm()
 
 
+def test_weights_that_bitsandbytes_packed_in_a_forward_are_unpacked():
+    bnb = pytest.importorskip("bitsandbytes")
+    base = nn.Sequential(bnb.nn.Linear4bit(64, 64, compute_dtype=torch.float32, quant_type="nf4"))
+    base[0].load_state_dict(nn.Linear(64, 64).state_dict())
+    weight = base.to("cpu")[0].weight
+    loaded, x = weight.data.clone(), torch.randn(4, 64)
+    expected = base(x)
+    packed = bnb.functional._convert_weight_packed_for_cpu(weight.data, weight.quant_state)
+    weight.data, weight.quant_state = packed  # as in a forward without gradients on CPUs with bfloat16 arithmetic
+    assert weight.shape != loaded.shape or not torch.equal(weight, loaded)
+    model = get_peft_model(base, small(target_modules=["0"]))
+    assert torch.equal(weight, loaded)
+    torch.testing.assert_close(model.eval()(x), expected, rtol=0.02, atol=0.02)  # the scales were rounded
+
+
 def test_base_quantized_by_torchao_is_trained():
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
