@@ -36,9 +36,7 @@ def codes(weight: Tensor) -> Tensor | None:
     inner = inner.detach()
     state = getattr(weight, "quant_state", None)
     if getattr(state, "packing_format_for_cpu", False):
-        from bitsandbytes import functional
-
-        unpack = getattr(functional, "_convert_weight_packed_for_cpu_inverse", None)
+        unpack = _unpack()
         if unpack is None:
             return None
         inner, _ = unpack(inner, copy.copy(state))
@@ -51,6 +49,9 @@ def keep_layout(model: nn.Module) -> None:
     Its product with packed weights has no backward, so a training that goes on after a validation would learn nothing
     below the last layer, and gives other outputs by the rounding of the scales. What merges into packed weights takes
     them for others.
+
+    Raises:
+        RuntimeError: A weight is packed, and this release of bitsandbytes has no way back.
     """
     for module in model.modules():
         if not hasattr(module, "support_avx512bf16_for_cpu"):
@@ -59,9 +60,21 @@ def keep_layout(model: nn.Module) -> None:
         weight: Any = module.weight
         state = getattr(weight, "quant_state", None)
         if getattr(state, "packing_format_for_cpu", False):
-            from bitsandbytes import functional
+            unpack = _unpack()
+            if unpack is None:
+                raise RuntimeError(
+                    "The 4-bit weights were packed for this CPU by a forward without gradients, and this bitsandbytes "
+                    "cannot unpack them. Load the model again and adapt it before its first forward, or update "
+                    "bitsandbytes."
+                )
+            weight.data, weight.quant_state = unpack(weight.data, state)
 
-            weight.data, weight.quant_state = functional._convert_weight_packed_for_cpu_inverse(weight.data, state)
+
+def _unpack() -> Any:
+    """What undoes bitsandbytes' packing; ``None`` in releases that have no such function."""
+    from bitsandbytes import functional
+
+    return getattr(functional, "_convert_weight_packed_for_cpu_inverse", None)
 
 
 def weight_bytes(model: nn.Module) -> int:

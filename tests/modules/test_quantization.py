@@ -228,6 +228,13 @@ def test_identity_is_that_of_the_loaded_weights_after_a_kernel_has_packed_them(s
     assert packed.shape == (128, 32)
     assert base_identity(base) == before
     assert compare_bases(before, base_identity(quantized(source, "nf4"))) == []
+    with pytest.MonkeyPatch.context() as older:
+        older.delattr(functional, "_convert_weight_packed_for_cpu_inverse")
+        with pytest.raises(RuntimeError, match="adapt it before its first forward"):
+            keep_layout(base)
+    for part in base.modules():  # nothing was unpacked in part
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            assert part.weight.quant_state.packing_format_for_cpu
     keep_layout(base)
     assert not any(getattr(part, "support_avx512bf16_for_cpu", False) for part in base.modules())
     assert torch.equal(base.model.layers[0].mlp.up_proj.weight, loaded)  # unpacked: it can be trained and merged
