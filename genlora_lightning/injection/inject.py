@@ -28,7 +28,7 @@ from genlora_lightning.injection.token_rows import token_rows, untied_heads
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
 from genlora_lightning.layers.adapted import AdaptedLayer, is_place
 from genlora_lightning.layers.experts import AdaptedExperts, AdaptedStack, stack_of_matrices
-from genlora_lightning.layers.quantized import is_quantized
+from genlora_lightning.layers.quantized import is_quantized, keep_layout
 from genlora_lightning.layers.sharing import share_generation, stop_sharing_generation
 from genlora_lightning.layers.sites import adapt, is_linear, matrix_shape, obstacle
 from genlora_lightning.layers.ties import tie_modules
@@ -282,6 +282,7 @@ def _put_in(
                 f"{name} is quantized, and cannot be trained in full: leave it out of `modules_to_train`, or load the "
                 "base with it as it is."
             )
+    keep_layout(model)
     model.requires_grad_(False)
     adapted = {name: adapt(module, config, generator) for name, (module, config) in layers.items()}
     tie_modules(adapted, stored)

@@ -241,6 +241,23 @@ def test_identity_is_that_of_the_loaded_weights_after_a_kernel_has_packed_them(s
 
 
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra quant)")
+def test_plain_loop_learns_below_the_last_layer_after_an_evaluation(source):
+    model = quantized(source, "nf4")
+    parts = [part for part in model.modules() if hasattr(part, "support_avx512bf16_for_cpu")]
+    for part in parts:
+        part.support_avx512bf16_for_cpu = True  # as on a CPU with bfloat16 arithmetic, whatever this one is
+    inject_adapters(model, LoRAConfig(rank=2))
+    assert parts
+    assert not any(part.support_avx512bf16_for_cpu for part in parts)
+    with torch.no_grad():
+        model.eval()(input_ids=IDS)
+    model.train()(input_ids=IDS, labels=IDS).loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if name.endswith(".B.matrix")}
+    assert gradients
+    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
+
+
+@pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed (extra quant)")
 def test_head_of_a_classifier_is_trained_in_full_beside_a_quantized_base(tmp_path):
     tiny_bert().save_pretrained(tmp_path / "bert")
     made = SequenceClassificationModule(str(tmp_path / "bert"), num_labels=3, quantization="nf4", dtype="float32")
