@@ -29,7 +29,8 @@ TRIALS = 4
 TUNING_SEED = 100
 SENTIMENT_TASKS = ("movies", "tweets")
 LANGUAGE_TASKS = ("siqa", "asdiv")
-CAPACITY_TASKS = ("french", "lisp", "subjects", "asdiv")  # where LoRA's rank should matter
+CAPACITY_TASKS = ("new-french", "new-lisp", "messages", "subjects", "asdiv")  # where LoRA's rank should matter
+NEW_TAIL_TASKS = ("new-french-tail", "new-lisp-tail", "messages-tail")
 TAIL_TASKS = ("french-tail", "lisp-tail", "subjects-tail")
 VISION_TASKS = ("fashion",)
 
@@ -264,6 +265,18 @@ EXPERIMENTS: dict[str, Experiment] = {
             ),
         ),
         tasks=TAIL_TASKS,
+        trials=3,
+    ),
+    # The same where no text to test or validate stands in the training data, and on translations.
+    "new-tail": Experiment(
+        arms=(
+            *(replace(arm, lr=8e-3, most_seeds=5) for arm in (LORAS[1], GENLORAS[2])),
+            *(
+                replace(arm, lr=lr, most_seeds=3)
+                for arm, lr in ((LORAS[3], 4e-3), (RELATIVES[0], 8e-3), (RELATIVES[1], 1.6e-2))
+            ),
+        ),
+        tasks=NEW_TAIL_TASKS,
         trials=3,
     ),
     # What a decay of the weights keeps of English, at the rate that is the best without it.

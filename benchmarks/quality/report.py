@@ -17,6 +17,7 @@ LOSS, ACCURACY = "test_loss", "test_accuracy"
 FORGOTTEN = "general_rise"
 FRESH, REPEATED = "fresh_loss", "repeated_loss"
 TABLE = ("main", "llm", "vision")  # the experiments of the main table
+NEW_TAIL = "the language model's last blocks, new text"
 TAIL = "the language model's last blocks"
 WHOLE = "all blocks of the language model"
 MATCH = 0.05  # two arms are of equal size if their parameters differ by less than this share
@@ -24,13 +25,14 @@ MATCH = 0.05  # two arms are of equal size if their parameters differ by less th
 
 def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> None:
     """Write the report and its pictures."""
-    main, rates, traces, scaling, tail, search, whole = (
+    main, rates, traces, scaling, new_tail, tail, search, whole = (
         load(folder, names)
         for names in (
             TABLE,
             (*TABLE, "rates"),
             ("ranks",),
             ("rank-scaling",),
+            ("new-tail",),
             ("tail", "tail-decay"),
             ("tail-search",),
             ("whole",),
@@ -39,6 +41,8 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
     images.mkdir(parents=True, exist_ok=True)
     parts = [_head(main), _score_tables(main), _difference_tables(main), _bars(main, rates), _rank_table(main)]
     parts.append(_rate_table(main, rates))
+    parts += [_score_tables(new_tail, NEW_TAIL), _difference_tables(new_tail, NEW_TAIL)]
+    parts += [_trial_table(NEW_TAIL, new_tail), _rate_table(new_tail, new_tail, NEW_TAIL)]
     parts += [_score_tables(tail, TAIL), _difference_tables(tail, TAIL), _repetition_table(tail, TAIL)]
     parts.append(_trial_table(TAIL, tail, search))
     parts.append(_rate_table(tail, tail, TAIL))
@@ -48,7 +52,7 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
         ("quality-ranks.png", "Effective rank of ΔW by size", pictures.ranks(main, images)),
         ("quality-rank-trace.png", "Effective rank of ΔW over training", pictures.traces(traces, images)),
         ("quality-rates.png", "Validation loss over the learning rate", pictures.rates(rates, images)),
-        ("quality-forgetting.png", "Learned and forgotten: the last blocks", pictures.forgetting(tail, images)),
+        ("quality-forgetting.png", "Learned and forgotten: the last blocks", pictures.forgetting(new_tail, images)),
         ("quality-rank-scaling.png", "R at a nearly fixed budget", pictures.scaling(scaling, images)),
     ]
     lines = ["## Pictures", ""]

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .experiments import EXPERIMENTS, LANGUAGE_TASKS, SENTIMENT_TASKS, TAIL_TASKS, VISION_TASKS
+from .experiments import EXPERIMENTS, LANGUAGE_TASKS, NEW_TAIL_TASKS, SENTIMENT_TASKS, TAIL_TASKS, VISION_TASKS
 from .rows import Row, read_rows
 from .stats import paired
 
@@ -15,7 +15,7 @@ AVERAGE = "average"
 # What scores are averaged over, besides all tasks.
 GROUPS = {"encoders": (*SENTIMENT_TASKS, *VISION_TASKS), "language model": LANGUAGE_TASKS}
 ARM_ORDER = [arm.name for arm in EXPERIMENTS["main"].arms]
-TASK_ORDER = [*SENTIMENT_TASKS, *LANGUAGE_TASKS, *VISION_TASKS, *TAIL_TASKS]
+TASK_ORDER = [*SENTIMENT_TASKS, *LANGUAGE_TASKS, *VISION_TASKS, *NEW_TAIL_TASKS, *TAIL_TASKS]
 
 
 @dataclass

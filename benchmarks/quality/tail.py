@@ -33,6 +33,7 @@ from .language import (
     tokenizer,
     window_scores,
 )
+from .repeats import repeated
 
 SUFFIX = "-tail"
 BLOCKS = 3
@@ -79,7 +80,7 @@ class _TailTask(LanguageTask, ABC):
     name: str
     steps = 200
     num_seeds = 9
-    shares = (0.25, 0.5, 0.7, 0.85)  # of a trained update that are tried beside the whole
+    shares = (0.5, 0.75)  # of a trained update that are tried beside the whole
 
     @functools.cached_property
     def _kept(self) -> dict[str, Any]:
@@ -109,14 +110,14 @@ class _TailTask(LanguageTask, ABC):
         return self._windows_loss(model, _GENERAL)["loss"]
 
     @torch.no_grad()
-    def _windows_loss(self, model: nn.Module, split: str, repeated: Sequence[bool] | None = None) -> dict[str, float]:
+    def _windows_loss(self, model: nn.Module, split: str, again: Sequence[bool] | None = None) -> dict[str, float]:
         inputs, targets = self._kept["inputs"][split], self._kept["targets"][split]
         parts = []
         for start in range(0, len(inputs), 8):
             expected = targets[start : start + 8].long().to(model.rows.device)
             logits = model(inputs[start : start + 8].float().to(model.rows.device))
             parts.append(token_scores(logits.flatten(0, 1), expected.flatten()).unflatten(1, expected.shape))
-        return window_scores(torch.cat(parts, 1), repeated)
+        return window_scores(torch.cat(parts, 1), again)
 
 
 class TailTextTask(_TailTask):
@@ -143,7 +144,7 @@ class TailTextTask(_TailTask):
 
     @functools.cached_property
     def _repeated(self) -> dict[str, list[bool]]:
-        return texts.repeated({split: self._kept["targets"][split].tolist() for split in ("train", "val", "test")})
+        return repeated({split: self._kept["targets"][split].tolist() for split in ("train", "val", "test")})
 
     def _keep(self) -> dict[str, Any]:
         text = self.name.removesuffix(SUFFIX)
@@ -160,12 +161,12 @@ class TailQuestionTask(_TailTask, QuestionTask):
 
     batch_size = 16
     num_tuning_seeds = 1
-    lr_factor = 0.5
     base_dtype = torch.float32
 
     def __init__(self, name: str) -> None:
         super().__init__(name.removesuffix(SUFFIX))
         self.name = name
+        self.lr_factor = 1.0 if name == "messages" + SUFFIX else 0.5  # most of a choice's tokens are not trained
         self.splits = {**self.splits, "train": _spread(self.splits["train"], _MOST_QUESTIONS)}
 
     def batches(self, seed: int, steps: int) -> Iterator[dict[str, Tensor]]:

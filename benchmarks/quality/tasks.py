@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from . import data, questions, texts
 from .batches import bucketed, on_device
 from .classifier import Classifier
-from .language import QuestionTask, SubjectTask, TextTask
+from .language import LongQuestionTask, QuestionTask, TextTask
 from .tail import SUFFIX, TailQuestionTask, TailTextTask
 from .vision import FashionTask
 
@@ -95,7 +95,7 @@ def make_task(name: str) -> Any:
     if name in _SIZES:
         return SentimentTask(name)
     if name in questions.FILES:
-        return (SubjectTask if name == "subjects" else QuestionTask)(name)
+        return (LongQuestionTask if name in ("subjects", "messages") else QuestionTask)(name)
     if name in texts.TRAINED:
         return TextTask(name)
     if name.removesuffix(SUFFIX) in texts.TRAINED:

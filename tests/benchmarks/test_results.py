@@ -231,11 +231,11 @@ def test_report_has_the_last_blocks_apart_with_what_was_forgotten_and_searched(t
         append_row(experiment, row, tmp_path)
 
     for arm, loss in (("LoRA r2", 2.0), ("GenLoRA r2", 1.9)):
-        for task in ("french-tail", "lisp-tail"):
+        for experiment, task in (("tail", "french-tail"), ("tail", "lisp-tail"), ("new-tail", "messages-tail")):
             for lr, more in ((0.01, 0.1), (0.02, 0.0), (0.04, 0.2)):
-                add(arm, "tail", task, 100, lr, loss + more, "tuning")
+                add(arm, experiment, task, 100, lr, loss + more, "tuning")
             for seed in range(3):
-                add(arm, "tail", task, seed, 0.02, loss + 0.01 * seed, "final")
+                add(arm, experiment, task, seed, 0.02, loss + 0.01 * seed, "final")
     add("Other r2", "tail-search", "french-tail", 100, 0.02, 2.5, "tuning")
     pytest.importorskip("matplotlib")
     write_report(tmp_path, tmp_path / "REPORT.md", tmp_path / "images")
@@ -247,6 +247,7 @@ def test_report_has_the_last_blocks_apart_with_what_was_forgotten_and_searched(t
     assert "| Other r2 | 2.00 | 0.02: 2.5000 | – |" in text
     assert "| LoRA r2 | 2.00 | 0.01: 2.1000, 0.02: 2.0000, 0.04: 2.2000 |" in text
     assert f"## Learning rates: {of}" in text
+    assert f"## Test loss (lower is better): {of}, new text\n\n| method | adapter parameters | messages-tail |" in text
     assert f"## Test loss of new and of repeated text: {of}" in text
     loss = "| GenLoRA r2 | lisp-tail | 2 | 2.0050 ± 0.0635 | 1.9100 ± 0.1271 | -0.1000 ± 0.0000 | -0.2000 ± 0.0000 |"
     assert loss in text

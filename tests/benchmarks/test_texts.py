@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.quality import peft_form, texts
 from benchmarks.quality.language import LanguageModel, TextTask, _windows_loss
+from benchmarks.quality.repeats import repeated
 from benchmarks.quality.rows import read_rows
 from tests.models import tiny_llama
 
@@ -34,16 +35,18 @@ def test_no_document_stands_in_two_splits(monkeypatch):
     assert len(parts["train"]) <= total - 10
 
 
-def test_repeated_windows_are_those_of_which_training_has_a_tenth_of_the_sequences():
-    new = [list(range(1000 * n, 1000 * n + 112)) for n in range(4)]  # 101 sequences of 12 tokens each
-    train = [new[0], [*range(9000, 9050), *new[1][:21]]]  # of the second window ten sequences, …
-    test = [new[0], new[1], new[2]]
-    assert texts.repeated({"train": train, "val": [new[3]], "test": test}) == {
-        "val": [False],
-        "test": [True, False, False],
-    }
-    train[1] += new[1][21:22]  # … then eleven
-    assert texts.repeated({"train": train, "test": test})["test"] == [True, True, False]
+def test_new_windows_are_chosen_from_three_times_as_many_that_do_not_repeat_training(monkeypatch):
+    page = "".join(chr(200 + n) for n in range(texts.WINDOW))  # stands in every third document, of which each has two
+    own = ["".join(chr(500 * (1 + n) + k) for k in range(texts.WINDOW)) for n in range(90)]
+    documents = [own[2 * n] + (page if n % 3 == 0 else own[2 * n + 1]) for n in range(45)]
+    monkeypatch.setattr(texts, "_documents", lambda name: iter(documents))
+    monkeypatch.setitem(texts.SIZES, "new-lisp", (6, 4))
+    parts = texts.windows("new-lisp", Letters())
+    assert (len(parts["test"]), len(parts["val"])) == (6, 4)
+    assert [ord(letter) for letter in page] in parts["train"]
+    assert not any(any(again) for again in repeated(parts).values())
+    pooled = 3 * 6 + 3 * 4
+    assert len(parts["train"]) == 2 * len(documents) - pooled
 
 
 @torch.no_grad()
