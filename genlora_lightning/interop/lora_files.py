@@ -25,6 +25,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 
 _PREFIX = "base_model.model."
+_ROWS_SUFFIX = ".token_adapter.trainable_tokens_delta"  # values of rows, whatever its name says
 
 
 def _is_finite(value: Any) -> bool:
@@ -43,12 +44,18 @@ def _is_pattern(item: tuple[Any, Any]) -> bool:
     return _is_finite(item[1])
 
 
+def _are_tokens(value: Any) -> bool:
+    """Whether a value is a list of ids, each of them once."""
+    return (
+        isinstance(value, list) and all(type(one) is int and one >= 0 for one in value) and len(value) == len({*value})
+    )
+
+
 # Settings that make a LoRA more, or something else, than base + scaling · B · A.
 _UNSUPPORTED = {
     "use_dora": "DoRA's magnitudes",
     "lora_bias": "biases of B",
     "layer_replication": "replicated layers",
-    "trainable_token_indices": "trained tokens",
     "target_parameters": "adapted parameters outside of linears",
     "alora_invocation_tokens": "adapters that wait for invocation tokens",
     "use_qalora": "QALoRA's pooled inputs",
@@ -64,6 +71,9 @@ _SETTINGS_SHAPE: dict[Any, Any] = {
     "lora_dropout?": lambda value: not value or (_is_finite(value) and 0 <= value < 1),
     "modules_to_save?": lambda value: value is None or (isinstance(value, list) and all(map(_is_name, value))),
     "base_model_name_or_path?": (str, type(None)),
+    "trainable_token_indices?": lambda value: (
+        not value or (all(map(_are_tokens, value.values())) if isinstance(value, dict) else _are_tokens(value))
+    ),
 }
 # These change the base's weights before training; the saved A and B belong to the changed ones.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -87,6 +97,18 @@ class LoRALayer(NamedTuple):
     site: str = "linear"
 
 
+class TokenRows(NamedTuple):
+    """Rows of an embedding or head that are trained in full.
+
+    Args:
+        tokens: Their ids, k of them, rising.
+        rows: ``(k, D)``, in float32: values, and no update of the base's.
+    """
+
+    tokens: list[int]
+    rows: Tensor
+
+
 @dataclass(frozen=True, kw_only=True)
 class LoRAFiles:
     """A LoRA adapter as it was read.
@@ -99,6 +121,7 @@ class LoRAFiles:
         modules_to_save: The names of those modules.
         base_model: Name or folder of the base model.
         bases: Weights of the base that PEFT has saved beside adapted embeddings, by the embeddings' names.
+        token_rows: PEFT's ``trainable_token_indices`` with their rows, by the embedding's or head's name.
     """
 
     layers: dict[str, LoRALayer]
@@ -108,6 +131,7 @@ class LoRAFiles:
     modules_to_save: tuple[str, ...]
     base_model: str | None
     bases: dict[str, Tensor]
+    token_rows: dict[str, TokenRows]
 
 
 def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
@@ -127,6 +151,7 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
     sites: dict[str, str] = {}
     bases: dict[str, Tensor] = {}
     saved: dict[str, Tensor] = {}
+    rows: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         name = key.removeprefix(_PREFIX)
         found = from_peft(name, tensor)
@@ -139,6 +164,8 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
             raise ValueError(
                 f"{folder} holds {key} {tuple(tensor.shape)}, which is no LoRA of a linear, embedding or convolution."
             )
+        elif name.endswith(_ROWS_SUFFIX):
+            rows[name.removesuffix(_ROWS_SUFFIX)] = tensor.float()
         elif name.endswith(".base_layer.weight"):
             bases[name.removesuffix(".base_layer.weight")] = tensor
         else:
@@ -164,7 +191,34 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
         modules_to_save=_saved_modules(config, saved, folder),
         base_model=config.get("base_model_name_or_path") or None,
         bases={name: tensor for name, tensor in bases.items() if name in layers},
+        token_rows=_token_rows(config.get("trainable_token_indices") or {}, rows, folder),
     )
+
+
+def _token_rows(
+    given: list[int] | dict[str, list[int]], rows: Mapping[str, Tensor], folder: Path
+) -> dict[str, TokenRows]:
+    named = given if isinstance(given, dict) else dict.fromkeys(rows or ["the input embedding"], given)
+    found: dict[str, TokenRows] = {}
+    for name, values in rows.items():
+        tokens = next((ids for key, ids in named.items() if name == key or name.endswith(f".{key}")), [])
+        if values.ndim != 2 or len(values) != len(tokens):
+            raise ValueError(
+                f"{folder} holds rows {tuple(values.shape)} of {name}, and its `trainable_token_indices` name "
+                f"{len(tokens)} of its tokens: {given!r:.200}."
+            )
+        if not values.isfinite().all():
+            raise ValueError(f"The rows of {name} in {folder} hold NaN or infinite values.")
+        order = sorted(range(len(tokens)), key=tokens.__getitem__)
+        found[name] = TokenRows([tokens[at] for at in order], values[order])
+    # PEFT may also name a head that is tied to the embedding, and writes their rows once.
+    known = [one.tokens for one in found.values()]
+    for name, tokens in named.items():
+        if tokens and sorted(tokens) not in known:
+            raise ValueError(
+                f"{folder} has `trainable_token_indices` for {name}, and holds no rows of {tokens!r:.200}."
+            )
+    return found
 
 
 def _existing(path: Path) -> Path:

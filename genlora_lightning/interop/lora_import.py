@@ -7,12 +7,14 @@ import os
 import torch
 from torch import Tensor, nn
 
+from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.lora import LoRAConfig
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters, inject_layers
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import load_adapter_state
 from genlora_lightning.injection.targets import match_modules
+from genlora_lightning.injection.token_rows import token_rows
 from genlora_lightning.interop.lora_files import LoRAFiles, read_lora
 from genlora_lightning.interop.lora_sites import unlike_peft
 from genlora_lightning.layers.sites import site_of
@@ -22,7 +24,8 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
     """Load a LoRA adapter that PEFT wrote into its base model, in place, to use it or to train on.
 
     Nothing is lost: A and B keep every bit, and so do modules that it saves in full; ``alpha`` and ``scaling`` are
-    PEFT's ``lora_alpha`` and ``use_rslora``, for each linear its own (``rank_pattern``, ``alpha_pattern``).
+    PEFT's ``lora_alpha`` and ``use_rslora``, for each linear its own (``rank_pattern``, ``alpha_pattern``);
+    ``tokens_to_train`` are its ``trainable_token_indices``.
     :func:`~genlora_lightning.export_lora` writes it back as it was.
 
     Args:
@@ -41,14 +44,16 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
     if adapter_layers(model):
         raise ValueError("The model already has adapters. Call `remove_adapters(model)` first.")
     files = read_lora(folder)
-    configs = _configs(files)
+    configs: dict[str, AdapterConfig] = {**_configs(files)}
     (config, *others) = {id(config): config for config in configs.values()}.values()
     _check_sites(model, files, folder)
     with restored_after_error(model):
         try:
             if others:
                 trained = match_modules(model, config.modules_to_train, "modules_to_train")
-                report = inject_layers(model, configs, trained)
+                adapted = {id(model.get_submodule(name)): "adapted, too" for name in configs}
+                rows = {name: own for name, (_, own) in token_rows(model, config, adapted).items()}
+                report = inject_layers(model, configs | rows, trained)
             else:
                 report = inject_adapters(model, config)
         except ValueError as error:
@@ -89,6 +94,7 @@ def _configs(files: LoRAFiles) -> dict[str, LoRAConfig]:
                 dropout=files.dropout,
                 target_modules=list(files.layers),
                 modules_to_train=list(files.modules_to_save),
+                tokens_to_train={name: list(rows.tokens) for name, rows in files.token_rows.items()},
             )
     return {name: made[layer.A.shape[0], layer.alpha] for name, layer in files.layers.items()}
 
@@ -98,4 +104,6 @@ def _state(files: LoRAFiles) -> dict[str, Tensor]:
     for name, layer in files.layers.items():
         state[f"{name}.update.A.matrix"] = layer.A
         state[f"{name}.update.B.matrix"] = layer.B.T
+    for name, table in files.token_rows.items():
+        state[f"{name}.update.table.rows"] = table.rows
     return state

@@ -28,6 +28,8 @@ _PREFIX = "base_model.model."
 # A and B of a linear, an embedding (whose names are those of parameters) or a convolution, and DoRA's magnitudes.
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
 _SHOWN = 3
+# What a plain LoRA may have, and a reader wants to know.
+_TOLD = ("use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,7 +145,15 @@ def describe_peft(folder: str, base: nn.Module | None = None) -> PeftDescription
     if base is not None:
         problems += _misfits(parts, saved, base)
     kept = unsupported_settings(stored.config)
-    for name in ("use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save"):
+    plain = (
+        "use_rslora",
+        "fan_in_fan_out",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "trainable_token_indices",
+    )
+    for name in plain:
         if stored.config.get(name):
             kept[name] = stored.config[name]
     base_name = stored.config.get("base_model_name_or_path")

@@ -33,7 +33,7 @@ def write_lora(folder: Path, make=tiny_llama, **settings: object) -> torch.Tenso
     given = {"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj", "down_proj"], **settings}
     model = get_peft_model(make(), LoraConfig(**given)).eval()
     for name, parameter in model.named_parameters():
-        if "lora_" in name or "modules_to_save" in name:
+        if "lora_" in name or "modules_to_save" in name or "trainable_tokens_delta" in name:
             nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     return logits(model)
@@ -103,6 +103,67 @@ def test_ranks_and_alphas_of_their_own_come_in_and_go_out_with_every_bit(tmp_pat
     again = untied_llama()
     load_adapter(again, save_adapter(model, tmp_path / "adapter"))
     assert torch.equal(logits(again.eval()), logits(model))
+
+
+@pytest.mark.parametrize("patterns", [{}, {"rank_pattern": {"v_proj": 2}}])
+@pytest.mark.parametrize(
+    ("make", "tokens"),
+    [
+        (tiny_llama, [9, 3]),
+        (untied_llama, [9, 3]),
+        (untied_llama, {"embed_tokens": [9, 3], "lm_head": [60]}),
+    ],
+)
+def test_rows_of_tokens_come_in_and_go_out_with_every_bit(tmp_path, make, tokens, patterns):
+    wanted = write_lora(tmp_path / "peft", make, trainable_token_indices=tokens, **patterns)
+    without = make()
+    model = make()
+    report = import_lora(model, tmp_path / "peft")
+    model.eval()
+    torch.testing.assert_close(logits(model), wanted, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(model), logits(without.eval()), atol=1e-2)
+    assert "embed_tokens" in str(report.summary())
+    again = make()
+    load_adapter(again, save_adapter(model, tmp_path / "adapter"))
+    assert torch.equal(logits(again.eval()), logits(model))
+
+    export_lora(model, tmp_path / "back")
+    before, after = tensors(tmp_path / "peft"), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    rows = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    assert torch.equal(before.pop(rows).flip(0), after.pop(rows))  # by rising id, as the configuration then has them
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    loaded = PeftModel.from_pretrained(make(), tmp_path / "back").eval()
+    torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ([3], r"holds rows \(2, 16\) of model.embed_tokens, .* name 1 of its tokens"),
+        (None, r"holds rows \(2, 16\) of model.embed_tokens, .* name 0 of its tokens"),
+        ({"embed_tokens": [9, 3], "lm_head": [5]}, "for lm_head, and holds no rows"),
+        ([3, 3], "trainable_token_indices"),
+        ({"embed_tokens": "all"}, "trainable_token_indices"),
+        ([9, 64], "token 64"),
+    ],
+)
+def test_rows_that_do_not_fit_their_tokens_are_refused(tmp_path, tokens, message):
+    write_lora(tmp_path / "peft", trainable_token_indices=[9, 3])
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trainable_token_indices": tokens}))
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=message):
+        import_lora(model, tmp_path / "peft")
+    assert not adapter_layers(model)
+
+
+def test_tokens_without_rows_are_refused(tmp_path):
+    write_lora(tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"trainable_token_indices": [3]}))
+    with pytest.raises(ValueError, match="for the input embedding, and holds no rows"):
+        import_lora(tiny_llama(), tmp_path / "peft")
 
 
 def test_imported_lora_is_trained_on_and_saved(tmp_path):
