@@ -30,7 +30,7 @@ def store_tokens(folder: Path) -> None:
     for task in TASKS:
         if task in questions.FILES:
             questions.store(task, questions.splits(task, tokenizer), folder)
-    for text in (*texts.TRAINED, texts.GENERAL):
+    for text in (*(task for task in TASKS if task in texts.TRAINED), texts.GENERAL):
         parts = texts.windows(text, tokenizer)
         texts.store(text, {**parts, "train": parts["train"][:MOST_WINDOWS]}, folder)
 
