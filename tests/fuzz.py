@@ -50,6 +50,8 @@ from genlora_lightning.artifacts.loading import convert_checkpoint, load_module
 from genlora_lightning.cli.errors import find_user_error
 from genlora_lightning.injection.inject import inject_adapters
 from genlora_lightning.interop.lora_import import import_lora
+from genlora_lightning.interop.peft_folders import import_peft
+from genlora_lightning.interop.peft_report import describe_peft
 from genlora_lightning.storage.checkpoint_file import write_checkpoint
 from genlora_lightning.storage.digests import sha256
 from tests.conftest import small_config
@@ -193,8 +195,13 @@ def _net(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-def _adapted(config: Any) -> nn.Module:
-    net = _net()
+def _token_net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+
+
+def _adapted(config: Any, make: Callable[[], nn.Module] = _net) -> nn.Module:
+    net = make()
     inject_adapters(net, config)
     with torch.no_grad():
         for parameter in net.parameters():
@@ -206,10 +213,14 @@ def _adapted(config: Any) -> nn.Module:
 @cache
 def _folder_files(kind: str) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as folder:
-        if kind == "peft":
+        if kind == "peft lora":
             from genlora_lightning.interop.lora_export import export_lora
 
-            export_lora(_adapted(LoRAConfig(rank=2)), folder + "/a")
+            export_lora(_adapted(LoRAConfig(rank=2, tokens_to_train=[1, 5]), _token_net), folder + "/a")
+        elif kind == "peft genlora":
+            from genlora_lightning.interop.peft_folders import export_peft
+
+            export_peft(_adapted(small_config(rank=2)), folder + "/a")
         elif kind == "format 1":
             shutil.copytree(Path(__file__).parent / "fixtures" / "format1" / "adapter", folder + "/a")
         else:
@@ -263,11 +274,19 @@ def adapter_folder(folder: Path, rng: random.Random) -> Iterator[Call]:
     model = _net()
     if rng.random() < 0.3:
         inject_adapters(model, LoRAConfig(rank=2) if kind == "lora" else small_config(rank=2))
+    check = rng.choice(("error", "off"))
+    yield lambda: verify_adapter(place)
+    yield lambda: str(describe_adapter(place)) + json.dumps(describe_adapter(place).to_dict())
+    yield _changes_nothing_if_refused(model, lambda: load_adapter(model, place, base_check=check))
+    yield lambda: is_adapter_folder(place)
+
+
+def _changes_nothing_if_refused(model: nn.Module, load: Call) -> Call:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
-    def load() -> None:
+    def checked() -> None:
         try:
-            load_adapter(model, place, base_check=rng.choice(("error", "off")))
+            load()
         except BaseException:
             after = model.state_dict()
             assert after.keys() == before.keys(), "a refused adapter has changed the model"
@@ -276,18 +295,23 @@ def adapter_folder(folder: Path, rng: random.Random) -> Iterator[Call]:
             )
             raise
 
-    yield lambda: verify_adapter(place)
-    yield lambda: str(describe_adapter(place)) + json.dumps(describe_adapter(place).to_dict())
-    yield load
-    yield lambda: is_adapter_folder(place)
+    return checked
 
 
 def peft_folder(folder: Path, rng: random.Random) -> Iterator[Call]:
-    """Adapter folders as PEFT writes them."""
+    """Adapter folders as PEFT writes them: LoRA with rows of tokens, and GenLoRA."""
+    kind = rng.choice(("peft lora", "peft genlora"))
     place = folder / "a"
     place.mkdir()
-    _write_folder(place, "peft", rng)
-    yield lambda: import_lora(_net(), place)
+    _write_folder(place, kind, rng)
+    if kind == "peft lora":
+        ours, theirs = _token_net(), _token_net()
+        yield _changes_nothing_if_refused(ours, lambda: import_lora(ours, place))
+        yield _changes_nothing_if_refused(theirs, lambda: load_adapter(theirs, place))
+    else:
+        net = _net()
+        yield _changes_nothing_if_refused(net, lambda: import_peft(net, place))
+    yield lambda: str(describe_peft(str(place))) + json.dumps(describe_peft(str(place)).to_dict())
 
 
 class _Evil:
@@ -659,7 +683,7 @@ def configs(folder: Path, rng: random.Random) -> Iterator[Call]:
 
 _SHARES = {
     adapter_folder: 3,
-    peft_folder: 2,
+    peft_folder: 3,
     checkpoint: 3,
     resumed_run: 2,
     sharded_base: 2,

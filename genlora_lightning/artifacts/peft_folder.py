@@ -207,6 +207,9 @@ def read_peft_folder(folder: str | os.PathLike[str]) -> StoredPeft:
         raise DamagedFileError(f"{place / CONFIG_FILE} is damaged or incomplete: {error}.") from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
         raise DamagedFileError(f"{place / CONFIG_FILE} is damaged, or not PEFT's: it has no `peft_type`.")
+    saved = config.get("modules_to_save")
+    if saved is not None and not (isinstance(saved, list) and all(isinstance(name, str) for name in saved)):
+        raise DamagedFileError(f"{place / CONFIG_FILE} has `modules_to_save` {shown(saved)}, which must name modules.")
     try:
         tensors = safetensors.torch.load(files[WEIGHTS_FILE])
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
@@ -254,12 +257,18 @@ def load_peft_folder(
             f"This model has adapters already, and {folder} would take their place: a model has one adapter at a time. "
             "Give `replace=True` for adapters of the same configuration, or call `remove_adapters(model)` first."
         )
-    adapter = PeftAdapter.from_dict(stored.config)
+    try:
+        adapter = PeftAdapter.from_dict(stored.config)
+    except ValueError as error:
+        raise ValueError(f"{stored.folder / CONFIG_FILE}: {error}") from error
     if stored.manifest is not None and base_check != "off":
         present = base_identity(peft_root(model), without=stored.manifest["trained_modules"])
         require_same_base(stored.manifest["base"], present, f"The adapter in {folder}", base_check)
     with restored_after_error(model):
-        report = inject_peft(model, adapter)
+        try:
+            report = inject_peft(model, adapter)
+        except ValueError as error:
+            raise ValueError(f"The adapter in {folder} does not fit this {type(model).__name__}: {error}") from error
         found = held_root(model)
         assert found is not None
         tensors = trained_tensors(found[0])

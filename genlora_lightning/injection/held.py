@@ -52,19 +52,8 @@ def remove_held(model: nn.Module) -> None:
     root = found[0]
     root.requires_grad_(False)
     forget(root, _HELD)
-    put_back(root, [])
-
-
-def put_back(root: nn.Module, before: list[nn.Module]) -> None:
-    """Put the base's modules back: those of marked places, or those that were there before a failed injection."""
     places = {id(place.module): place.base_module for place in adapter_places(root).values()}
-    known = {id(module) for module in before}
-    if before:  # nothing is marked yet
-        for module in root.modules():
-            inner = getattr(module, "base_layer", None) or module._modules.get("original_module")
-            if id(module) not in known and isinstance(inner, nn.Module):
-                places[id(module)] = inner
-    for module in [] if before else trained_modules(root).values():
+    for module in trained_modules(root).values():
         stop_training_in_full(module)
     for parent in list(root.modules()):
         for name, child in parent._modules.items():

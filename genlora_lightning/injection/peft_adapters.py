@@ -22,11 +22,12 @@ from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.fields import shown
 from genlora_lightning.injection.foreign import check_no_foreign_adapters
 from genlora_lightning.injection.full_training import train_in_full
-from genlora_lightning.injection.held import Held, held_root, put_back, remember
+from genlora_lightning.injection.held import Held, held_root, remember
 from genlora_lightning.injection.inject import adapter_config, adapter_layers, inject_adapters
 from genlora_lightning.injection.named import check_no_set, named_updates
 from genlora_lightning.injection.places import Place, adapter_places, mark_place, plain_name
 from genlora_lightning.injection.report import InjectionReport, InjectionRow
+from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.overrides import put_on
 
 KIND = "peft"
@@ -100,10 +101,9 @@ class PeftAdapter:
                 f"`peft_type` must be one of PEFT's ({', '.join(sorted(known))}), got {shown(fields.get('peft_type'))}."
             )
         try:
-            made = known[name](**{**fields, "peft_type": name})
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"PEFT cannot make a configuration of type {name}: {error}.") from error
-        return cls.of(made)
+            return cls.of(known[name](**{**fields, "peft_type": name}))
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
+            raise ValueError(f"PEFT cannot make a configuration of type {name}: {error!s:.500}.") from error
 
     @property
     def peft_type(self) -> str:
@@ -255,15 +255,19 @@ def inject_peft(model: nn.Module, adapter: PeftAdapter) -> InjectionReport:
     root = peft_root(model)
     config = adapter.make()
     config.base_model_name_or_path = None  # PEFT sets it, and warns where it was another
-    places = list(root.modules())
-    try:
-        with warnings.catch_warnings():
-            # Of PEFT's use of transformers; nobody can do anything about it.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+    places = [(module, dict(module._modules)) for module in root.modules()]
+    with restored_after_error(root), warnings.catch_warnings():
+        # Of PEFT's use of transformers; nobody can do anything about it.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        try:
             wrapper = _peft().get_peft_model(root, config, adapter_name=ADAPTER_NAME)
-    except (ValueError, TypeError, KeyError, NotImplementedError, AttributeError) as error:
-        put_back(root, places)
-        raise ValueError(f"PEFT cannot put {adapter.title} into this {type(root).__name__}: {error}") from error
+        except Exception as error:  # PEFT checks little of a configuration, so that it fails anywhere
+            for module, children in places:
+                module._modules.clear()
+                module._modules.update(children)
+            vars(root).pop("peft_config", None)
+            refused = f"PEFT cannot put {adapter.title} into this {type(root).__name__}: {error!s:.500}"
+            raise ValueError(refused) from error
     _mark(root)
     held = Held(
         adapter=adapter,

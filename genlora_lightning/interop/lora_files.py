@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from genlora_lightning.fields import shown
 from genlora_lightning.interop.lora_sites import from_peft
 from genlora_lightning.storage.documents import check_document
 from genlora_lightning.storage.paths import local_path
@@ -46,9 +47,9 @@ def _is_pattern(item: tuple[Any, Any]) -> bool:
 
 def _are_tokens(value: Any) -> bool:
     """Whether a value is a list of ids, each of them once."""
-    return (
-        isinstance(value, list) and all(type(one) is int and one >= 0 for one in value) and len(value) == len({*value})
-    )
+    if not isinstance(value, list) or not all(type(one) is int and 0 <= one < 2**31 for one in value):
+        return False
+    return len(value) == len({*value})
 
 
 # Settings that make a LoRA more, or something else, than base + scaling · B · A.
@@ -242,7 +243,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} has `{name}`: {_UNSUPPORTED[name]} are more than a plain LoRA's ΔW = s·B·A.")
     if config.get("bias", "none") != "none":
         raise ValueError(
-            f"{path} has `bias` {config['bias']!r}: trained biases cannot be kept. Train with bias 'none'."
+            f"{path} has `bias` {shown(config['bias'])}: trained biases cannot be kept. Train with bias 'none'."
         )
     start = config.get("init_lora_weights")
     if isinstance(start, str) and start.lower().startswith(_CHANGED_BASE):
@@ -251,8 +252,17 @@ def _read_config(folder: Path) -> dict[str, Any]:
             "plain LoRA first (PEFT: `save_pretrained(..., path_initial_model_for_weight_conversion=...)`)."
         )
     assert isinstance(config, dict)
-    check_document(str(path), config, _SETTINGS_SHAPE)
+    check_lora_settings(path, config)
     return config
+
+
+def check_lora_settings(path: Path, config: dict[str, Any]) -> None:
+    """Check the settings of a LoRA that are read here.
+
+    Raises:
+        DamagedFileError: One of them is something else than PEFT writes.
+    """
+    check_document(str(path), config, _SETTINGS_SHAPE)
 
 
 def unsupported_settings(config: Mapping[str, Any]) -> dict[str, Any]:

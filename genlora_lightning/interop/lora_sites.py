@@ -46,7 +46,7 @@ def from_peft(key: str, tensor: Tensor) -> tuple[str, str, str, Tensor] | None:
         return (found[1], "embedding", "B" if found["other"] == "A" else "A", tensor.T) if tensor.dim() == 2 else None
     if tensor.dim() == 2:
         return found[1], "linear", found["own"], tensor
-    is_points = found["own"] == "A" or tensor[0, 0].numel() == 1
+    is_points = found["own"] == "A" or set(tensor.shape[2:]) == {1}
     if not 3 <= tensor.dim() <= 5 or not is_points:
         return None
     return found[1], "convolution", found["own"], tensor.flatten(1)

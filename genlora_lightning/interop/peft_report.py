@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning.adapters.low_rank import effective_rank
-from genlora_lightning.artifacts.adapter_folder import WEIGHTS_FILE
+from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from genlora_lightning.artifacts.peft_folder import StoredPeft, read_peft_folder
 from genlora_lightning.backbone.identity import describe_base
-from genlora_lightning.interop.lora_files import lora_scaling, unsupported_settings
+from genlora_lightning.interop.lora_files import check_lora_settings, lora_scaling, unsupported_settings
 from genlora_lightning.layers.sites import matrix_shape
 from genlora_lightning.text import natural_key, text_table
 
@@ -90,7 +90,7 @@ class PeftDescription:
 
     def to_dict(self) -> dict[str, Any]:
         """The description as JSON values."""
-        return {**asdict(self), "parameters": self.parameters}
+        return {**vars(self), "rows": [asdict(row) for row in self.rows], "parameters": self.parameters}
 
     def proof(self) -> str:
         """What is proved, in a sentence."""
@@ -139,6 +139,7 @@ def describe_peft(folder: str, base: nn.Module | None = None) -> PeftDescription
         DamagedFileError: A file cannot be read, or is not the one that our manifest is of.
     """
     stored = read_peft_folder(folder)
+    check_lora_settings(stored.folder / CONFIG_FILE, stored.config)
     parts, saved, problems = _sorted_tensors(stored)
     rows = tuple(_row(name, parts[name], stored.config) for name in sorted(parts, key=natural_key))
     problems += _faults(stored, parts)
@@ -214,7 +215,7 @@ def _pair(tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
         A, B = tensors.get(a), tensors.get(b)
         if A is None or B is None or min(A.ndim, B.ndim) < 2:
             continue
-        A, B = A.float().reshape(A.shape[0], -1), B.float().reshape(B.shape[0], -1)
+        A, B = A.float().flatten(1), B.float().flatten(1)
         if A.shape[0] != B.shape[1]:
             continue
         return (B.T, A.T) if is_transposed else (A, B)  # ΔW of an embedding is stored (num_embeddings, dim)
@@ -227,13 +228,13 @@ def _row(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     if pair is None:
         return PeftRow(module=name, shape=None, rank=None, effective_rank=None, scaling=None, parameters=count)
     A, B = pair
-    is_finite = bool(A.isfinite().all() and B.isfinite().all())
+    has_rank = bool(A.numel() and B.numel() and A.isfinite().all() and B.isfinite().all())
     return PeftRow(
         module=name,
         shape=(B.shape[0], A.shape[1]),
         rank=A.shape[0],
-        effective_rank=effective_rank(A, B) if is_finite else None,
-        scaling=lora_scaling(config, name, A.shape[0]),
+        effective_rank=effective_rank(A, B) if has_rank else None,
+        scaling=lora_scaling(config, name, A.shape[0]) if A.shape[0] else None,
         parameters=count,
     )
 

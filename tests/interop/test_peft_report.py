@@ -216,3 +216,37 @@ def test_our_own_folder_is_proved_to_be_for_its_base(tmp_path, capsys, base):
     code, text, _ = tool(capsys, "verify", tmp_path / "adapter", "--base", base)
     assert code == 0
     assert "is the base it was trained on" in text
+
+
+def test_trained_tokens_are_among_the_settings(tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[9, 3])
+    found = describe_peft(str(write(tmp_path / "lora", config)))
+    assert found.settings == {"trainable_token_indices": [9, 3]}
+    assert found.saved == {"model.embed_tokens.token_adapter.trainable_tokens_delta": 32}
+    assert found.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("lora_alpha", [8]), ("alpha_pattern", {"q_proj": None}), ("modules_to_save", 3), ("modules_to_save", "lm_head")],
+)
+def test_setting_of_another_type_is_told_with_its_file(tmp_path, setting, value):
+    folder = write(tmp_path / "lora", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {setting: value}))
+    with pytest.raises(ValueError, match=rf"adapter_config.json .*{setting}"):
+        describe_peft(str(folder))
+
+
+def test_factors_without_values_are_described(tmp_path):
+    folder = write(tmp_path / "lora", peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    first = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+
+    def empty(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[f"{first}A.weight"], tensors[f"{first}B.weight"] = torch.zeros(0, 16), torch.zeros(16, 0)
+
+    change(folder, empty)
+    found = describe_peft(str(folder))
+    assert (found.rows[0].rank, found.rows[0].effective_rank, found.rows[0].scaling) == (0, None, None)
+    assert json.loads(json.dumps(found.to_dict()))["rows"][0]["shape"] == [16, 16]
+    assert "In 1 of 2 modules B or A is zero" in str(found)

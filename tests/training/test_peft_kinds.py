@@ -202,11 +202,30 @@ def test_folder_that_peft_wrote_is_loaded(tmp_path):
         inject_adapters(model, LoRAConfig(rank=2))
 
 
-def test_model_that_peft_cannot_adapt_is_left_as_it_was():
-    model = tiny_llama()
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (lambda: peft.LoraConfig(target_modules=["nonsense"]), "nonsense"),
+        (  # after the embedding's place has been taken
+            lambda: peft.LoraConfig(
+                target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [1], "nonsense": [2]}
+            ),
+            "nonsense",
+        ),
+        (
+            lambda: peft.LoraConfig(target_modules=["q_proj"], trainable_token_indices=[10**6]),
+            "out of bounds",
+        ),
+        (lambda: peft.LoraConfig(target_modules=["q_proj"], modules_to_save=["norm"], bias="x" * 10**4), "bias: x"),
+    ],
+)
+def test_model_that_peft_cannot_adapt_is_left_as_it_was(config, reason):
+    model = tiny_llama(tie_word_embeddings=False)
     names, flags = list(model.state_dict()), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match=r"PEFT cannot put PEFT's LORA into this LlamaForCausalLM: .*nonsense"):
-        inject_peft(model, PeftAdapter.of(peft.LoraConfig(target_modules=["nonsense"])))
+    refused = rf"PEFT cannot put PEFT's LORA into this LlamaForCausalLM: .*{reason}"
+    with pytest.raises(ValueError, match=refused) as raised:
+        inject_peft(model, PeftAdapter.of(config()))
+    assert len(str(raised.value)) < 1000
     assert list(model.state_dict()) == names
     assert [p.requires_grad for p in model.parameters()] == flags
     assert held_root(model) is None

@@ -102,10 +102,10 @@ class RBFGenerator(Factor):
         self.num_latents = num_latents
         self.num_groups = num_groups
         self.num_centers = num_centers
-        self.width = width
+        self.width = float(width)
         self.kernel = kernel
         self.sign_table = sign_table
-        self.weight_gain = weight_gain
+        self.weight_gain = float(weight_gain)
         self.zero_start = zero_start
         self.learned = {"centers": learn_centers, "log_widths": learn_widths}
 
