@@ -259,8 +259,6 @@ EXPERIMENTS: dict[str, Experiment] = {
                     (lora(32, 0), 4e-3),
                     (RELATIVES[0], 8e-3),
                     (RELATIVES[1], 1.6e-2),
-                    # Sixteen times their lowest rate was far too high for two of them.
-                    *((leader, (2 if leader.method in ("c3a", "waveft") else 8) * leader.lr) for leader in LEADERS),
                 )
             ),
         ),
@@ -271,13 +269,31 @@ EXPERIMENTS: dict[str, Experiment] = {
     "new-tail": Experiment(
         arms=(
             *(replace(arm, lr=8e-3, most_seeds=5) for arm in (LORAS[1], GENLORAS[2])),
-            *(
-                replace(arm, lr=lr, most_seeds=3)
-                for arm, lr in ((LORAS[3], 4e-3), (RELATIVES[0], 8e-3), (RELATIVES[1], 1.6e-2))
-            ),
+            replace(LORAS[3], lr=4e-3, most_seeds=3),
         ),
         tasks=NEW_TAIL_TASKS,
         trials=3,
+    ),
+    # There, GenLoRA of LoRA rank 8's size: what it is best spent on; …
+    "new-tail-sizes": Experiment(
+        arms=tuple(
+            replace(genlora(f"GenLoRA b8 R{rank}, latents {q_a} and {q_b}", 8.0, rank, (q_a, q_b)), lr=8e-3)
+            for rank, q_a, q_b in ((64, 4, 8), (256, 4, 8), (64, 6, 8))
+        ),
+        tasks=NEW_TAIL_TASKS[:1],
+        trials=2,
+        final=False,
+    ),
+    # … and the other small methods, of LoRA rank 2's size.
+    "new-tail-others": Experiment(
+        arms=(
+            *(replace(arm, lr=lr) for arm, lr in zip(RELATIVES, (8e-3, 1.6e-2), strict=True)),
+            # Sixteen times their lowest rate was far too high for two of them.
+            *(replace(leader, lr=(2 if leader.method in ("c3a", "waveft") else 8) * leader.lr) for leader in LEADERS),
+        ),
+        tasks=NEW_TAIL_TASKS[:1],
+        trials=3,
+        final=False,
     ),
     # What a decay of the weights keeps of English, at the rate that is the best without it.
     "tail-decay": Experiment(

@@ -25,7 +25,7 @@ MATCH = 0.05  # two arms are of equal size if their parameters differ by less th
 
 def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> None:
     """Write the report and its pictures."""
-    main, rates, traces, scaling, new_tail, tail, search, whole = (
+    main, rates, traces, scaling, new_tail, new_search, tail, search, whole = (
         load(folder, names)
         for names in (
             TABLE,
@@ -33,6 +33,7 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
             ("ranks",),
             ("rank-scaling",),
             ("new-tail",),
+            ("new-tail-sizes", "new-tail-others"),
             ("tail", "tail-decay"),
             ("tail-search",),
             ("whole",),
@@ -42,7 +43,7 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
     parts = [_head(main), _score_tables(main), _difference_tables(main), _bars(main, rates), _rank_table(main)]
     parts.append(_rate_table(main, rates))
     parts += [_score_tables(new_tail, NEW_TAIL), _difference_tables(new_tail, NEW_TAIL)]
-    parts += [_trial_table(NEW_TAIL, new_tail), _rate_table(new_tail, new_tail, NEW_TAIL)]
+    parts += [_trial_table(NEW_TAIL, new_tail, new_search), _rate_table(new_tail, new_tail, NEW_TAIL)]
     parts += [_score_tables(tail, TAIL), _difference_tables(tail, TAIL), _repetition_table(tail, TAIL)]
     parts.append(_trial_table(TAIL, tail, search))
     parts.append(_rate_table(tail, tail, TAIL))
