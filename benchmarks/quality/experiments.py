@@ -269,12 +269,12 @@ EXPERIMENTS: dict[str, Experiment] = {
     "new-tail": Experiment(
         arms=(
             *(replace(arm, lr=8e-3, most_seeds=5) for arm in (LORAS[1], GENLORAS[2])),
-            replace(LORAS[3], lr=4e-3, most_seeds=3),
+            *(replace(arm, lr=4e-3, most_seeds=3) for arm in (LORAS[3], genlora("GenLoRA b8", 8.0, 64, (4, 8)))),
         ),
         tasks=NEW_TAIL_TASKS,
         trials=3,
     ),
-    # There, GenLoRA of LoRA rank 8's size: what it is best spent on; …
+    # There, what GenLoRA of LoRA rank 8's size is best made of; …
     "new-tail-sizes": Experiment(
         arms=tuple(
             replace(genlora(f"GenLoRA b8 R{rank}, latents {q_a} and {q_b}", 8.0, rank, (q_a, q_b)), lr=8e-3)

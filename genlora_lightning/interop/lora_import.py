@@ -51,7 +51,8 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
         try:
             if others:
                 trained = match_modules(model, config.modules_to_train, "modules_to_train")
-                adapted = {id(model.get_submodule(name)): "adapted, too" for name in configs}
+                modules = dict(model.named_modules())
+                adapted = {id(modules[name]): "adapted, too" for name in configs if name in modules}
                 rows = {name: own for name, (_, own) in token_rows(model, config, adapted).items()}
                 report = inject_layers(model, configs | rows, trained)
             else:

@@ -206,6 +206,15 @@ def test_lora_of_another_base_leaves_the_model_as_it_was(tmp_path):
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("patterns", [{}, {"rank_pattern": {"v_proj": 2}}])
+def test_lora_of_layers_that_the_model_does_not_have_is_refused(tmp_path, patterns):
+    write_lora(tmp_path / "peft", trainable_token_indices=[9], **patterns)
+    model = tiny_gpt2()
+    with pytest.raises(ValueError, match="does not fit this GPT2LMHeadModel"):
+        import_lora(model, tmp_path / "peft")
+    assert not adapter_layers(model)
+
+
 def test_model_with_adapters_is_refused(tmp_path):
     write_lora(tmp_path / "peft")
     model = tiny_llama()
