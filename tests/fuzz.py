@@ -195,9 +195,21 @@ def _net(seed: int = 0) -> nn.Module:
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
 
 
-def _token_net() -> nn.Module:
+class _Experts(nn.Module):
+    """Two stacks of matrices, whose results are averaged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.randn(3, 5, 4))
+        self.down = nn.Parameter(torch.randn(3, 4, 5))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(x @ self.up[i].T @ self.down[i].T for i in range(3)) / 3
+
+
+def _lora_net() -> nn.Module:
     torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
+    return nn.Sequential(nn.Embedding(8, 6), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4), _Experts())
 
 
 def _adapted(config: Any, make: Callable[[], nn.Module] = _net) -> nn.Module:
@@ -216,7 +228,8 @@ def _folder_files(kind: str) -> dict[str, bytes]:
         if kind == "peft lora":
             from genlora_lightning.interop.lora_export import export_lora
 
-            export_lora(_adapted(LoRAConfig(rank=2, tokens_to_train=[1, 5]), _token_net), folder + "/a")
+            lora = LoRAConfig(rank=2, tokens_to_train=[1, 5], target_parameters=["4.up", "4.down"])
+            export_lora(_adapted(lora, _lora_net), folder + "/a")
         elif kind == "peft genlora":
             from genlora_lightning.interop.peft_folders import export_peft
 
@@ -299,13 +312,13 @@ def _changes_nothing_if_refused(model: nn.Module, load: Call) -> Call:
 
 
 def peft_folder(folder: Path, rng: random.Random) -> Iterator[Call]:
-    """Adapter folders as PEFT writes them: LoRA with rows of tokens, and GenLoRA."""
+    """Adapter folders as PEFT writes them: LoRA with rows of tokens and stacks of matrices, and GenLoRA."""
     kind = rng.choice(("peft lora", "peft genlora"))
     place = folder / "a"
     place.mkdir()
     _write_folder(place, kind, rng)
     if kind == "peft lora":
-        ours, theirs = _token_net(), _token_net()
+        ours, theirs = _lora_net(), _lora_net()
         yield _changes_nothing_if_refused(ours, lambda: import_lora(ours, place))
         yield _changes_nothing_if_refused(theirs, lambda: load_adapter(theirs, place))
     else:

@@ -26,7 +26,7 @@ from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_configs, adapter_layers, require_adapters
 from genlora_lightning.injection.named import check_one_active
 from genlora_lightning.interop.lora_files import has_mark
-from genlora_lightning.interop.lora_sites import to_peft, unlike_peft
+from genlora_lightning.interop.lora_sites import stack_to_peft, stack_wrapper, to_peft, unlike_peft
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.experts import AdaptedStack
 from genlora_lightning.layers.linear import is_conv1d
@@ -274,9 +274,10 @@ def _lora_tensors(
             raise ValueError(f"The update of {name} holds NaN or infinite values; nothing was exported.")
         rows.append(ExportRow(module=name, rank=A.shape[-2], energy_kept=energy, bytes=4 * (A.numel() + B.numel())))
         if isinstance(layer, AdaptedStack):
-            place = _wrapper(name, layer, layers)
-            A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)  # (E·r, I), and B's columns by rank, then by matrix
-            own_tensors = {f"{place}.lora_A.weight": A, f"{place}.lora_B.weight": B}
+            module, _ = layer.weight_place
+            holder, _, own_name = name.rpartition(".")
+            adapted = [parameter for parameter in module._parameters if f"{holder}.{parameter}" in layers]
+            own_tensors = stack_to_peft(stack_wrapper(holder, own_name, adapted), A, B)
         else:
             own_tensors = to_peft(name, layer, A, B)
         state |= {f"{_PREFIX}{key}": tensor for key, tensor in own_tensors.items()}
@@ -311,17 +312,6 @@ def _ties_as_peft(base: Any, name: str) -> bool:
     if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
         return False
     return base.get_input_embeddings() is base.get_submodule(name)
-
-
-def _wrapper(name: str, layer: AdaptedStack, layers: Mapping[str, AdaptedLayer]) -> str:
-    """The name that PEFT's wrapper of a parameter has.
-
-    It puts one around the other, for the module's parameters in turn; the last one's stands in the module's place.
-    """
-    module, _ = layer.weight_place
-    holder = name.rpartition(".")[0]
-    adapted = [own for own in module._parameters if f"{holder}.{own}" in layers]
-    return holder + ".base_layer" * (len(adapted) - 1 - adapted.index(name.rpartition(".")[2]))
 
 
 def _write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:

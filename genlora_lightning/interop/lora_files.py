@@ -57,7 +57,6 @@ _UNSUPPORTED = {
     "use_dora": "DoRA's magnitudes",
     "lora_bias": "biases of B",
     "layer_replication": "replicated layers",
-    "target_parameters": "adapted parameters outside of linears",
     "alora_invocation_tokens": "adapters that wait for invocation tokens",
     "use_qalora": "QALoRA's pooled inputs",
     "use_bdlora": "block-diagonal factors",
@@ -71,6 +70,7 @@ _SETTINGS_SHAPE: dict[Any, Any] = {
     "alpha_pattern?": lambda value: value is None or (isinstance(value, dict) and all(map(_is_pattern, value.items()))),
     "lora_dropout?": lambda value: not value or (_is_finite(value) and 0 <= value < 1),
     "modules_to_save?": lambda value: value is None or (isinstance(value, list) and all(map(_is_name, value))),
+    "target_parameters?": lambda value: not value or (isinstance(value, list) and all(map(_is_name, value))),
     "base_model_name_or_path?": (str, type(None)),
     "trainable_token_indices?": lambda value: (
         not value or (all(map(_are_tokens, value.values())) if isinstance(value, dict) else _are_tokens(value))
@@ -81,20 +81,16 @@ _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 class LoRALayer(NamedTuple):
-    """The LoRA of one layer: ``ΔW = scaling · B @ A``, with A and B as they are in this library.
+    """The LoRA of one layer, with A and B as they are in this library.
 
     Args:
-        A: ``(r, in)``, in float32.
-        B: ``(out, r)``, in float32.
-        alpha: PEFT's ``lora_alpha`` for this layer.
-        scaling: ``alpha / r``, or ``alpha / √r`` where it is rank-stabilised.
-        site: ``"linear"``, ``"embedding"`` or ``"convolution"``.
+        A: ``(r, in)``, in float32; of a stack of E matrices ``(E, r, in)``.
+        B: ``(out, r)``, in float32; of a stack ``(E, out, r)``.
+        site: ``"linear"``, ``"embedding"``, ``"convolution"`` or ``"stack"``.
     """
 
     A: Tensor
     B: Tensor
-    alpha: float
-    scaling: float
     site: str = "linear"
 
 
@@ -115,7 +111,11 @@ class LoRAFiles:
     """A LoRA adapter as it was read.
 
     Args:
-        layers: The LoRA of each linear, by the linear's name in the base model.
+        layers: The LoRA of each layer, by the layer's name in the base model. That of a parameter has the name of
+            PEFT's wrapper, and A and B as PEFT has them: the file does not say how many matrices it is for.
+        target_parameters: PEFT's names of the parameters.
+        alpha: PEFT's ``lora_alpha``.
+        alpha_pattern: Those of some layers, by expressions.
         use_rslora: Whether the scalings are rank-stabilised.
         dropout: PEFT's ``lora_dropout``.
         saved: Tensors of the modules that are saved in full, by their names in the base model.
@@ -126,6 +126,9 @@ class LoRAFiles:
     """
 
     layers: dict[str, LoRALayer]
+    target_parameters: tuple[str, ...]
+    alpha: float
+    alpha_pattern: Mapping[str, float]
     use_rslora: bool
     dropout: float
     saved: dict[str, Tensor]
@@ -133,6 +136,10 @@ class LoRAFiles:
     base_model: str | None
     bases: dict[str, Tensor]
     token_rows: dict[str, TokenRows]
+
+    def alpha_of(self, name: str) -> float:
+        """PEFT's ``lora_alpha`` of a layer or parameter."""
+        return _first_match(self.alpha_pattern, name, self.alpha)
 
 
 def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
@@ -178,14 +185,16 @@ def read_lora(folder: str | os.PathLike[str]) -> LoRAFiles:
             shapes = {letter: tuple(tensor.shape) for letter, tensor in pair.items()}
             raise ValueError(f"{folder} holds no matching A and B for {name}: {shapes}.")
         A, B = pair["A"], pair["B"]
-        alpha, scaling = _alpha(config, name), lora_scaling(config, name, A.shape[0])
         if not (A.isfinite().all() and B.isfinite().all()):
             raise ValueError(f"The LoRA of {name} in {folder} holds NaN or infinite values.")
-        layers[name] = LoRALayer(A, B, alpha, scaling, sites[name])
+        layers[name] = LoRALayer(A, B, sites[name])
     if not layers:
         raise ValueError(f"{folder} holds no LoRA of any layer.")
     return LoRAFiles(
         layers=layers,
+        target_parameters=tuple(config.get("target_parameters") or ()),
+        alpha=float(config.get("lora_alpha", 8)),
+        alpha_pattern=config.get("alpha_pattern") or {},
         use_rslora=bool(config.get("use_rslora")),
         dropout=float(config.get("lora_dropout") or 0.0),
         saved=saved,
@@ -278,16 +287,13 @@ def lora_scaling(config: Mapping[str, Any], name: str, rank: int) -> float:
         name: The linear's name, for ``alpha_pattern``.
         rank: Of its A and B.
     """
-    return _alpha(config, name) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    alpha = _first_match(config.get("alpha_pattern") or {}, name, float(config.get("lora_alpha", 8)))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _alpha(config: Mapping[str, Any], name: str) -> float:
-    alpha = float(config.get("lora_alpha", 8))
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            alpha = float(value)
-            break
-    return alpha
+def _first_match(pattern: Mapping[str, float], name: str, otherwise: float) -> float:
+    """The value of the first expression that PEFT matches with a name."""
+    return next((float(value) for key, value in pattern.items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
 
 
 def _saved_modules(config: dict[str, Any], saved: dict[str, Tensor], folder: Path) -> tuple[str, ...]:

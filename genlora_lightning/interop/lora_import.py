@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,11 @@ from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import load_adapter_state
 from genlora_lightning.injection.targets import match_modules
 from genlora_lightning.injection.token_rows import token_rows
-from genlora_lightning.interop.lora_files import LoRAFiles, read_lora
-from genlora_lightning.interop.lora_sites import unlike_peft
+from genlora_lightning.interop.lora_files import LoRAFiles, LoRALayer, read_lora
+from genlora_lightning.interop.lora_sites import stack_from_peft, stack_wrapper, unlike_peft
+from genlora_lightning.layers.experts import stack_of_matrices
 from genlora_lightning.layers.sites import site_of
+from genlora_lightning.text import natural_key
 
 
 def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionReport:
@@ -25,7 +29,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
 
     Nothing is lost: A and B keep every bit, and so do modules that it saves in full; ``alpha`` and ``scaling`` are
     PEFT's ``lora_alpha`` and ``use_rslora``, for each linear its own (``rank_pattern``, ``alpha_pattern``);
-    ``tokens_to_train`` are its ``trainable_token_indices``.
+    ``tokens_to_train`` are its ``trainable_token_indices``, and ``target_parameters`` what PEFT calls so.
     :func:`~genlora_lightning.export_lora` writes it back as it was.
 
     Args:
@@ -43,7 +47,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
     """
     if adapter_layers(model):
         raise ValueError("The model already has adapters. Call `remove_adapters(model)` first.")
-    files = read_lora(folder)
+    files = _with_stacks(model, read_lora(folder), folder)
     configs: dict[str, AdapterConfig] = {**_configs(files)}
     (config, *others) = {id(config): config for config in configs.values()}.values()
     _check_sites(model, files, folder)
@@ -61,6 +65,34 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
             raise ValueError(f"The LoRA in {folder} does not fit this {type(model).__name__}: {error}") from error
         load_adapter_state(model, _state(files), str(folder))
     return report
+
+
+def _with_stacks(model: nn.Module, files: LoRAFiles, folder: str | os.PathLike[str]) -> LoRAFiles:
+    """The same with the LoRA of each stack of matrices by its parameter's name, and not by that of PEFT's wrapper."""
+    layers = dict(files.layers)
+    for module_name, module in model.named_modules() if files.target_parameters else ():
+        names = {own: f"{module_name}.{own}".removeprefix(".") for own in module._parameters}
+        adapted = [own for own, name in names.items() if _is_named(name, files.target_parameters)]
+        for own in adapted:
+            stack = stack_of_matrices(module, own)
+            if stack is None:
+                reason = "which is no stack of matrices here: as a parameter no other one is adapted"
+                raise ValueError(f"The LoRA in {folder} has `target_parameters` with {names[own]}, {reason}.")
+            pair = layers.pop(stack_wrapper(module_name, own, adapted), None)
+            number = stack.shape.num_matrices
+            if pair is None or len(pair.A) % number or pair.site != "linear":
+                found = "no LoRA of it" if pair is None else f"A of {len(pair.A)} rows for its {number} matrices"
+                raise ValueError(
+                    f"The LoRA in {folder} does not fit this {type(model).__name__}: its `target_parameters` name "
+                    f"{names[own]}, and it has {found}."
+                )
+            layers[names[own]] = LoRALayer(*stack_from_peft(pair.A, pair.B, number), "stack")
+    return replace(files, layers={name: layers[name] for name in sorted(layers, key=natural_key)})
+
+
+def _is_named(parameter: str, wanted: Iterable[str]) -> bool:
+    """Whether PEFT finds a parameter by one of some names."""
+    return any(parameter == name or parameter.endswith(f".{name}") for name in wanted)
 
 
 def _check_sites(model: nn.Module, files: LoRAFiles, folder: str | os.PathLike[str]) -> None:
@@ -84,27 +116,31 @@ def _check_sites(model: nn.Module, files: LoRAFiles, folder: str | os.PathLike[s
 
 def _configs(files: LoRAFiles) -> dict[str, LoRAConfig]:
     """The configuration of each layer: one object for all that have the same rank and alpha."""
+    stacks = [name for name, layer in files.layers.items() if layer.site == "stack"]
     made: dict[tuple[int, float], LoRAConfig] = {}
-    for layer in files.layers.values():
-        rank = layer.A.shape[0]
-        if (rank, layer.alpha) not in made:
-            made[rank, layer.alpha] = LoRAConfig(
+    found = {}
+    for name, layer in files.layers.items():
+        key = rank, alpha = layer.A.shape[-2], files.alpha_of(name)
+        if key not in made:
+            made[key] = LoRAConfig(
                 rank=rank,
-                alpha=layer.alpha,
+                alpha=alpha,
                 scaling="sqrt_rank" if files.use_rslora else "rank",
                 dropout=files.dropout,
-                target_modules=list(files.layers),
+                target_modules=[own for own in files.layers if own not in stacks],
+                target_parameters=stacks,
                 modules_to_train=list(files.modules_to_save),
                 tokens_to_train={name: list(rows.tokens) for name, rows in files.token_rows.items()},
             )
-    return {name: made[layer.A.shape[0], layer.alpha] for name, layer in files.layers.items()}
+        found[name] = made[key]
+    return found
 
 
 def _state(files: LoRAFiles) -> dict[str, Tensor]:
     state = dict(files.saved)
     for name, layer in files.layers.items():
         state[f"{name}.update.A.matrix"] = layer.A
-        state[f"{name}.update.B.matrix"] = layer.B.T
+        state[f"{name}.update.B.matrix"] = layer.B.mT
     for name, table in files.token_rows.items():
         state[f"{name}.update.table.rows"] = table.rows
     return state

@@ -4,14 +4,17 @@
 linear        ``lora_A.weight (r, in)``, ``lora_B.weight (out, r)``
 embedding     ``lora_embedding_A (r, num_embeddings)``, ``lora_embedding_B (dim, r)``
 convolution   ``lora_A.weight (r, in, *kernel)``, ``lora_B.weight (out, r, 1, …)``
+stack         ``lora_A.weight (E·r, in)``, ``lora_B.weight (out, r·E)``, of E matrices
 ============  ==========================================================================
 
-Of an embedding PEFT's A is our B, transposed, and its B is our A: ΔW is ``(num_embeddings, dim)`` here.
+Of an embedding PEFT's A is our B, transposed, and its B is our A: ΔW is ``(num_embeddings, dim)`` here. A stack is a
+parameter, and its tensors have the name of a wrapper around the parameter's module.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +53,34 @@ def from_peft(key: str, tensor: Tensor) -> tuple[str, str, str, Tensor] | None:
     if not 3 <= tensor.dim() <= 5 or not is_points:
         return None
     return found[1], "convolution", found["own"], tensor.flatten(1)
+
+
+def stack_to_peft(wrapper: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
+    """Lay out A ``(E, r, in)`` and B ``(E, out, r)`` of a stack as PEFT stores them, by the names in its wrapper.
+
+    PEFT has A's rows by matrix, then by rank, and B's columns by rank, then by matrix.
+    """
+    return {f"{wrapper}.lora_A.weight": A.flatten(0, 1), f"{wrapper}.lora_B.weight": B.permute(1, 2, 0).flatten(1)}
+
+
+def stack_from_peft(A: Tensor, B: Tensor, num_matrices: int) -> tuple[Tensor, Tensor]:
+    """Read A ``(E, r, in)`` and B ``(E, out, r)`` of a stack of E matrices as PEFT stores them."""
+    rank = A.shape[0] // num_matrices
+    A = A.reshape(num_matrices, rank, -1)
+    return A, B.reshape(-1, rank, num_matrices).permute(2, 0, 1)
+
+
+def stack_wrapper(module: str, parameter: str, adapted: Sequence[str]) -> str:
+    """The name that PEFT's wrapper of a parameter has.
+
+    It puts one around the other, for the module's parameters in turn; the last one's stands in the module's place.
+
+    Args:
+        module: The name of the module whose parameter it is.
+        parameter: The parameter's name in it.
+        adapted: The adapted ones among its parameters, in their order.
+    """
+    return module + ".base_layer" * (len(adapted) - 1 - adapted.index(parameter))
 
 
 def unlike_peft(module: nn.Module) -> str | None:

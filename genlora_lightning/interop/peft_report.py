@@ -21,6 +21,7 @@ from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from genlora_lightning.artifacts.peft_folder import StoredPeft, read_peft_folder
 from genlora_lightning.backbone.identity import describe_base
 from genlora_lightning.interop.lora_files import check_lora_settings, lora_scaling, unsupported_settings
+from genlora_lightning.interop.lora_sites import stack_from_peft
 from genlora_lightning.layers.sites import matrix_shape
 from genlora_lightning.text import natural_key, text_table
 
@@ -29,7 +30,15 @@ _PREFIX = "base_model.model."
 _PART = re.compile(r"(?P<module>.+)\.lora_(?P<part>A|B|embedding_A|embedding_B|magnitude_vector)(\.weight)?")
 _SHOWN = 3
 # What a plain LoRA may have, and a reader wants to know.
-_TOLD = ("use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save", "trainable_token_indices")
+_TOLD = (
+    "use_rslora",
+    "fan_in_fan_out",
+    "rank_pattern",
+    "alpha_pattern",
+    "modules_to_save",
+    "trainable_token_indices",
+    "target_parameters",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,16 +46,17 @@ class PeftRow:
     """One adapted module of a :class:`PeftDescription`.
 
     Args:
-        module: Its name in the base.
-        shape: ``(out_features, in_features)`` as far as the tensors tell it.
-        rank: Of A and B; ``None`` for another kind than LoRA.
+        module: Its name in the base; of a parameter the name of PEFT's wrapper.
+        shape: ``(out_features, in_features)`` as far as the tensors tell it, with the number of matrices before it if
+            they are for a stack.
+        rank: Of A and B; ``None`` for another kind than LoRA, and where the files do not tell it.
         effective_rank: Entropy effective rank of ``B @ A``; ``None`` where there is none, or it is not finite.
         scaling: The factor on ``B @ A``.
         parameters: Values that are stored for it.
     """
 
     module: str
-    shape: tuple[int, int] | None
+    shape: tuple[int, ...] | None
     rank: int | None
     effective_rank: float | None
     scaling: float | None
@@ -145,23 +155,12 @@ def describe_peft(folder: str, base: nn.Module | None = None) -> PeftDescription
     problems += _faults(stored, parts)
     if base is not None:
         problems += _misfits(parts, saved, base)
-    kept = unsupported_settings(stored.config)
-    plain = (
-        "use_rslora",
-        "fan_in_fan_out",
-        "rank_pattern",
-        "alpha_pattern",
-        "modules_to_save",
-        "trainable_token_indices",
-    )
-    for name in plain:
-        if stored.config.get(name):
-            kept[name] = stored.config[name]
+    told = {name: stored.config[name] for name in _TOLD if stored.config.get(name)}
     base_name = stored.config.get("base_model_name_or_path")
     return PeftDescription(
         folder=str(stored.folder),
         peft_type=str(stored.config["peft_type"]),
-        settings=kept,
+        settings=unsupported_settings(stored.config) | told,
         base=describe_base(stored.manifest["base"]) if stored.manifest else str(base_name or "an unnamed base"),
         num_bytes=(Path(stored.folder) / WEIGHTS_FILE).stat().st_size,
         digests=stored.digests,
@@ -228,15 +227,42 @@ def _row(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) ->
     if pair is None:
         return PeftRow(module=name, shape=None, rank=None, effective_rank=None, scaling=None, parameters=count)
     A, B = pair
+    shape: tuple[int, ...] = (B.shape[0], A.shape[1])
+    scaling = None
+    number = _num_matrices(name, len(A), config)
+    if number is None:
+        return PeftRow(module=name, shape=shape, rank=None, effective_rank=None, scaling=None, parameters=count)
+    if number > 1:
+        shape = (number, *shape)
+        A, B = stack_from_peft(A, B, number)
+    rank = A.shape[-2]
+    if rank:
+        scaling = lora_scaling(config, name, rank)
     has_rank = bool(A.numel() and B.numel() and A.isfinite().all() and B.isfinite().all())
     return PeftRow(
         module=name,
-        shape=(B.shape[0], A.shape[1]),
-        rank=A.shape[0],
+        shape=shape,
+        rank=rank,
         effective_rank=effective_rank(A, B) if has_rank else None,
-        scaling=lora_scaling(config, name, A.shape[0]) if A.shape[0] else None,
+        scaling=scaling,
         parameters=count,
     )
+
+
+def _num_matrices(name: str, num_rows: int, config: Mapping[str, Any]) -> int | None:
+    """For how many matrices a LoRA with so many rows of A is; ``None`` where the files do not say it.
+
+    A wrapper around a module with adapted parameters says neither which of them it is for, nor how many matrices that
+    has. The rank says it, unless there are several.
+    """
+    module = name.replace(".base_layer", "")
+    ends = [str(target).rpartition(".")[0] for target in config.get("target_parameters") or ()]
+    if not any(f".{module}".endswith(f".{end}" if end else "") for end in ends):
+        return 1
+    rank = config.get("r")
+    if config.get("rank_pattern") or config.get("alpha_pattern") or type(rank) is not int or rank < 1:
+        return None
+    return num_rows // rank if num_rows % rank == 0 else None
 
 
 def _faults(stored: StoredPeft, parts: Mapping[str, Mapping[str, Tensor]]) -> list[str]:
@@ -267,7 +293,11 @@ def _misfits(
     """How the names and shapes differ from those of a base."""
     modules = dict(base.named_modules())
     names = [*parts, *(name for name, tensors in saved.items() if name not in tensors)]
-    absent = [name for name in names if name not in modules and name.rpartition(".")[0] not in modules]
+    absent = [
+        name
+        for name in names
+        if name.replace(".base_layer", "") not in modules and name.rpartition(".")[0] not in modules
+    ]
     problems = []
     if absent:
         what = "All" if len(absent) == len(names) else f"{len(absent)} of {len(names)}"

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from genlora_lightning import LoRAConfig, export_lora, import_lora, inject_adapters, load_adapter, save_adapter
 from genlora_lightning.injection.inject import adapter_config, adapter_configs, adapter_layers, adapter_parameters
+from tests.mixtures import PARAMETERS, mixture
 from tests.models import tiny_gpt2, tiny_llama
 
 IDS = torch.tensor([[3, 5, 7, 2, 9]])
@@ -164,6 +166,65 @@ def test_tokens_without_rows_are_refused(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"trainable_token_indices": [3]}))
     with pytest.raises(ValueError, match="for the input embedding, and holds no rows"):
         import_lora(tiny_llama(), tmp_path / "peft")
+
+
+@pytest.mark.filterwarnings("ignore:The following alpha_pattern keys did not match any targeted module:RuntimeWarning")
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("qwen3", {"target_parameters": PARAMETERS}),
+        ("gpt_oss", {"target_parameters": PARAMETERS, "use_rslora": True}),
+        ("qwen3", {"target_parameters": PARAMETERS, "alpha_pattern": {"experts.down_proj": 3}}),
+        ("qwen3", {"target_parameters": ["1.mlp.experts.down_proj"], "target_modules": []}),
+    ],
+)
+def test_lora_of_experts_comes_in_and_goes_out_again_with_every_bit(tmp_path, kind, settings):
+    given = {"lora_alpha": 3, "target_modules": ["q_proj"], **settings}
+    wanted = write_lora(tmp_path / "peft", partial(mixture, kind), **given)
+    model = mixture(kind)
+    report = import_lora(model, tmp_path / "peft")
+    torch.testing.assert_close(logits(model.eval()), wanted, rtol=1e-4, atol=1e-4)
+    stacks = [name for name in adapter_layers(model) if "experts" in name]
+    assert len(stacks) == (4 if given["target_parameters"] == PARAMETERS else 1)
+    assert "stack" in report.summary()
+    assert adapter_layers(model)[stacks[-1]].active_config.alpha == 3.0
+
+    export_lora(model, tmp_path / "back")
+    before, after = tensors(tmp_path / "peft"), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    loaded = PeftModel.from_pretrained(mixture(kind), tmp_path / "back").eval()
+    torch.testing.assert_close(logits(loaded), wanted, rtol=0, atol=0)
+    again = mixture(kind)
+    load_adapter(again, save_adapter(model, tmp_path / "adapter"))
+    assert torch.equal(logits(again.eval()), logits(model))
+
+
+def test_lora_of_parameters_that_does_not_fit_leaves_the_model_as_it_was(tmp_path):
+    write_lora(tmp_path / "a", mixture, target_parameters=PARAMETERS)
+    path = tmp_path / "a" / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for names, message in (
+        (["experts.down_proj", "q_proj.weight"], "with model.layers.0.self_attn.q_proj.weight, which is no stack"),
+        (["experts.gate_up_proj"], "no place for 2 of the modules, model.layers.0.mlp.experts.base_layer"),
+        ([], "no place for 4 of the modules"),
+        ("experts.down_proj", "target_parameters"),
+    ):
+        path.write_text(json.dumps(config | {"target_parameters": names}))
+        model = mixture()
+        with pytest.raises(ValueError, match=message):
+            import_lora(model, tmp_path / "a")
+        assert not adapter_layers(model)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+    path.write_text(json.dumps(config))
+    stored = tensors(tmp_path / "a")
+    place = "base_model.model.model.layers.1.mlp.experts"
+    A, B = (stored.pop(f"{place}.lora_{letter}.weight") for letter in "AB")
+    cut = {f"{place}.lora_A.weight": A[:-1], f"{place}.lora_B.weight": B[:, :-1].contiguous()}
+    for pair, message in ((cut, r"A of 19 rows for its 5 matrices"), ({}, "no LoRA of it")):
+        save_file(stored | pair, tmp_path / "a" / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match=rf"name model.layers.1.mlp.experts.down_proj, and it has {message}"):
+            import_lora(mixture(), tmp_path / "a")
 
 
 def test_imported_lora_is_trained_on_and_saved(tmp_path):

@@ -14,7 +14,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from genlora_lightning.cli.main import main
+from genlora_lightning.injection.inject import effective_ranks
+from genlora_lightning.interop.lora_import import import_lora
 from genlora_lightning.interop.peft_report import describe_peft
+from tests.mixtures import PARAMETERS, mixture
 from tests.models import tiny_gpt2, tiny_llama
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")
@@ -224,6 +227,37 @@ def test_trained_tokens_are_among_the_settings(tmp_path):
     assert found.settings == {"trainable_token_indices": [9, 3]}
     assert found.saved == {"model.embed_tokens.token_adapter.trainable_tokens_delta": 32}
     assert found.problems == ()
+
+
+def test_experts_are_described_matrix_by_matrix(tmp_path, capsys):
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj"], target_parameters=PARAMETERS)
+    folder = write(tmp_path / "lora", config, mixture)
+    described = describe_peft(str(folder), mixture())
+    assert not described.problems
+    assert set(described.settings["target_parameters"]) == set(PARAMETERS)
+    rows = {row.module.removeprefix("model.layers.1."): row for row in described.rows}
+    inner, outer = rows["mlp.experts.base_layer"], rows["mlp.experts"]
+    assert (inner.shape, inner.rank, inner.scaling) == ((5, 24, 16), 2, 4.0)
+    assert (outer.shape, outer.rank, outer.parameters) == ((5, 16, 12), 2, 5 * 2 * (16 + 12))
+    assert (rows["self_attn.q_proj"].shape, rows["self_attn.q_proj"].rank) == ((16, 16), 2)
+    model = mixture()
+    import_lora(model, folder)
+    measured = effective_ranks(model)
+    assert inner.effective_rank == pytest.approx(measured["model.layers.1.mlp.experts.gate_up_proj"])
+    assert outer.effective_rank == pytest.approx(measured["model.layers.1.mlp.experts.down_proj"])
+
+    mixture().save_pretrained(tmp_path / "base")
+    code, printed, _ = tool(capsys, "merge", folder, tmp_path / "base", tmp_path / "merged")
+    assert code == 0, printed
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(IDS).logits, model.eval()(IDS).logits, rtol=1e-3, atol=1e-3)
+
+    # With ranks of their own the files do not say for how many matrices a pair is.
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"experts.down_proj": 1}}))
+    own = {row.module: row for row in describe_peft(str(folder)).rows}["model.layers.1.mlp.experts"]
+    assert (own.shape, own.rank, own.effective_rank, own.scaling) == ((16, 12), None, None, None)
 
 
 @pytest.mark.parametrize(
