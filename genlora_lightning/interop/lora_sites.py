@@ -66,8 +66,8 @@ def stack_to_peft(wrapper: str, A: Tensor, B: Tensor) -> dict[str, Tensor]:
 def stack_from_peft(A: Tensor, B: Tensor, num_matrices: int) -> tuple[Tensor, Tensor]:
     """Read A ``(E, r, in)`` and B ``(E, out, r)`` of a stack of E matrices as PEFT stores them."""
     rank = A.shape[0] // num_matrices
-    A = A.reshape(num_matrices, rank, -1)
-    return A, B.reshape(-1, rank, num_matrices).permute(2, 0, 1)
+    A = A.reshape(num_matrices, rank, A.shape[1])
+    return A, B.reshape(B.shape[0], rank, num_matrices).permute(2, 0, 1)
 
 
 def stack_wrapper(module: str, parameter: str, adapted: Sequence[str]) -> str:
