@@ -88,12 +88,13 @@ RELATIVES = (
     Arm(name="PoLAR r2", method="polar", lr=2e-3),
     Arm(name="Compacter b2", method="compacter", lr=5e-4),
 )
+GRALORA = Arm(name="GraLoRA r2", method="gralora", lr=1e-3)
 # The leaders of PEFT's own comparison, at that size.
 LEADERS = (
     Arm(name="MiSS b2", method="miss", lr=5e-4),
     Arm(name="SHiRA r2", method="shira", lr=2e-3),
     Arm(name="HiRA r2", method="hira", lr=2e-3),
-    Arm(name="GraLoRA r2", method="gralora", lr=1e-3),
+    GRALORA,
     Arm(name="C3A b2", method="c3a", lr=5e-3),
     Arm(name="WaveFT b2", method="waveft", lr=5e-3),
     Arm(name="PSOFT b2", method="psoft", lr=1e-3),

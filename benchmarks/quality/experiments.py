@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from .arms import (
     GENLORAS,
+    GRALORA,
     GROUPS_ONLY,
     LEADERS,
     LORAS,
@@ -270,6 +271,15 @@ EXPERIMENTS: dict[str, Experiment] = {
         arms=(
             *(replace(arm, lr=8e-3, most_seeds=5) for arm in (LORAS[1], GENLORAS[2])),
             *(replace(arm, lr=4e-3, most_seeds=3) for arm in (LORAS[3], genlora("GenLoRA b8", 8.0, 64, (4, 8)))),
+        ),
+        tasks=NEW_TAIL_TASKS,
+        trials=3,
+    ),
+    # The method that was level with GenLoRA in a first look at the others, of LoRA rank 2's and 8's size.
+    "new-tail-gralora": Experiment(
+        arms=(
+            replace(GRALORA, lr=8e-3, most_seeds=5),
+            replace(GRALORA, name="GraLoRA r8", budget=8.0, lr=4e-3, most_seeds=3),
         ),
         tasks=NEW_TAIL_TASKS,
         trials=3,

@@ -235,6 +235,11 @@ def _miss_size(shapes: Shapes, budget: float) -> Settings:
     return {"r": max(1, round(budget * lora_unit(shapes) / sum(out for _, out in shapes.values())))}
 
 
+def _gralora_size(shapes: Shapes, budget: float) -> Settings:
+    rank = 2 * max(1, round(budget / 2))  # a multiple of the blocks on a side
+    return {"r": rank, "alpha": 2 * rank, "gralora_k": 2}
+
+
 def _c3a_size(shapes: Shapes, budget: float) -> Settings:
     largest = math.gcd(*(n for shape in shapes.values() for n in shape))
     sizes = [size for size in range(1, largest + 1) if largest % size == 0]
@@ -343,9 +348,7 @@ METHODS: dict[str, Method] = {
     "lokr": Method(_peft("lokr"), _lokr_size),
     "hira": Method(_peft("hira"), lambda shapes, budget: {"r": max(1, round(budget))}),
     "shira": Method(_peft("shira"), lambda shapes, budget: {"r": max(1, round(budget))}),
-    "gralora": Method(
-        _peft("gralora"), lambda shapes, budget: {"r": 2 * max(1, round(budget / 2)), "alpha": 4, "gralora_k": 2}
-    ),
+    "gralora": Method(_peft("gralora"), _gralora_size),
     "miss": Method(_peft("miss"), _miss_size),
     "c3a": Method(_peft("c3a"), _c3a_size),
     "waveft": Method(_peft("waveft"), _waveft_size),
