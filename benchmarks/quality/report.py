@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from . import pictures
@@ -32,7 +33,7 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
             (*TABLE, "rates"),
             ("ranks",),
             ("rank-scaling",),
-            ("new-tail",),
+            ("new-tail", "new-tail-gralora"),
             ("new-tail-sizes", "new-tail-others"),
             ("tail", "tail-decay"),
             ("tail-search",),
@@ -139,6 +140,14 @@ def reference(results: Results, arm: str) -> str | None:
     return min(larger)[1] if larger else None
 
 
+def _genlora(results: Results, arm: str) -> str | None:
+    """GenLoRA of the size of another method."""
+    size = results.budgets[arm]
+    found = (name for name in results.arms() if results.methods[name] == "genlora" and name != arm)
+    same = (name for name in found if abs(results.budgets[name] / size - 1) <= MATCH)
+    return None if results.methods[arm] in ("genlora", "lora") else next(same, None)
+
+
 def difference(results: Results, arm: str, other: str | None, task: str, column: str = LOSS) -> Estimate | None:
     """The arm's score minus the other's, paired by seed; ``None`` without a pair, or where a run diverged."""
     if other is None or arm == other:
@@ -159,10 +168,13 @@ def _difference_tables(results: Results, of: str = "") -> str:
         return ""
     parts = []
     tasks = [*results.tasks(), AVERAGE]
-    for title, choose in (
+    choices: list[tuple[str, Callable[[str], str | None]]] = [
         ("LoRA of its size (where there is none, the next larger)", lambda arm: reference(results, arm)),
         ("LoRA r8", lambda arm: "LoRA r8" if "LoRA r8" in results.arms() else None),
-    ):
+    ]
+    if of:  # the aims say it of the main table
+        choices.append(("GenLoRA of its size", lambda arm: _genlora(results, arm)))
+    for title, choose in choices:
         rows = []
         for arm in results.arms():
             other = choose(arm)
