@@ -7,27 +7,39 @@ class that fits the last of them, and silently trains another kind than the file
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Literal, Optional, get_type_hints
 
 from docstring_parser import parse
 
-from genlora_lightning.adapters.config import KINDS
+from genlora_lightning.adapters.config import KINDS, AdapterConfig
 from genlora_lightning.adapters.kinds import DEFAULT_KIND, read_config
 from genlora_lightning.injection.peft_adapters import KIND as PEFT_KIND
 from genlora_lightning.injection.peft_adapters import AnyConfig, read_any_config
+
+
+def _texts(cls: type) -> dict[str, str]:
+    """What a docstring says of each field, with the mere names of what it refers to."""
+    params = parse(cls.__doc__ or "").params
+    return {item.arg_name: re.sub(r":\w+:`~?(?:\w+\.)*(\w+)`", r"``\1``", item.description or "") for item in params}
 
 
 def _make_options() -> type:
     types: dict[str, Any] = {}
     texts: dict[str, str] = {}
     owners: dict[str, list[str]] = {}
+    for field in dataclasses.fields(AdapterConfig):  # a kind says the same in words of its own
+        texts[field.name] = _texts(AdapterConfig)[field.name]
+        if field.default is field.default_factory is dataclasses.MISSING:
+            texts[field.name] += " The kind's default if not given."
     for cls in KINDS.values():
-        hints = get_type_hints(cls)
-        described = {item.arg_name: item.description or "" for item in parse(cls.__doc__ or "").params}
+        hints, described = get_type_hints(cls), _texts(cls)
         for field in dataclasses.fields(cls):
             types.setdefault(field.name, hints[field.name])
-            texts.setdefault(field.name, described.get(field.name, ""))
+            if field.name not in texts:
+                texts[field.name] = described[field.name]
             owners.setdefault(field.name, []).append(cls.title)
+    owners["elastic"] = [cls.title for cls in KINDS.values() if cls.can_be_elastic]
     lines = [f"    kind: The kind of adapter; {DEFAULT_KIND.kind} if not given."]
     texts[PEFT_KIND] = "(kind peft) PEFT's `peft_type` and the fields of its configuration, instead of all the others."
     for name, text in texts.items():

@@ -51,9 +51,13 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-workers", type=int, default=0, help="processes that read pictures (default: %(default)s)"
     )
-    parser.add_argument("--confidence", type=float, default=0.95, help="of the intervals (default: %(default)g)")
-    parser.add_argument("--resamples", type=int, default=1000, help="of the bootstrap (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument(
+        "--confidence", type=float, default=0.95, help="confidence level of the intervals (default: %(default)g)"
+    )
+    parser.add_argument(
+        "--resamples", type=int, default=1000, help="number of bootstrap resamples (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the bootstrap (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write all numbers to a file")
     parser.add_argument("--revision", help="the base's branch, tag or commit on the Hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the code that comes with the base")

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-_MODEL_FILES = "adapter folder, checkpoint, model folder (merged, or a base), or name of either on the Hugging Face Hub"
+_MODEL_FILES = (
+    "adapter folder (also one of PEFT), checkpoint, model folder (merged, or a base), or name of one on the Hugging "
+    "Face Hub"
+)
 
 
 def add_generate(parser: argparse.ArgumentParser) -> None:
@@ -57,7 +60,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that say how to generate."""
-    parser.add_argument("--max-new-tokens", type=int, default=256, help="most of an answer (default: %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, default=256, help="the most tokens of an answer (default: %(default)s)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.0, help="0 (the default): always the most probable token"
     )

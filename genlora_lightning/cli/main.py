@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from genlora_lightning.backbone.catalog import TASKS
 from genlora_lightning.cli.chat import add_chat, run_chat
+from genlora_lightning.cli.commands import TRAINING
 from genlora_lightning.cli.completion import add_completion, completion_script
 from genlora_lightning.cli.data import add_data, run_data
 from genlora_lightning.cli.evaluate import add_evaluate, run_evaluate
@@ -25,15 +26,6 @@ from genlora_lightning.cli.init import add_init, run_init
 from genlora_lightning.cli.plan import add_budget, add_plan, add_source, run_budget, run_plan, source_of
 from genlora_lightning.cli.prune import add_prune, run_prune
 from genlora_lightning.cli.runs import add_runs, add_show, run_runs, run_show
-
-# Lightning's command line, which has a parser of its own.
-_TRAINING = {
-    "fit": "train an adapter, from a configuration and flags",
-    "validate": "measure a checkpoint on the validation data",
-    "test": "measure a checkpoint on the test data",
-    "predict": "write a checkpoint's answers to a file",
-    "find_lr": "try rising learning rates for some steps, and draw the loss",
-}
 
 # torch and transformers take seconds to import: only the commands that need them do.
 if TYPE_CHECKING:
@@ -56,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ``SystemExit(2)``.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
-    if given and given[0] in _TRAINING:
+    if given and given[0] in TRAINING:
         from genlora_lightning.cli.train import main as train
 
         train(given)
@@ -110,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         "--config support.yaml --examples 5",
     )
     add_data(data)
-    for name, what in _TRAINING.items():
+    for name, what in TRAINING.items():
         commands.add_parser(name, help=what, add_help=False)  # to be listed; `main` has passed it on
 
     show = _command(
@@ -133,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "budget",
         run_budget,
-        "turn a number of parameters into latents, rank and groups, or into LoRA's rank",
+        "find the settings that have a given number of parameters: latents, rank and groups, or LoRA's rank",
         "--model HuggingFaceTB/SmolLM2-135M-Instruct --like-lora-rank 2",
     )
     add_budget(budget)
@@ -171,7 +163,7 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--json", action="store_true", help="print JSON")
 
     verify = _command(
-        commands, "verify", _verify, "prove that an adapter folder is complete and unchanged", "runs/reviews/adapter"
+        commands, "verify", _verify, "verify that an adapter folder is complete and unchanged", "runs/reviews/adapter"
     )
     verify.add_argument("path", metavar="FOLDER", help=_ADAPTER)
     verify.add_argument("--base", help="also prove that it fits this base: a folder, or a name on the Hugging Face Hub")
@@ -183,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         commands,
         "convert",
         _convert,
-        "make an adapter folder from a checkpoint or a PEFT folder of kind GENLORA, or that from an adapter folder",
+        "make an adapter folder of a checkpoint or of PEFT's folder (type GENLORA), or such a folder of an adapter",
         "last.ckpt HuggingFaceTB/SmolLM2-135M-Instruct adapter",
     )
     convert.add_argument("adapter", metavar="CKPT|FOLDER", help="checkpoint of a run, PEFT folder, or adapter folder")
@@ -211,7 +203,7 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument("adapter", metavar="ADAPTER", help="adapter folder that was trained with `elastic`, or its name")
     cut.add_argument("out", metavar="OUT", help="adapter folder to write")
     to = cut.add_mutually_exclusive_group(required=True)
-    to.add_argument("--rank", type=int, help="of all layers that have more")
+    to.add_argument("--rank", type=int, help="rank to cut to; layers of a lower rank stay as they are")
     to.add_argument("--rank-pattern", metavar="FILE", help="ranks by names of layers: JSON, {name or expression: rank}")
     _add_overwrite(cut)
 
@@ -262,7 +254,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _completion(options: argparse.Namespace) -> None:
-    print(completion_script(_parser(), _TRAINING, options.shell))
+    print(completion_script(_parser(), TRAINING, options.shell))
 
 
 def _command(

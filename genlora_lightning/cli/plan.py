@@ -55,10 +55,10 @@ def add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences of a micro-batch (default: %(default)s)")
     parser.add_argument("--accumulate", type=int, default=1, help="micro-batches of a step (default: %(default)s)")
     parser.add_argument(
-        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="of the frozen base"
+        "--dtype", choices=["auto", "float32", "bfloat16", "float16"], default="auto", help="dtype of the frozen base"
     )
     parser.add_argument(
-        "--quantization", choices=["nf4", "int8", "int8-weight-only", "float8"], help="of the frozen base"
+        "--quantization", choices=["nf4", "int8", "int8-weight-only", "float8"], help="how the frozen base is quantized"
     )
     parser.add_argument(
         "--precision", choices=["bf16-mixed", "32-true"], default="bf16-mixed", help="default: %(default)s"

@@ -29,8 +29,12 @@ def add_prune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=int, default=128, help="examples to calibrate with, drawn by --seed (default: %(default)s)"
     )
-    parser.add_argument("--max-length", type=int, default=512, help="most tokens of one (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the choice of examples (default: %(default)s)")
+    parser.add_argument(
+        "--max-length", type=int, default=512, help="the most tokens of an example (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="random seed of the choice of examples (default: %(default)s)"
+    )
     parser.add_argument(
         "--target-modules", nargs="+", metavar="NAME", help="linears to prune, by name (default: all but the head)"
     )

@@ -28,6 +28,7 @@ from genlora_lightning.callbacks.predictions import PredictionWriter
 from genlora_lightning.callbacks.progress import default_progress_bar
 from genlora_lightning.callbacks.throughput import TokensPerSecond
 from genlora_lightning.cli.adapter import AdapterOptions, config_of
+from genlora_lightning.cli.commands import TRAINING
 from genlora_lightning.cli.configs import with_paths
 from genlora_lightning.cli.errors import find_user_error, leave, one_line
 from genlora_lightning.cli.log import LogFile, LogFormat, LogLevel, RunLogs, run_logs
@@ -87,6 +88,14 @@ _CALLBACK_DEFAULTS = {
 _SPECIAL_CHECKPOINTS = (AUTO, "last", "hpc", "registry")
 _USAGE_ERROR = 2
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+_OF_A_CHECKPOINT = "--config support.yaml --ckpt_path runs/support/logs/version_0/checkpoints/NAME.ckpt"
+_EXAMPLES = {
+    "fit": "genlora fit --config support.yaml --adapter.rank 32",
+    "find_lr": "genlora find_lr --config support.yaml",
+    **{name: f"genlora {name} {_OF_A_CHECKPOINT}" for name in ("validate", "test", "predict")},
+}
 
 
 class GenLoRACLI(LightningCLI):
@@ -173,13 +182,13 @@ class GenLoRACLI(LightningCLI):
             parser.link_arguments(
                 (f"model.init_args.{source}", "data"),
                 f"data.init_args.{target}",
-                compute_fn=partial(_given_or_linked, target),
+                compute_fn=_named("given or the model's", partial(_given_or_linked, target)),
             )
         for name in ("trust_remote_code", "revision"):  # of the model, so of what lies beside it, too
             parser.link_arguments(
                 (f"model.init_args.{name}", "model", "data"),
                 f"data.init_args.{name}",
-                compute_fn=partial(_given_or_linked_beside, name),
+                compute_fn=_named("given or the model's", partial(_given_or_linked_beside, name)),
             )
 
     @staticmethod
@@ -191,7 +200,9 @@ class GenLoRACLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if self._asked not in (None, subcommand):  # to be named in messages alone: the arguments of each take a while
             return self.init_parser(**kwargs)
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        about = {"description": f"{TRAINING[subcommand].capitalize()}."}
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs | about)
+        parser.epilog = f"Example: `{_EXAMPLES[subcommand]}`. {parser.epilog}"
         if subcommand == "predict":
             parser.add_argument(
                 "--predictions_path",
@@ -201,6 +212,12 @@ class GenLoRACLI(LightningCLI):
             )
             parser.set_defaults({"return_predictions": False})
         return parser
+
+    @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for own in self._subcommand_parsers.values():
+            own.prog = own.prog.replace(" [options]", "")  # none stands before the command
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -390,7 +407,7 @@ class _Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        program = parser.prog.replace(" [options]", "")
+        program = parser.prog
         trainer = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
         options = [
             *(action.dest for action in parser._actions),
@@ -411,6 +428,12 @@ class _Parser(LightningArgumentParser):
 
 def _any(kind: type[Callback], callbacks: list[Callback]) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def _named(name: str, function: Any) -> Any:
+    """A partial function with a name, which the help shows."""
+    function.__name__ = name
+    return function
 
 
 def _given_or_linked(name: str, linked: Any, data: Any) -> Any:

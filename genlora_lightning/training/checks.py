@@ -91,7 +91,7 @@ def warn_of_low_rates(optimizers: list[Optimizer], model: nn.Module) -> None:
         for group in optimizer.param_groups
         if any(id(p) in adapters for p in group["params"])
     ]
-    if rates and max(rates) < usual[0] / 5:
+    if rates and max(rates) <= usual[0] / 5:
         rank_zero_warn(
             f"The optimizer trains the adapters at a rate of {max(rates):g}. That suits a whole model; {config.title} "
             f"mostly learns at {usual[0]:g} to {usual[1]:g} with Adam, and next to nothing at this rate. Raise the "

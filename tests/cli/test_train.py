@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import inspect
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
+from docstring_parser import parse
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import SaveConfigCallback
@@ -23,6 +25,7 @@ import tests.plain
 from genlora_lightning.callbacks.predictions import PredictionWriter
 from genlora_lightning.callbacks.progress import LineProgressBar
 from genlora_lightning.callbacks.throughput import TokensPerSecond
+from genlora_lightning.cli.adapter import AdapterOptions
 from genlora_lightning.cli.train import _CALLBACK_DEFAULTS, GenLoRACLI, checkpoint_folders, main
 from genlora_lightning.layers.linear import AdaptedLinear
 from genlora_lightning.reports.runs import find_runs
@@ -498,8 +501,24 @@ def test_help_loads_no_model_and_no_model_library() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert "--adapter_dir" in done.stdout
-    assert "`--adapter.help` lists the adapter's settings" in " ".join(done.stdout.split())
+    shown = " ".join(done.stdout.split())
+    assert "[options]" not in shown
+    assert "`--adapter.help` lists the adapter's settings" in shown
+    assert "Train an adapter, from a configuration and flags. " in shown
+    assert "Example: `genlora fit --config support.yaml --adapter.rank 32`" in shown
+    assert "functools" not in shown
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_help_of_the_adapter_is_not_that_of_one_kind():
+    texts = {item.arg_name: item.description for item in parse(AdapterOptions.__doc__).params}
+    assert set(texts) == {field.name for field in dataclasses.fields(AdapterOptions)}
+    assert texts["rank"] == "The highest rank ΔW can have. The kind's default if not given."
+    assert texts["alpha"].endswith("The kind's default if not given.")
+    assert texts["elastic"].startswith("(GenLoRA, LoRA) Ranks to train for")
+    assert texts["target_parameters"].startswith("Parameters to adapt that hold a stack")
+    assert texts["num_products"].startswith("(Compacter) ")
+    assert not any(":func:" in text for text in texts.values())
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ def adapted(config) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("config", "low", "good"), [(GenLoRAConfig(rank=4), 1e-4, 2e-3), (LoRAConfig(rank=4), 1e-5, 2e-4)]
+    ("config", "low", "good"), [(GenLoRAConfig(rank=4), 1e-4, 2e-3), (LoRAConfig(rank=4), 2e-5, 2e-4)]
 )
 def test_rate_for_a_whole_model_is_a_warning_that_names_the_usual_ones(config, low, good):
     model = adapted(config)
