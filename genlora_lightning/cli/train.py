@@ -214,12 +214,6 @@ class GenLoRACLI(LightningCLI):
         return parser
 
     @override
-    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
-        super()._add_subcommands(parser, **kwargs)
-        for own in self._subcommand_parsers.values():
-            own.prog = own.prog.replace(" [options]", "")  # none stands before the command
-
-    @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         self.config = parser.parse_args(args)  # the original warns where a program with a command line gives `args`
         if self._logs is not None:
@@ -407,7 +401,7 @@ class _Parser(LightningArgumentParser):
         if not self.exit_on_error:
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
-        program = parser.prog
+        program = parser.prog.replace(" [options]", "")
         trainer = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
         options = [
             *(action.dest for action in parser._actions),
