@@ -327,6 +327,17 @@ EXPERIMENTS: dict[str, Experiment] = {
         most_seeds=3,
         steps=100,
     ),
+    # The same of LoRA rank 8's size, in the form that `genlora budget` gives, on text that training does not repeat.
+    "new-whole": Experiment(
+        arms=(
+            replace(LORAS[3], lr=4e-3),
+            replace(genlora("GenLoRA b8, latents 7 and 7", 8.0, 64, (7, 7)), lr=4e-3),
+        ),
+        tasks=("new-french",),
+        trials=2,
+        most_seeds=3,
+        steps=100,
+    ),
     "vision": Experiment(arms=(*LORAS, *GENLORAS, *OTHERS), tasks=VISION_TASKS),
     # Effective rank over training, at the rates that were found for the main table.
     "ranks": Experiment(

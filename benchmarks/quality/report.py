@@ -21,12 +21,13 @@ TABLE = ("main", "llm", "vision")  # the experiments of the main table
 NEW_TAIL = "the language model's last blocks, new text"
 TAIL = "the language model's last blocks"
 WHOLE = "all blocks of the language model"
+NEW_WHOLE = "all blocks of the language model, new text"
 MATCH = 0.05  # two arms are of equal size if their parameters differ by less than this share
 
 
 def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> None:
     """Write the report and its pictures."""
-    main, rates, traces, scaling, new_tail, new_search, tail, search, whole = (
+    main, rates, traces, scaling, new_tail, new_search, tail, search, whole, new_whole = (
         load(folder, names)
         for names in (
             TABLE,
@@ -38,6 +39,7 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
             ("tail", "tail-decay"),
             ("tail-search",),
             ("whole",),
+            ("new-whole",),
         )
     )
     images.mkdir(parents=True, exist_ok=True)
@@ -48,7 +50,8 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
     parts += [_score_tables(tail, TAIL), _difference_tables(tail, TAIL), _repetition_table(tail, TAIL)]
     parts.append(_trial_table(TAIL, tail, search))
     parts.append(_rate_table(tail, tail, TAIL))
-    parts += [_score_tables(whole, WHOLE), _difference_tables(whole, WHOLE), _trial_table(WHOLE, whole)]
+    for title, found in ((WHOLE, whole), (NEW_WHOLE, new_whole)):
+        parts += [_score_tables(found, title), _difference_tables(found, title), _trial_table(title, found)]
     drawn = [
         ("quality-pareto.png", "Quality over adapter parameters", pictures.pareto(main, images)),
         ("quality-ranks.png", "Effective rank of ΔW by size", pictures.ranks(main, images)),
