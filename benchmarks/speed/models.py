@@ -17,8 +17,10 @@ import transformers
 from torch import Tensor, nn
 
 from genlora_lightning import GenLoRAConfig, LoRAConfig, inject_adapters
+from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.backbone.architectures import enable_gradient_checkpointing, read_config, repeated_blocks
 from genlora_lightning.layers.accumulation import generated_once
+from genlora_lightning.planning.budget import fit_budget
 
 from .plan import Cell, rank_if_sized
 
@@ -123,7 +125,10 @@ def put_on(name: str, model: Any, rank: int) -> Any:
 
         layers = {name: model.get_submodule(name) for name in names}
         shapes = {name: (layer.in_features, layer.out_features) for name, layer in layers.items()}
-        sizes = METHODS["genlora"].size(shapes, rank, rank=own, num_latents_b=2)
+        matrices = [MatrixShape(layer.out_features, layer.in_features) for layer in layers.values()]
+        fitted = fit_budget(GenLoRAConfig(), matrices, rank * sum(map(sum, matrices))).config
+        latents = {key: getattr(fitted, key) for key in ("num_latents_a", "num_latents_b")}
+        sizes = METHODS["genlora"].size(shapes, rank, rank=own, **latents)
         inject_adapters(model, GenLoRAConfig.from_dict({**sizes, "target_modules": names}))
     elif name.startswith("genlora"):
         groups = re.search(r"-g(\d+)$", name)

@@ -97,7 +97,7 @@ class Grid:
         wide: Models of the widths of larger ones.
         ranks: All ranks, ascending.
         main_ranks: The two of them at which most is measured.
-        size: The rank of LoRA whose size GenLoRA has, and GenLoRA's ranks then.
+        sizes: Ranks of LoRA whose size GenLoRA has, and GenLoRA's ranks then; the first one on all models.
         batch: Sequences, where their length is not what is varied; else one.
         tokens: Lengths of sequences, ascending; the first is the usual one.
         longest: Most tokens that the encoder takes.
@@ -112,7 +112,7 @@ class Grid:
     wide: tuple[str, ...] = ("random-1b-blocks",)
     ranks: tuple[int, ...] = (8, 16, 64, 256)
     main_ranks: tuple[int, int] = (16, 64)
-    size: tuple[int, tuple[int, ...]] = (2, (64, 32, 16))
+    sizes: tuple[tuple[int, tuple[int, ...]], ...] = ((2, (64, 32, 16)), (8, (64, 32, 16)))
     batch: int = 4
     tokens: tuple[int, ...] = (128, 256, 512, 1024)
     longest: int = 512
@@ -153,9 +153,9 @@ class Grid:
             new_tokens=self.new_tokens if generates else 0,
         )
 
-    def size_cell(self, model: str) -> Cell:
+    def size_cell(self, model: str, number: int = 0) -> Cell:
         """Steps at the size of a small LoRA, whatever the rank that GenLoRA has then."""
-        rank, ours = self.size
+        rank, ours = self.sizes[number]
         arms = ("floor", "lora", "our-lora", *(f"{_SIZED}{own}" for own in ours))
         return replace(self.cell("step", "fp32", rank, model=model), arms=arms)
 
@@ -168,7 +168,8 @@ class Grid:
         if experiment == "memory":
             return [self.cell("memory", precision, rank, checkpointing=on) for precision, rank, on in self.memory]
         if experiment == "size":
-            return [self.size_cell(model) for model in (self.language, *self.wide)]
+            others = [self.size_cell(self.language, number) for number in range(1, len(self.sizes))]
+            return [*(self.size_cell(model) for model in (self.language, *self.wide)), *others]
         models = (self.language, self.encoder)
         return [cell for model in models for cell in self._cells(experiment, model)]
 
@@ -212,7 +213,7 @@ QUICK = Grid(
     wide=(),
     ranks=(2, 4),
     main_ranks=(2, 4),
-    size=(2, (4, 3)),
+    sizes=((2, (4, 3)),),
     batch=2,
     tokens=(8, 16),
     longest=8,

@@ -46,11 +46,11 @@ BARS_HEADER = ["language model", "bar", "figure", "quartiles", "status"]
 
 def bars(grid: Grid) -> list[Bar]:
     """All bars, for the language model of a grid."""
-    size = grid.size_cell(grid.language)
-    sized = [name for name in size.arms if rank_if_sized(name)]
     found = [
         _ratio_bar(f"step / PEFT LoRA rank {size.rank}, {title_of(name)}, fp32", 1.1, size, "lora", arm=name)
-        for name in sized
+        for size in (grid.size_cell(grid.language, number) for number in range(len(grid.sizes)))
+        for name in size.arms
+        if rank_if_sized(name)
     ]
     for precision in PRECISIONS:
         found += _step_bars(grid, precision)

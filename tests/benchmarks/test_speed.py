@@ -93,8 +93,9 @@ def test_arms_cover_what_is_compared():
     assert {cell.tokens for cell in FULL.cells("tokens") if cell.model == "smollm2"} == {128, 256, 512, 1024}
 
 
-def test_arms_of_one_size_train_as_many_parameters_as_the_lora_beside_them():
-    cell = replace(FULL.size_cell("random-1b-blocks"), tokens=2, batch=1)
+@pytest.mark.parametrize("number", range(len(FULL.sizes)))
+def test_arms_of_one_size_train_as_many_parameters_as_the_lora_beside_them(number):
+    cell = replace(FULL.size_cell("random-1b-blocks", number), tokens=2, batch=1)
     with torch.device("meta"):
         sizes = {
             name: sum(
