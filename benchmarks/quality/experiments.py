@@ -295,6 +295,25 @@ EXPERIMENTS: dict[str, Experiment] = {
         trials=2,
         final=False,
     ),
+    # … the forms of LoRA rank 2's size again, which repeated text may have ranked wrongly, …
+    "new-tail-search": Experiment(
+        arms=tuple(
+            replace(arm, lr=1.6e-2)
+            for arm in (
+                blocks(2, 2),
+                blocks(4, 2),
+                SHARED_DIRECTION[0],
+                genlora("GenLoRA b2, latents 2 and 1", 2.0, 64, (2, 1)),
+                ONE_FACTOR[3],
+                *(genlora(f"GenLoRA R{rank} b2", 2.0, rank, (1, 2)) for rank in (16, 32, 128)),
+                blocks(8, 2),
+                replace(GENLORAS[2], name="GenLoRA b2 from gradients", method="started genlora"),
+            )
+        ),
+        tasks=NEW_TAIL_TASKS[:1],
+        trials=1,
+        final=False,
+    ),
     # … and the other small methods, of LoRA rank 2's size.
     "new-tail-others": Experiment(
         arms=(

@@ -35,7 +35,7 @@ def write_report(folder: Path, target: Path = REPORT, images: Path = IMAGES) -> 
             ("ranks",),
             ("rank-scaling",),
             ("new-tail", "new-tail-gralora"),
-            ("new-tail-sizes", "new-tail-others"),
+            ("new-tail-sizes", "new-tail-search", "new-tail-others"),
             ("tail", "tail-decay"),
             ("tail-search",),
             ("whole",),
