@@ -10,6 +10,7 @@ latent, n entries of a basis vector (in_features for A, out_features for B).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -21,6 +22,7 @@ from genlora_lightning.adapters.autograd import refuse_second_derivative
 from genlora_lightning.adapters.genlora.rbf import get_kernel
 
 _PER_GENERATOR = 4  # tensors: latent, weight, centers, log_widths
+_MOST_RUNS = 64  # groups of unequal length that are taken one by one, which is many times as fast as by index
 
 
 def generate(
@@ -216,12 +218,12 @@ def _stacked(flat: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor, Tens
         flat if _are_stacked(flat) else (torch.stack([*flat[kind::_PER_GENERATOR]]) for kind in range(_PER_GENERATOR))
     )
     (num, num_entries, num_latents), num_groups = latent.shape, weight.shape[1]
-    latent = latent.mT.reshape(num, num_latents, num_entries)
+    latent = latent.mT.contiguous()  # or all that follows would lie as it does, with steps of Q between entries
     weight = weight.permute(0, 2, 3, 4, 1)  # (L, R, Q, K, G)
     if scale != 1.0:
         weight = scale * weight
     if num_entries % num_groups:
-        weight, num_groups = weight.index_select(4, _group_of_entry(latent, num_groups)), num_entries
+        weight, num_groups = _to_entries(weight, num_entries), num_entries
     latent = latent.view(num, 1, num_latents, 1, num_groups, num_entries // num_groups)
     return latent, weight.unsqueeze(-1), centers[..., None, None], torch.exp(-log_widths)[..., None, None]
 
@@ -286,9 +288,26 @@ def _group_of_entry(like: Tensor, num_groups: int) -> Tensor:
     return torch.arange(num_entries, device=like.device) * num_groups // num_entries
 
 
+def _lengths(num_entries: int, num_groups: int) -> list[int]:
+    """How many entries each group has."""
+    first = [-(-group * num_entries // num_groups) for group in range(num_groups + 1)]  # the first j with ⌊j·G/n⌋ = g
+    return [end - start for start, end in itertools.pairwise(first)]
+
+
+def _to_entries(of_groups: Tensor, num_entries: int) -> Tensor:
+    """Give each entry what its group has, along the last dimension."""
+    num_groups = of_groups.shape[-1]
+    if num_groups > _MOST_RUNS:
+        return of_groups.index_select(-1, _group_of_entry(of_groups.new_empty(num_entries), num_groups))
+    runs = zip(of_groups.split(1, -1), _lengths(num_entries, num_groups), strict=True)
+    return torch.cat([one.expand(*one.shape[:-1], length) for one, length in runs], -1)
+
+
 def _sum_groups(values: Tensor, num_groups: int) -> Tensor:
     """Sum the runs of entries that :func:`generate` calls groups, along the last dimension, always in one order."""
     num_entries = values.shape[-1]
+    if num_groups <= _MOST_RUNS:
+        return torch.stack([run.sum(-1) for run in values.split(_lengths(num_entries, num_groups), -1)], -1)
     groups = torch.arange(num_groups + 1, device=values.device)
     first = -(-groups * num_entries // num_groups)  # the first j with ⌊j·G/n⌋ = g
     places = first[:-1, None] + torch.arange(-(-num_entries // num_groups), device=values.device)

@@ -111,6 +111,17 @@ def test_many_matrices_and_their_gradients_equal_those_of_the_formula(kernel, si
         torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("groups", [5, 64, 65, 100])
+def test_groups_of_unequal_lengths_are_those_of_the_formula_however_many_they_are(groups):
+    (one,) = leaves(1, 101, 2, 2, groups, 1)
+    matrix, expected = generate_matrices([one], "gaussian")[0], generate(*one, "gaussian")
+    torch.testing.assert_close(matrix, expected, rtol=1e-12, atol=1e-14)
+    weights = torch.randn_like(matrix)
+    found, wanted = (torch.autograd.grad((m * weights).sum(), one) for m in (matrix, expected))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sizes", SIZES)
 def test_own_backward_passes_gradcheck(kernel, sizes):
