@@ -299,7 +299,7 @@ def _to_entries(of_groups: Tensor, num_entries: int) -> Tensor:
     num_groups = of_groups.shape[-1]
     if num_groups > _MOST_RUNS:
         return of_groups.index_select(-1, _group_of_entry(of_groups.new_empty(num_entries), num_groups))
-    runs = zip(of_groups.split(1, -1), _lengths(num_entries, num_groups), strict=True)
+    runs = zip(torch.split(of_groups, 1, -1), _lengths(num_entries, num_groups), strict=True)
     return torch.cat([one.expand(*one.shape[:-1], length) for one, length in runs], -1)
 
 
@@ -307,7 +307,7 @@ def _sum_groups(values: Tensor, num_groups: int) -> Tensor:
     """Sum the runs of entries that :func:`generate` calls groups, along the last dimension, always in one order."""
     num_entries = values.shape[-1]
     if num_groups <= _MOST_RUNS:
-        return torch.stack([run.sum(-1) for run in values.split(_lengths(num_entries, num_groups), -1)], -1)
+        return torch.stack([run.sum(-1) for run in torch.split(values, _lengths(num_entries, num_groups), -1)], -1)
     groups = torch.arange(num_groups + 1, device=values.device)
     first = -(-groups * num_entries // num_groups)  # the first j with ⌊j·G/n⌋ = g
     places = first[:-1, None] + torch.arange(-(-num_entries // num_groups), device=values.device)
