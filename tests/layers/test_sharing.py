@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from genlora_lightning import inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
+from genlora_lightning import GenLoRAConfig, inject_adapters, merge_adapters, remove_adapters, unmerge_adapters
 from genlora_lightning.adapters.genlora.generate import generate_matrices
 from genlora_lightning.injection.inject import adapter_layers, adapter_parameters, adapters_disabled
 from genlora_lightning.injection.merging import adapters_merged
@@ -579,6 +579,17 @@ def test_forwards_of_inference_mode_and_of_several_dtypes():
     with torch.no_grad():
         assert torch.equal(loss_of(model), expected)
     loss_of(model).backward()
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [True, False])
+def test_trace_is_the_same_each_time_also_with_gradients(grad):  # which TensorBoard's graph of a module needs
+    model = nn.Sequential(nn.Linear(9, 8), nn.Tanh(), nn.Linear(8, 9)).eval()
+    inject_adapters(model, GenLoRAConfig(rank=3, num_groups_b=2))  # of a size that no other test has: no table is there
+    perturb(model)
+    x = torch.randn(3, 9)
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.*is deprecated", "ignore::torch.jit.TracerWarning")

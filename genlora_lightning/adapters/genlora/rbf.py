@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from genlora_lightning.adapters.autograd import is_tracing
 from genlora_lightning.fields import shown
 
 # exp(c²/2), which the Gaussian's expansion multiplies and divides by, overflows float32 at c = 13.3. A centre this many
@@ -79,7 +80,9 @@ class _Gaussian(Kernel):
     def factored(self, t: Tensor, centers: Tensor) -> tuple[Tensor, Tensor | None]:
         centers = centers.clamp(-_MAX_CENTER, _MAX_CENTER)
         inner = torch.sub(centers, t, alpha=0.5)
-        value = torch.expm1(t * inner) if torch.is_grad_enabled() else inner.mul_(t).expm1_()
+        # A trace is recorded with gradients and checked without them, and must be the same.
+        keeps = torch.is_grad_enabled() or is_tracing()
+        value = torch.expm1(t * inner) if keeps else inner.mul_(t).expm1_()
         return value, torch.exp(-0.5 * centers.square())
 
     @override

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._guards import detect_fake_mode
 
+from genlora_lightning.adapters.autograd import is_tracing
+
 # Odd constants of a 32-bit integer mixer, modulo 2^32 of the least size: products with 32 bits stay below 2^63, so that
 # no arithmetic overflows on any device.
 _MIX = 0x45D9F3B
@@ -41,7 +43,7 @@ def entry_signs(table: int, rank: int, num_latents: int, num_entries: int, devic
         num_entries: n.
         device: Where.
     """
-    if torch.compiler.is_compiling():  # it becomes part of the kernel that generates, and takes no memory
+    if torch.compiler.is_compiling() or is_tracing():  # part of the kernel and of each trace, and takes no memory
         return _make(table, rank, num_latents, num_entries, device)
     mode = detect_fake_mode()  # in which tables have no values, and are nobody else's
     tables = _tables if mode is None else _tables_of_modes.setdefault(mode, {})
