@@ -239,13 +239,13 @@ _HEAD = """\
 What is tested for each [kind](kinds.md) at each [site](adapters.md#where), on CPUs: in one process, and in two with
 gloo. Tests execute every cell: these tables are written from what they declare (`tests/support_matrix.py`).
 
-- **One process, DDP, FSDP1, FSDP2**: losses and all that is trained equal those of one process, a checkpoint goes on
-  to the same tensors, and the adapter folder loads. The checkpoint is another strategy's; in one process also its own,
-  and then every bit is the same. *Sharded* is `adapter_sharding="shard"`; otherwise adapters are replicated.
+- **One process, DDP, FSDP1, FSDP2**: losses and all that is trained equal those of one process to rounding; a run resumed
+  from a checkpoint of another strategy ends with the same tensors; the adapter folder loads. In one process a run
+  resumed from its own checkpoint is the same in every bit. *Sharded* is `adapter_sharding="shard"`; otherwise adapters are replicated.
 - **merge**: outputs are the same, and after unmerging every bit is. **export-lora**: PEFT's outputs are the same. Both
   are done in one process, with what a run under any strategy has saved.
 - **plan**: `genlora plan` counts what a run trains, in tiny models of {planned}.
-- *Refused* is an error before anything is done, in whose message the words below stand. A dash: there is nothing to
+- *Refused* is an error before anything is done, whose message has the words below. A dash: there is nothing to
   try.
 
 What does not depend on kind and site, quantized bases among it, stands under

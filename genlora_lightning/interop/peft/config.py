@@ -42,7 +42,7 @@ class GenLoraConfig(PeftConfig):  # type: ignore[misc]  # PEFT's classes are unt
     """Configure GenLoRA for PEFT: ``ΔW = s · B · A``, of which A and B are generated.
 
     The names are those of PEFT's ``LoraConfig`` where it has the thing, and :class:`~genlora_lightning.GenLoRAConfig`'s
-    otherwise; the defaults are that one's. Learning rates are some ten times LoRA's: 1e-3 to 8e-3 with Adam.
+    otherwise; the defaults are that one's. With Adam it learns at rates of 1e-3 to 8e-3.
 
     Args:
         r: Number of generated basis vectors, the highest rank ΔW can have; ``rank`` in a ``GenLoRAConfig``.
