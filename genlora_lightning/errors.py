@@ -23,6 +23,10 @@ class DivergedError(RuntimeError):
     """The loss has risen far over where it started; the best adapter before that is kept."""
 
 
+class MergeReadWeightWarning(UserWarning):
+    """A merged weight is computed with in another place, too, where the update has not acted."""
+
+
 class MergeRoundingWarning(UserWarning):
     """Rounding took a good part of a merged update away."""
 

@@ -38,5 +38,6 @@ def refuse_second_derivative(what: str) -> None:
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             f"{what} has a backward of its own, which cannot be differentiated again (`create_graph=True`). For second "
-            "derivatives use the plain path: `set_fused(model, False)`."
+            "derivatives use the plain path: `set_fused(model, False)` of `genlora_lightning.layers.sharing`, once the "
+            "adapters are in the model (with the callback in `on_fit_start`)."
         )

@@ -33,6 +33,7 @@ from genlora_lightning.artifacts.adapter_folder import (
 )
 from genlora_lightning.artifacts.hub import push_folder
 from genlora_lightning.artifacts.model_card import CARD_FILE, model_card
+from genlora_lightning.artifacts.other_state import warn_of_changed_buffers
 from genlora_lightning.artifacts.peft_folder import (
     PeftRecord,
     is_peft_folder,
@@ -62,7 +63,7 @@ from genlora_lightning.injection.named import check_no_set
 from genlora_lightning.injection.places import adapter_parameters, plain_name
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
-from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
+from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state, widen_to_stored
 from genlora_lightning.storage.digests import dtype_name, sha256
 from genlora_lightning.storage.paths import local_path
 
@@ -106,7 +107,7 @@ def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> Adap
         ValueError: The model has no adapters.
 
     Warns:
-        UserWarning: Something else is trainable, which is not saved.
+        UserWarning: Something else is trainable, or a buffer of the base has changed in a run; it is not saved.
     """
     found = held_root(model)
     if found is not None:
@@ -122,7 +123,8 @@ def adapter_record(model: nn.Module, base: dict[str, Any] | None = None) -> Adap
         layers={name: layer.shape.sizes for name, layer in layers.items()},
         sites={name: layer.noun for name, layer in layers.items() if layer.named_only},
         trained_modules={
-            name: [f"{name}.{own}" for own in module.state_dict()] for name, module in trained_modules(model).items()
+            name: [plain_name(f"{name}.{own}") for own in module.state_dict()]
+            for name, module in trained_modules(model).items()
         },
         base_is_transformers=type(model).__module__.startswith("transformers."),
         label_names=label_names(model),
@@ -247,6 +249,7 @@ def load_adapter(
                 f"The adapter in {folder} does not fit this {type(model).__name__}: {error} It was trained on "
                 f"{describe_base(stored.base)}."
             ) from error
+        widen_to_stored(model, stored.tensors)
         _check_dtypes(adapter_state_dict(model), stored.tensors, Path(folder))
         load_adapter_state(model, stored.tensors, str(folder))
     if stored.label_names:
@@ -299,6 +302,7 @@ def _warn_of_unsaved(model: nn.Module) -> None:
             "Freeze them, or name their modules in `modules_to_train`.",
             stacklevel=4,
         )
+    warn_of_changed_buffers(model)
 
 
 def _write(
@@ -353,7 +357,7 @@ def fitted(stored: StoredAdapter, model: nn.Module) -> StoredAdapter:
     All its names then begin with one prefix, that of the model in the module: ``"lm."``.
     """
     # Parameters too, of which some hold stacks of matrices.
-    modules = {name for name, _ in (*model.named_modules(), *model.named_parameters()) if name}
+    modules = {plain_name(name) for name, _ in (*model.named_modules(), *model.named_parameters())} - {""}
     names = [*stored.layers, *stored.trained_modules]
     # Adapted linears are there under the same name, with adapters and without.
     if not names or modules.issuperset(names):
@@ -389,5 +393,6 @@ def _check_dtypes(expected: Mapping[str, Tensor], state: Mapping[str, Tensor], f
     if wrong:
         raise ValueError(
             f"The adapter in {folder} does not fit this model: {len(wrong)} tensors would lose digits in its "
-            f"dtype ({', '.join(wrong[:4])}). Cast the model to a wider dtype. Nothing was loaded."
+            f'dtype ({", ".join(wrong[:4])}). It was probably trained with `precision="64-true"`: cast the base '
+            "to float64 before (`model.double()`), and the adapters come in float64, too. Nothing was loaded."
         )

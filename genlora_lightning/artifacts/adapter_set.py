@@ -25,6 +25,7 @@ from genlora_lightning.fields import check_choice, check_integer, shown
 from genlora_lightning.injection.held import held_root
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters, inject_layers, remove_adapters
 from genlora_lightning.injection.named import NamedUpdate, check_no_set, forget_set, note_set
+from genlora_lightning.injection.names import plain_modules
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.state import load_adapter_state
 from genlora_lightning.layers.accumulation import is_generated_once
@@ -82,7 +83,7 @@ class AdapterSet(nn.Module):
             )
         self.cache_bytes = cache_bytes
         self._model = (model,)  # in a tuple, which hides it from `parameters()` and from state dicts
-        self._base = {name: module for name, module in model.named_modules() if matrix_shape(module) is not None}
+        self._base = {name: module for name, module in plain_modules(model) if matrix_shape(module) is not None}
         self._slots: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in self._base}
         names = {id(module): name for name, module in self._base.items()}
         for parent in model.modules():

@@ -29,6 +29,7 @@ from genlora_lightning.backbone.identity import (
     without_samples,
 )
 from genlora_lightning.distributed.shards import (
+    own_state_names,
     plain_name,
     plain_parameters,
     state_names,
@@ -41,6 +42,7 @@ from genlora_lightning.fields import shown
 from genlora_lightning.injection.held import held_root
 from genlora_lightning.injection.inject import adapter_layers, count_linears, require_adapters
 from genlora_lightning.injection.named import named_updates
+from genlora_lightning.injection.names import with_own_names
 from genlora_lightning.injection.peft_adapters import (
     AnyConfig,
     PeftAdapter,
@@ -151,9 +153,10 @@ def keep_adapters_only(
         RuntimeError: The state dict lacks a trained tensor; nothing should be written then.
     """
     kept = checkpoint_state(module)
-    others = other_state(module, checkpoint["state_dict"], look_at_frozen=look_at_frozen)
+    state = {plain_name(name): tensor for name, tensor in checkpoint["state_dict"].items()}
+    others = other_state(module, state, look_at_frozen=look_at_frozen)
     # Interned, because a file holds a string once for each object, and there are as many bytes in names as in tensors.
-    checkpoint["state_dict"] = {sys.intern(name): t for name, t in checkpoint["state_dict"].items() if name in kept}
+    checkpoint["state_dict"] = {sys.intern(name): tensor for name, tensor in state.items() if name in kept}
     missing = [name for name in kept if name not in checkpoint["state_dict"]]
     if missing:
         raise RuntimeError(
@@ -476,8 +479,10 @@ def check_base(
     require_same_base(stored, present, source, base_check)
 
 
-def load_beside(module: nn.Module, checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> None:
+def load_beside(module: nn.Module, checkpoint: dict[str, Any], source: str = "The checkpoint") -> None:
     """Load what a checkpoint holds beside what was trained; a full one, or one of an older release, holds nothing.
+
+    What was trained gets the names that it has in this module beside the plain ones, for whoever loads it next.
 
     Args:
         module: The module with the adapters.
@@ -487,7 +492,10 @@ def load_beside(module: nn.Module, checkpoint: Mapping[str, Any], source: str = 
     Raises:
         ValueError: It does not fit the module's buffers, or a part of the module does not take it.
     """
-    load_other_state(module, describe(checkpoint, source).get(OTHER_STATE_KEY, {}), source)
+    names = own_state_names(module)
+    checkpoint["state_dict"] = with_own_names(checkpoint["state_dict"], names)
+    others = describe(checkpoint, source).get(OTHER_STATE_KEY, {})
+    load_other_state(module, with_own_names(others, names), source)
 
 
 def check_checkpoint(module: nn.Module, checkpoint: Mapping[str, Any], source: str = "The checkpoint") -> None:

@@ -32,10 +32,11 @@ from genlora_lightning.artifacts.peft_folder import is_peft_folder
 from genlora_lightning.backbone.identity import BaseCheck, base_identity
 from genlora_lightning.errors import DamagedFileError
 from genlora_lightning.injection.inject import count_linears, inject_layers
+from genlora_lightning.injection.names import plain_modules, plain_name
 from genlora_lightning.injection.peft_adapters import PeftAdapter, put_adapters, read_any_config
 from genlora_lightning.injection.places import has_adapters
 from genlora_lightning.injection.restoring import restored_after_error
-from genlora_lightning.injection.state import check_adapter_state, load_adapter_state
+from genlora_lightning.injection.state import check_adapter_state, load_adapter_state, widen_to_stored
 from genlora_lightning.storage import checkpoint_file
 from genlora_lightning.storage.paths import local_path
 
@@ -97,6 +98,7 @@ def load_module(
     if configure is not None:
         configure()
     if checkpoint is None:
+        _check_built(made, str(path))
         load_adapter(adapter_root(made), path, base_check=base_check, replace=True)
     else:
         load_checkpoint(made, checkpoint, str(path), base_check=base_check)
@@ -116,11 +118,21 @@ def load_checkpoint(
 
     Raises:
         WrongBaseError: The base is not the one that was trained on.
-        ValueError: It holds no adapters, or they do not fit; the module is as it was then.
+        ValueError: It holds no adapters, or they do not fit, or the module has no parameters yet; it is as it was then.
     """
     config = read_any_config(describe(checkpoint, source)["config"])
+    _check_built(module, source)
     _check_base(checkpoint, adapter_root(module, config), source, base_check)
     _load_state(module, checkpoint, source)
+
+
+def _check_built(module: nn.Module, source: str) -> None:
+    if next(module.parameters(), None) is None:
+        raise ValueError(
+            f"This {type(module).__name__} has no parameters yet, and {source} cannot be loaded into it. Its layers "
+            'are probably built in `setup`, which the trainer calls: call `module.setup("fit")` first (or what else '
+            "builds them, such as `module.configure_model()`), then `load_module(module, path)`."
+        )
 
 
 def _check_base(
@@ -131,7 +143,8 @@ def _check_base(
         return
     here = described["prefix"] if prefix is None else prefix
     trained = [name.removeprefix(here) for name in described["trained_modules"]]  # theirs are the state dict's names
-    check_base(checkpoint, base_identity(model, without=trained), f"The checkpoint {source}", base_check, prefix)
+    what = source if source.startswith("The checkpoint") else f"The checkpoint {source}"
+    check_base(checkpoint, base_identity(model, without=trained), what, base_check, prefix)
 
 
 @torch.no_grad()
@@ -145,10 +158,11 @@ def _load_state(module: nn.Module, checkpoint: dict[str, Any], source: str) -> N
             root = adapter_root(module, read_any_config(describe(checkpoint, source)["config"]))
             described = describe(checkpoint, source)
             _inject_described(root, described, checkpoint["state_dict"], prefix_of(root, module), source)
-        expected = checkpoint_state(module)
         stored: dict[str, Tensor] = checkpoint["state_dict"]
+        widen_to_stored(module, stored)
+        expected = checkpoint_state(module)
         # Parameters beside the adapters that the run trained; `requires_grad` of a new module does not tell which.
-        own = module.state_dict(keep_vars=True)
+        own = {plain_name(name): tensor for name, tensor in module.state_dict(keep_vars=True).items()}
         extra = {name: own[name] for name in stored if name in own and name not in expected}
         check_adapter_state(expected | extra, stored, source)
         note_start(module)
@@ -209,7 +223,7 @@ def _add_described(
 def _prefix_in(described: dict[str, Any], model: nn.Module) -> str:
     """What the names of a checkpoint's linears begin with before those that they have in a model."""
     parts = next(iter(described.get("layers", {})), "").split(".")
-    places = {name for name, _ in model.named_modules()}
+    places = {name for name, _ in plain_modules(model)}
     return next((".".join([*parts[:i], ""]) for i in range(len(parts)) if ".".join(parts[i:]) in places), "")
 
 
@@ -309,7 +323,7 @@ def convert_checkpoint(
         _check_base(content, base_model, str(checkpoint), base_check, prefix)
         state = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
         # What else was trained, or a base in a full checkpoint, has no place in an adapter folder.
-        base = set(base_model.state_dict()) - set(expected)
+        base = {plain_name(name) for name in base_model.state_dict()} - set(expected)
         state = {name: tensor for name, tensor in state.items() if name not in base}
         check_adapter_state(expected, state, str(checkpoint))
         # Written before the model is changed for good: a full disk is an error, too.

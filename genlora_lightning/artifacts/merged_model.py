@@ -16,7 +16,15 @@ from genlora_lightning.artifacts.model_folder import copy_tokenizer
 from genlora_lightning.backbone.tasks import transformers_base
 from genlora_lightning.injection.full_training import original_dtype, trained_modules
 from genlora_lightning.injection.inject import adapter_layers, require_adapters
-from genlora_lightning.injection.merging import MergeReport, MergeRow, measure_drift, naming, warn_of_losses
+from genlora_lightning.injection.merging import (
+    MergeReport,
+    MergeRow,
+    measure_drift,
+    naming,
+    warn_of_losses,
+    warn_of_reads,
+)
+from genlora_lightning.injection.names import plain_modules, plain_name
 from genlora_lightning.layers.adapted import AdaptedLayer, is_place
 from genlora_lightning.layers.experts import AdaptedExperts
 from genlora_lightning.storage.folders import check_replaceable, write_folder
@@ -49,6 +57,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
         OSError: It cannot be written; then nothing is left behind.
 
     Warns:
+        MergeReadWeightWarning: A module computes with the weight of an adapted layer beside calling it.
         MergeRoundingWarning: A linear lost more than 10 % of its update.
     """
     require_adapters(model)
@@ -66,6 +75,7 @@ def save_merged(model: nn.Module, folder: str | os.PathLike[str], *, dtype: torc
             'base_check="unquantized")` and this. Or call the base\'s `dequantize()` before.'
         )
     check_replaceable(folder, _is_unchanged_merge, "merged model")
+    warn_of_reads(model)
     state, rows = _merged_state(base, dtype)
     clean = _without_adapters(base, state)
     copied: list[str] = []
@@ -120,15 +130,16 @@ def _merged_state(base: nn.Module, dtype: torch.dtype | None) -> tuple[dict[str,
     state: dict[str, Tensor] = {}
     cast: dict[int, Tensor] = {}
     own = {id(p) for layer in layers.values() for p in layer.adapter_parameters().values()}
-    places = {name: m for name, m in base.named_modules(remove_duplicate=False) if is_place(m)}
+    places = {name: m for name, m in plain_modules(base, remove_duplicate=False) if is_place(m)}
     alone = {name: m for name, m in places.items() if isinstance(m, AdaptedLayer)}
     sums = {f"{name}.base_layer.{layer.parameter}": merged[id(layer)] for name, layer in alone.items()}
     for name, module in places.items():
         if isinstance(module, AdaptedExperts):
             sums |= {f"{name}.base_layer.{own}": merged[id(stack)] for own, stack in module.stacks.items()}
-    for name, tensor in base.state_dict(keep_vars=True).items():
+    for own_name, tensor in base.state_dict(keep_vars=True).items():
         if id(tensor) in own:
             continue
+        name = plain_name(own_name)
         parent = next((place for place in places if name.startswith(f"{place}.")), None)
         key = name if parent is None else parent + name.removeprefix(f"{parent}.base_layer")
         if name in sums:
@@ -162,7 +173,7 @@ def _without_adapters(base: Any, state: dict[str, Tensor]) -> Any:
 
 
 def _head_is_untied(base: Any, state: dict[str, Tensor]) -> bool:
-    names = {id(m): name for name, m in base.named_modules()}
+    names = {id(m): name for name, m in plain_modules(base)}
     head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
     if head is None or embedding is None:
         return False

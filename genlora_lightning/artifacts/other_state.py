@@ -9,20 +9,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning.distributed.shards import plain_name
+from genlora_lightning.distributed.shards import plain_name, trained_tensors
 from genlora_lightning.fields import shown
-from genlora_lightning.injection.places import adapter_places
-from genlora_lightning.overrides import note, noted
+from genlora_lightning.injection.places import adapter_parameters, adapter_places
+from genlora_lightning.overrides import forget, note, noted
 
 _START = "state at the start"
 _WARNED = "warned of frozen parameters that change"
+_WARNED_OF_BUFFERS = "warned of buffers that change"
 # Of each tensor so many values are compared, at equal distances: what changes as a whole, or by rows, is seen by them.
 _MOST_VALUES = 4096
 
 
-def note_start(module: nn.Module) -> None:
-    """Remember what of a module's state is the base's, before anything is trained or loaded; only the first time."""
-    if noted(module, _START) is None:
+def note_start(module: nn.Module, *, anew: bool = False) -> None:
+    """Remember what of a module's state is the base's, before anything is trained or loaded; only the first time.
+
+    Args:
+        module: A module with adapters.
+        anew: Whether they are new: what was noted is of an earlier base then.
+    """
+    for warned in (_WARNED, _WARNED_OF_BUFFERS):  # each run says it once
+        forget(module, warned)
+    if anew or noted(module, _START) is None:
         states = {**_buffers(module), **_frozen(module), **_beside(module, module.state_dict())}
         note(module, _START, {name: _sample(value) for name, value in states.items() if _comparable(value)})
 
@@ -45,9 +53,9 @@ def other_state(module: nn.Module, state_dict: Mapping[str, Any], *, look_at_fro
     if changed:
         note(module, _WARNED, True)
         warnings.warn(
-            f"{len(changed)} frozen parameters have changed since the run began, {changed[0]} among them. Checkpoints "
-            "do not hold them, so a run that is resumed begins with those of the base. If they are a teacher's, make "
-            "them buffers, which are kept.",
+            f"{len(changed)} frozen parameters have changed since the adapters were put in, {changed[0]} among them. "
+            "Checkpoints do not hold them, so a run that is resumed begins with those of the base. If they are a "
+            "teacher's, make them buffers, which are kept.",
             stacklevel=2,
         )
     found = {**_buffers(module), **_beside(module, state_dict)}
@@ -56,6 +64,30 @@ def other_state(module: nn.Module, state_dict: Mapping[str, Any], *, look_at_fro
         for name, value in found.items()
         if not (name in start and _comparable(value) and not _differs(start[name], value))
     }
+
+
+def warn_of_changed_buffers(module: nn.Module) -> None:
+    """Warn, once in a run, of buffers of the frozen base that have changed: adapter folders do not hold them."""
+    start: dict[str, Tensor] = noted(module, _START) or {}
+    if not start or noted(module, _WARNED_OF_BUFFERS):
+        return
+    held = trained_tensors(module)
+    metrics = tuple(f"{plain_name(name)}." for name, part in module.named_modules() if _is_metric(part))
+    changed = [
+        name
+        for name, buffer in _buffers(module).items()
+        if name in start and name not in held and not name.startswith(metrics)
+        if _comparable(buffer) and _differs(start[name], buffer)
+    ]
+    if changed:
+        note(module, _WARNED_OF_BUFFERS, True)
+        warnings.warn(
+            f"{len(changed)} buffers of the frozen base have changed, {changed[0]} among them. Checkpoints hold them, "
+            "an adapter folder does not: loaded into the base, the adapter acts beside the base's own values. If "
+            "outputs depend on them (statistics of normalisation layers in train mode, spectral_norm), load from a "
+            "checkpoint, keep their modules in evaluation mode, or name these in `modules_to_train`.",
+            stacklevel=2,
+        )
 
 
 def load_other_state(module: nn.Module, values: Mapping[str, Any], source: str) -> None:
@@ -102,7 +134,13 @@ def _buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _frozen(module: nn.Module) -> dict[str, Tensor]:
-    return {plain_name(name): p for name, p in module.named_parameters() if not p.requires_grad}
+    adapters = {id(p) for p in adapter_parameters(module).values()}  # some of theirs are fixed; checkpoints hold them
+    own = module.named_parameters()
+    return {plain_name(name): p for name, p in own if not p.requires_grad and id(p) not in adapters}
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return any(cls.__module__.partition(".")[0] == "torchmetrics" for cls in type(module).__mro__)
 
 
 def _beside(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from genlora_lightning.backbone.quantization import quantization_of
 from genlora_lightning.errors import WrongBaseError
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers
+from genlora_lightning.injection.names import plain_modules
 from genlora_lightning.injection.places import adapter_places, base_name
 from genlora_lightning.layers.quantized import codes, is_quantized, matrix_size
 from genlora_lightning.storage.digests import dtype_name, sha256
@@ -70,11 +71,11 @@ def base_parameters(model: nn.Module, without: Iterable[str] = ()) -> Iterator[t
     own = {id(p) for place in places.values() for p in place.adapter_parameters().values()}
     originals: dict[int, Tensor] = {id(layer.weight): layer.base_weight for layer in adapter_layers(model).values()}
     wanted = set(without)
-    trained = [*trained_modules(model).values(), *(part for name, part in model.named_modules() if name in wanted)]
+    trained = [*trained_modules(model).values(), *(part for name, part in plain_modules(model) if name in wanted)]
     trained += [place.module for place in places.values() if place.is_copy]
     trained_in_full = {id(inner) for module in trained for inner in module.modules()}
     seen = set()
-    for place, module in model.named_modules():
+    for place, module in plain_modules(model):
         if id(module) in trained_in_full:
             continue
         for name, parameter in module.named_parameters(prefix=place, recurse=False):

@@ -17,6 +17,7 @@ from genlora_lightning.adapters.base import MatrixShape
 from genlora_lightning.adapters.config import ALL_LINEAR
 from genlora_lightning.adapters.kinds import read_config
 from genlora_lightning.fields import check_integer, check_number
+from genlora_lightning.injection.names import plain_modules
 from genlora_lightning.injection.places import has_adapters
 from genlora_lightning.injection.targets import select_targets
 from genlora_lightning.layers.linear import is_conv1d
@@ -227,7 +228,7 @@ def _check_pattern(pattern: tuple[int, int]) -> None:
 def _targets(
     model: nn.Module, target_modules: str | Iterable[str], excluded: Iterable[str]
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    linears = {name: module for name, module in model.named_modules() if is_linear(module)}
+    linears = {name: module for name, module in plain_modules(model) if is_linear(module)}
     if not linears:
         raise ValueError(f"This {type(model).__name__} has no nn.Linear or Conv1D to prune.")
     names = target_modules if isinstance(target_modules, str) else [*target_modules]
@@ -244,7 +245,7 @@ def _check_layer(model: nn.Module, name: str, layer: nn.Module, pattern: tuple[i
         )
     if weight.is_meta:
         raise ValueError(f"{name} cannot be pruned: its weight has no memory. Load the model whole.")
-    tied = [other for other, m in model.named_modules() if m is not layer and m._parameters.get("weight") is weight]
+    tied = [other for other, m in plain_modules(model) if m is not layer and m._parameters.get("weight") is weight]
     if tied:
         raise ValueError(f"{name} cannot be pruned: {tied[0]} has the same weight. Leave it out (`exclude_modules`).")
     shape = matrix_shape(layer)

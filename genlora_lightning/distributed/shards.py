@@ -71,9 +71,14 @@ def tensors_trained_in_full(module: nn.Module) -> dict[str, dict[str, Tensor]]:
 
 
 def state_names(module: nn.Module) -> set[str]:
-    """The plain names in ``module.state_dict()``, which is not called: FSDP1 would gather the whole base for it."""
+    """The plain names in ``module.state_dict()``."""
+    return {plain_name(name) for name in own_state_names(module)}
+
+
+def own_state_names(module: nn.Module) -> set[str]:
+    """The names in ``module.state_dict()``, which is not called: FSDP1 would gather the whole base for it."""
     return {
-        plain_name(f"{prefix}.{name}" if prefix else name)
+        f"{prefix}.{name}" if prefix else name
         for prefix, part in module.named_modules(remove_duplicate=False)
         for name in (*part._parameters, *(set(part._buffers) - part._non_persistent_buffers_set), "_extra_state")
     }

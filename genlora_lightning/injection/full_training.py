@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from genlora_lightning.injection.names import plain_modules
 from genlora_lightning.overrides import forget, note, noted, put_on, take_off
 
 # The mark goes where the module goes, while a name depends on the root that one starts from. It holds what is needed to
@@ -19,7 +20,7 @@ _LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 def trained_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that ``modules_to_train`` named, by name, each once."""
-    return {name: module for name, module in model.named_modules() if noted(module, _MARK)}
+    return {name: module for name, module in plain_modules(model) if noted(module, _MARK)}
 
 
 def train_in_full(model: nn.Module, modules: Iterable[nn.Module]) -> None:

@@ -20,11 +20,12 @@ from genlora_lightning.injection.full_training import stop_training_in_full, tra
 from genlora_lightning.injection.heads import UNTIED_HEAD, last_if_new
 from genlora_lightning.injection.held import held_root, remove_held
 from genlora_lightning.injection.named import check_no_set, end_set, set_of
+from genlora_lightning.injection.names import plain_modules, plain_name
 from genlora_lightning.injection.places import adapter_parameters as adapter_parameters
-from genlora_lightning.injection.places import plain_name
 from genlora_lightning.injection.report import BESIDE_PARTS, TRAINED_IN_FULL, InjectionReport, InjectionRow
 from genlora_lightning.injection.targets import all_names, configurations, match_modules, select_targets
 from genlora_lightning.injection.token_rows import token_rows, untied_heads
+from genlora_lightning.injection.uncalled import read_layers
 from genlora_lightning.injection.widening import forget_dtypes, restore_dtypes
 from genlora_lightning.layers.adapted import AdaptedLayer, is_place
 from genlora_lightning.layers.experts import AdaptedExperts, AdaptedStack, stack_of_matrices
@@ -44,7 +45,7 @@ _SKIPPED = "left alone"
 
 def adapter_layers(model: nn.Module) -> dict[str, AdaptedLayer]:
     """The adapted layers of a model by name, each once; empty if the model has none."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLayer)}
+    return {name: module for name, module in plain_modules(model) if isinstance(module, AdaptedLayer)}
 
 
 def count_linears(model: nn.Module) -> int:
@@ -177,7 +178,7 @@ def inject_adapters(
     _check_initialized(model)
     check_no_foreign_adapters(model)
     can_be_adapted = is_linear if config.target_modules == ALL_LINEAR else matrix_shape
-    linears = {name: module for name, module in model.named_modules() if can_be_adapted(module)}
+    linears = {name: module for name, module in plain_modules(model) if can_be_adapted(module)}
     if not linears and not config.target_parameters:
         raise ValueError(
             f"This {type(model).__name__} has no nn.Linear or Conv1D to adapt{_other_sites(model)}. If its backbone is "
@@ -220,7 +221,7 @@ def inject_layers(
         check_configuration(model, configs)
         return _go_on(model, configs)
     check_no_foreign_adapters(model)
-    modules = dict(model.named_modules())
+    modules = dict(plain_modules(model))
     for name in configs:
         holder, _, own = name.rpartition(".")
         if name not in modules and holder in modules and (stack := stack_of_matrices(modules[holder], own)) is not None:
@@ -234,7 +235,7 @@ def inject_layers(
 
 
 def _other_sites(model: nn.Module) -> str:
-    names = [name for name, module in model.named_modules() if matrix_shape(module) is not None]
+    names = [name for name, module in plain_modules(model) if matrix_shape(module) is not None]
     return f"; name its other layers in `target_modules` ({', '.join(names[:3])})" if names else ""
 
 
@@ -322,7 +323,7 @@ def _go_on(model: nn.Module, configs: Mapping[str, AdapterConfig]) -> InjectionR
     if skipped is None:  # a part of it was adapted, or each of some
         taken = {id(layer.base_layer) for layer in adapter_layers(model).values()}
         taken |= {id(inner) for module in trained_modules(model).values() for inner in module.modules()}
-        linears = {name: m for name, m in model.named_modules() if is_linear(m)}
+        linears = {name: m for name, m in plain_modules(model) if is_linear(m)}
         skipped = {name: BESIDE_PARTS for name, module in linears.items() if id(module) not in taken}
     return _report(model, skipped)
 
@@ -484,6 +485,7 @@ def _report(model: nn.Module, skipped: dict[str, str]) -> InjectionReport:
         lora_parameters=sum(row.lora_parameters for row in adapted),
         possible_head=_possible_head(model),
         kept_zeros=_share_of_zeros(model),
+        read=read_layers(model),
     )
 
 

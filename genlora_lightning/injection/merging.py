@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from genlora_lightning.errors import MergeRoundingWarning
+from genlora_lightning.errors import MergeReadWeightWarning, MergeRoundingWarning
 from genlora_lightning.injection.inject import require_adapters
+from genlora_lightning.injection.uncalled import read_layers
 from genlora_lightning.injection.widening import restore_dtypes, widen
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.text import text_table
@@ -93,9 +94,11 @@ def merge_adapters(model: nn.Module, *, dtype: torch.dtype | None = None) -> Mer
             a sum is not finite (the message names the layer), or ``dtype`` is too narrow. Then nothing is merged.
 
     Warns:
+        MergeReadWeightWarning: A module computes with the weight of an adapted layer beside calling it.
         MergeRoundingWarning: A linear lost more than 10 % of its update.
     """
     layers = require_adapters(model)
+    warn_of_reads(model)
     done: list[AdaptedLayer] = []
     tied: dict[Hashable, AdaptedLayer] = {}
     rows = []
@@ -178,6 +181,23 @@ def measure_drift(name: str, layer: AdaptedLayer, merged: Tensor) -> MergeRow:
         unchanged += int((after == before).sum())
     error = (lost / total) ** 0.5 if total > 0 else 0.0
     return MergeRow(module=name, dtype=merged.dtype, relative_error=error, unchanged=unchanged / weight.numel())
+
+
+def warn_of_reads(model: nn.Module) -> None:
+    """Warn of layers whose weight is computed with where their update does not act, before it is merged."""
+    layers = require_adapters(model)
+    read = {name: cls for name, cls in read_layers(model).items() if not layers[name].merged}
+    if read:
+        name, cls = next(iter(read.items()))
+        others = f" (and so with {len(read) - 1} other layers)" if len(read) > 1 else ""
+        warnings.warn(
+            f"{cls} computes with the weight of {name} beside calling it{others}. The update acts where the layer is "
+            "called, and the merged weight acts where it is read, too: if a forward does both, the merged model gives "
+            "other outputs than the trained one. Compare the two. If they differ, keep the adapter separate (or export "
+            f"it as a LoRA), or train with {name} in `exclude_modules`.",
+            MergeReadWeightWarning,
+            stacklevel=4,
+        )
 
 
 def warn_of_losses(report: MergeReport) -> None:

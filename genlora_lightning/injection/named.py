@@ -8,6 +8,7 @@ from typing import Protocol
 
 from torch import nn
 
+from genlora_lightning.injection.names import plain_modules
 from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.overrides import forget, note, noted
 
@@ -67,7 +68,7 @@ class NamedUpdate(nn.Module):
 
 def named_updates(module: nn.Module) -> dict[str, NamedUpdate]:
     """What is trained of a module's named adapters, by the names in its state dict."""
-    return {name: part for name, part in module.named_modules() if isinstance(part, NamedUpdate)}
+    return {name: part for name, part in plain_modules(module) if isinstance(part, NamedUpdate)}
 
 
 def note_set(model: nn.Module, adapters: NamedAdapters) -> None:

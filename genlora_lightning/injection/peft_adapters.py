@@ -273,7 +273,7 @@ def inject_peft(model: nn.Module, adapter: PeftAdapter) -> InjectionReport:
         adapter=adapter,
         config=config,
         keys=_keys(wrapper, root),
-        trainable=frozenset(name for name, p in root.named_parameters() if p.requires_grad),
+        trainable=frozenset(plain_name(name) for name, p in root.named_parameters() if p.requires_grad),
     )
     remember(root, held)
     return _report(root, held)
@@ -318,7 +318,7 @@ def _keys(wrapper: Any, root: nn.Module) -> dict[str, str]:
     """What each tensor of the adapter is called in PEFT's files, and in the model."""
     names: dict[int, str] = {}
     for name, tensor in (*root.named_parameters(), *root.named_buffers()):
-        names.setdefault(id(tensor), name)
+        names.setdefault(id(tensor), plain_name(name))
     state = wrapper.state_dict(keep_vars=True)
     stored = _peft().get_peft_model_state_dict(
         wrapper, state_dict=state, adapter_name=ADAPTER_NAME, save_embedding_layers=False

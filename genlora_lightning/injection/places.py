@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from genlora_lightning.injection.named import NamedUpdate
+from genlora_lightning.injection.names import plain_modules
+from genlora_lightning.injection.names import plain_name as plain_name
 from genlora_lightning.layers.adapted import is_place
 from genlora_lightning.overrides import forget, note, noted
 
-_WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 _MARK = "place of another library's adapter"
 
 
@@ -82,7 +83,7 @@ def unmark_place(module: nn.Module) -> None:
 def adapter_places(model: nn.Module) -> dict[str, Place]:
     """The places of a model's adapters by name, each once; empty if the model has none."""
     found: dict[str, Place] = {}
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         if is_place(module) or isinstance(module, NamedUpdate):
             found[name] = Place(module)
         elif (mark := noted(module, _MARK)) is not None:
@@ -113,11 +114,6 @@ def adapter_buffers(model: nn.Module) -> dict[str, Tensor]:
         for name, buffer in place.adapter_buffers().items():
             found.setdefault(id(buffer), (f"{place_name}.{name}" if place_name else name, buffer))
     return dict(found.values())
-
-
-def plain_name(name: str) -> str:
-    """A parameter's name without the wrappers of FSDP1 and of activation checkpointing."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def base_name(name: str, places: dict[str, Place]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from genlora_lightning.injection.heads import NEW_HEAD, NEW_LINEAR, TIED_TO_ADAPTED, UNTIED, UNTIED_HEAD
 from genlora_lightning.injection.targets import STACK
@@ -44,6 +44,9 @@ class InjectionReport:
         possible_head: The name of the last linear, if it is adapted and its values are those it was made with.
         kept_zeros: Share of zeros in the adapted weights, which stay so (``keep_zeros``); ``None`` if they need not, or
             the weights are not there yet.
+        read: Adapted layers whose weight a module computes with beside calling them, with the module's class: the
+            update does not act there, and would once it is merged.
+        trained_outside: Trainable values outside of the model that was adapted, in the module that it is a part of.
     """
 
     title: str
@@ -55,6 +58,8 @@ class InjectionReport:
     lora_parameters: int
     possible_head: str | None = None
     kept_zeros: float | None = None
+    read: dict[str, str] = field(default_factory=dict)
+    trained_outside: int = 0
 
     @property
     def adapter_parameters(self) -> int:
@@ -95,11 +100,17 @@ class InjectionReport:
                 f"The last linear, {self.possible_head}, is adapted and has the values it was made with: if it is a "
                 "new head, name it in `modules_to_train`. "
             )
+        for cls in dict.fromkeys(self.read.values()):
+            names = _some([name for name, given in self.read.items() if given == cls])
+            text += f"{cls} reads the weight of {names}, too, where the update acts only once it is merged. "
         if self.kept_zeros is not None and self.kept_zeros > 0:
             text += f"{self.kept_zeros:.1%} of the adapted weights are 0 and stay so. "
         elif self.kept_zeros is not None:
             text += "`keep_zeros` has no effect: none of the adapted weights is 0 (`genlora prune` makes zeros). "
-        return text + f"Trainable: {self.trainable_parameters:,} of {self.total_parameters:,} ({share:.3f} %)."
+        text += f"Trainable: {self.trainable_parameters:,} of {self.total_parameters:,} ({share:.3f} %)"
+        if self.trained_outside:
+            text += f", and outside of the adapted model {self.trained_outside:,}, which no adapter folder holds"
+        return text + "."
 
     def table(self, *, collapse: bool = True) -> str:
         """The report as a table.

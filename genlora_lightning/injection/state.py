@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from genlora_lightning.injection.full_training import trained_modules
-from genlora_lightning.injection.inject import require_adapters
+from genlora_lightning.injection.inject import adapter_layers, require_adapters
 from genlora_lightning.injection.named import check_one_active
-from genlora_lightning.injection.places import adapter_parameters
+from genlora_lightning.injection.places import adapter_parameters, plain_name
 
 _SHOWN = 4
 
@@ -29,7 +29,7 @@ def adapter_state_dict(model: nn.Module) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {name: parameter.detach() for name, parameter in adapter_parameters(model).items()}
     for module_name, module in trained_modules(model).items():
         for name, tensor in module.state_dict().items():
-            state[f"{module_name}.{name}"] = tensor
+            state[plain_name(f"{module_name}.{name}")] = tensor
     return state
 
 
@@ -63,6 +63,19 @@ def check_adapter_state(expected: Mapping[str, Tensor], state: Mapping[str, Tens
         f"The adapter in {source} does not fit this model: {'; '.join(problems)}. It was probably trained on another "
         "base model, or with another kind of adapter, other `target_modules` or sizes. Nothing was loaded."
     )
+
+
+def widen_to_stored(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Make adapters float64 that are stored so, where the base is float64, too: as ``precision="64-true"`` leaves them.
+
+    Args:
+        model: The model; its adapters are float32, as they are made.
+        state: The stored tensors, by their names in the model.
+    """
+    wide = [name for name, tensor in state.items() if tensor.dtype == torch.float64]
+    for name, layer in adapter_layers(model).items() if wide else ():
+        if layer.base_weight.dtype == torch.float64 and any(own.startswith(f"{name}.update.") for own in wide):
+            layer.update.double()
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from genlora_lightning.adapters.config import ALL_LINEAR, AdapterConfig, matches
 from genlora_lightning.injection.heads import TIED_TO_ADAPTED, UNTIED, output_heads
+from genlora_lightning.injection.names import plain_modules, plain_name
 from genlora_lightning.injection.uncalled import uncalled_layers
 from genlora_lightning.layers.experts import StackOfMatrices, stack_of_matrices
 from genlora_lightning.layers.sites import matrix_shape, obstacle
@@ -27,7 +28,7 @@ def _named(name: str, patterns: Iterable[str]) -> bool:
 def all_names(model: nn.Module) -> dict[int, list[str]]:
     """The names of each module (by id): one for each place it stands in."""
     names: dict[int, list[str]] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in plain_modules(model, remove_duplicate=False):
         names.setdefault(id(module), []).append(name)
     return names
 
@@ -40,16 +41,16 @@ def match_modules(model: nn.Module, patterns: list[str], field: str) -> dict[str
     names = all_names(model)
     for pattern in patterns:
         if not any(_named(name, [pattern]) for several in names.values() for name in several):
-            if any(_named(name, [pattern]) for name, _ in model.named_parameters()):
+            if any(_named(plain_name(name), [pattern]) for name, _ in model.named_parameters()):
                 raise ValueError(
                     f"`{field}` names {pattern!r}, which is a parameter. Name the module that holds it, or put it into "
                     "a module of its own."
                 )
-            modules = dict(model.named_modules(remove_duplicate=False))
+            modules = dict(plain_modules(model, remove_duplicate=False))
             raise ValueError(f"`{field}` names {pattern!r}, which no module matches. {_near(pattern, modules)}")
     return {
         name: module
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model)
         if any(_named(alias, patterns) for alias in names[id(module)])
     }
 
@@ -128,7 +129,7 @@ def _select_stacks(
     chosen: dict[str, StackOfMatrices] = {}
     unmatched = dict.fromkeys(config.target_parameters, "")
     aliases = all_names(model) if unmatched else {}
-    for module_name, module in model.named_modules() if unmatched else ():
+    for module_name, module in plain_modules(model) if unmatched else ():
         for own, parameter in module._parameters.items():
             names = [f"{alias}.{own}" if alias else own for alias in aliases[id(module)]]
             asked = [pattern for pattern in config.target_parameters if matches(pattern, *names)]
@@ -164,8 +165,8 @@ def _select_stacks(
     for pattern, reason in unmatched.items():
         if reason:
             raise ValueError(f"`target_parameters` names {pattern!r}, but {reason}")
-        own = ((n, m) for m in model.modules() if not isinstance(m, _ConvNd) for n in m._parameters)
-        there = {name: module for name, module in own if stack_of_matrices(module, name) is not None}
+        parameters = ((n, m) for m in model.modules() if not isinstance(m, _ConvNd) for n in m._parameters)
+        there = {name: module for name, module in parameters if stack_of_matrices(module, name) is not None}
         known = f" {_near(pattern, there)}" if there else " The model has no stacks of matrices."
         raise ValueError(f"`target_parameters` names {pattern!r}, which no parameter matches.{known}")
     return chosen
@@ -194,7 +195,7 @@ def configurations(
         for pattern in filter(None, getattr(config, field)):
             if any(matches(pattern, *names[id(module)]) for module in targets.values()):
                 continue
-            for name, _ in model.named_modules():
+            for name, _ in plain_modules(model):
                 if name and matches(pattern, name):
                     reason = skipped.get(name, "it is no linear, or not in `target_modules`")
                     raise ValueError(f"`{field}` has {pattern!r}, but {name} is not adapted: {reason}.")
@@ -228,13 +229,13 @@ def _unmatched_target(model: nn.Module, pattern: str, candidates: dict[str, nn.M
     for name, reason in skipped.items():
         if _named(name, [pattern]):
             return f"`target_modules` names {pattern!r}, but {name} cannot be adapted: {reason}."
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         if name and _named(name, [pattern]):
             inner = sorted({n.rsplit(".", 1)[-1] for n in candidates if n.startswith(f"{name}.")})
             hint = f" Name its linears: {inner}." if inner else ""
             return f"`target_modules` names {pattern!r}, but {name} is a {type(module).__name__}, not a linear.{hint}"
     for name, parameter in model.named_parameters():
-        if _named(name, [pattern]):
+        if _named(plain_name(name), [pattern]):
             what = ", no linear"
             if parameter.dim() == 3:  # as of a mixture's experts
                 what = f": put it into `target_parameters`, as {'.'.join(name.split('.')[-2:])!r}"
@@ -261,7 +262,7 @@ def _untied(model: nn.Module, trained: set[int]) -> dict[str, str]:
     weights = {id(p) for m in model.modules() if id(m) in trained for p in m.parameters(recurse=False)}
     return {
         name: UNTIED
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model)
         if id(module) not in trained and any(id(p) in weights for p in module.parameters(recurse=False))
     }
 
@@ -272,7 +273,7 @@ def _tied_to(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, str]:
     taken = {id(m) for m in targets.values()}
     return {
         name: TIED_TO_ADAPTED
-        for name, module in model.named_modules()
+        for name, module in plain_modules(model)
         if id(module) not in taken and id(getattr(module, "weight", None)) in weights
     }
 
@@ -280,7 +281,7 @@ def _tied_to(model: nn.Module, targets: dict[str, nn.Module]) -> dict[str, str]:
 def _stacks_of_matrices(model: nn.Module, settled: set[int]) -> dict[str, str]:
     """Modules that hold several matrices in one parameter, as the experts of a mixture do: nothing we can adapt."""
     found = {}
-    for name, module in model.named_modules():
+    for name, module in plain_modules(model):
         if id(module) in settled or isinstance(module, _ConvNd):
             continue
         for parameter in module.parameters(recurse=False):

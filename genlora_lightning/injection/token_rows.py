@@ -9,6 +9,7 @@ from torch import nn
 
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.token_rows import TokenRowsConfig
+from genlora_lightning.injection.names import plain_modules
 from genlora_lightning.injection.targets import match_modules
 from genlora_lightning.injection.uncalled import uncalled_layers
 from genlora_lightning.layers.quantized import is_quantized
@@ -39,9 +40,10 @@ def token_rows(
             "(`tokenizer.convert_tokens_to_ids([…])`). The modules for texts look strings up by themselves."
         )
     by_weight: dict[int, list[int]] = {}
+    modules = dict(plain_modules(model))
     for name, given in found.items():
         tokens = sorted(token for token in given if isinstance(token, int))
-        module = model.get_submodule(name)
+        module = modules[name]
         if not isinstance(module, (nn.Embedding, nn.Linear)):
             raise ValueError(
                 f"`{_FIELD}` names {name}, which is a {type(module).__name__}: name embeddings or linears."
@@ -50,7 +52,7 @@ def token_rows(
             raise ValueError(f"`{_FIELD}` has other tokens for {name} than for what it is tied to: give it the same.")
     users = {
         name: module
-        for name, module in (model.named_modules() if by_weight else ())
+        for name, module in (modules.items() if by_weight else ())
         if any(id(parameter) in by_weight for parameter in module._parameters.values())
     }
     uncalled = uncalled_layers(model) if users else {}
@@ -77,7 +79,7 @@ def untied_heads(model: nn.Module, named: Collection[str]) -> list[str]:
     """Output heads of a transformers model that have a weight of their own, and are not among the named modules."""
     heads = (getattr(m, "get_output_embeddings", lambda: None)() for m in model.modules())
     own = {id(head) for head in heads if isinstance(head, nn.Linear)}
-    return [name for name, module in model.named_modules() if id(module) in own and name not in named]
+    return [name for name, module in plain_modules(model) if id(module) in own and name not in named]
 
 
 def _named(model: nn.Module, config: AdapterConfig) -> dict[str, list[int | str]]:
@@ -87,7 +89,7 @@ def _named(model: nn.Module, config: AdapterConfig) -> dict[str, list[int | str]
         return {name: tokens for pattern, tokens in given.items() for name in match_modules(model, [pattern], _FIELD)}
     if not given:
         return {}
-    names = {id(module): name for name, module in model.named_modules()}
+    names = {id(module): name for name, module in plain_modules(model)}
     for module in model.modules():
         try:
             embedding = getattr(module, "get_input_embeddings", lambda: None)()
@@ -95,7 +97,7 @@ def _named(model: nn.Module, config: AdapterConfig) -> dict[str, list[int | str]
             continue
         if isinstance(embedding, nn.Embedding) and id(embedding) in names:
             return {names[id(embedding)]: given}
-    embeddings = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding)]
+    embeddings = [name for name, module in plain_modules(model) if isinstance(module, nn.Embedding)]
     if len(embeddings) != 1:
         known = f"there are {', '.join(embeddings[:5])}" if embeddings else "there is none"
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Find layers whose weight their module reads in place of calling them: an adapter on one would not act there."""
+"""Find layers whose weight their module reads: an adapter acts where a layer is called, and not where it is read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,21 @@ from types import FunctionType
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from genlora_lightning.injection.names import plain_modules
+from genlora_lightning.layers.adapted import AdaptedLayer
 from genlora_lightning.layers.sites import matrix_shape
 
 # What is asked of a weight without computing with it.
-_FACTS = {"dtype", "device", "shape", "requires_grad", "is_cuda", "ndim", "size", "dim", "numel"}
+_FACTS = {
+    *("dtype", "device", "layout", "shape", "size", "stride", "ndim", "dim", "numel", "nelement", "element_size"),
+    *("requires_grad", "grad", "is_cuda", "is_meta", "is_floating_point", "is_contiguous", "data_ptr"),
+    *("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros"),
+}
+_ASK = {"isinstance", "hasattr", "getattr", "type", "id", "len"}  # functions
+_TAKE_THE_DTYPE = {"to", "type_as", "empty_like", "full_like", "ones_like", "rand_like", "randn_like", "zeros_like"}
+_FORWARD = frozenset({"forward"})
+# What a LightningModule computes in, which need not go through its `forward`.
+_STEPS = frozenset({"training_step", "validation_step", "test_step", "predict_step"})
 
 
 def uncalled_layers(model: nn.Module) -> dict[int, str]:
@@ -31,7 +42,7 @@ def uncalled_layers(model: nn.Module) -> dict[int, str]:
             continue
         layers = {name: child for name, child in module.named_children() if matrix_shape(child) is not None}
         if layers:
-            read, used = _read_and_used(type(module), frozenset(layers))  # type: ignore[arg-type]
+            read, used = _read_and_used(type(module), frozenset(layers), _FORWARD)  # type: ignore[arg-type]
             found |= {
                 id(child): type(module).__name__
                 for name, child in layers.items()
@@ -40,19 +51,53 @@ def uncalled_layers(model: nn.Module) -> dict[int, str]:
     return found
 
 
+def read_layers(model: nn.Module) -> dict[str, str]:
+    """The adapted layers, by name, whose ``weight`` a module computes with, with that module's class.
+
+    As in ``F.linear(h, self.emb.weight)``, of an embedding that is called, too. The update does not act there, and a
+    merged weight does. Found as :func:`uncalled_layers`, also in the steps of a LightningModule.
+    """
+    names = {id(module): name for name, module in plain_modules(model) if isinstance(module, AdaptedLayer)}
+    found: dict[str, str] = {}
+    for module in model.modules() if names else ():
+        children = frozenset(name for name, _ in module.named_children())
+        if not children or isinstance(module, AdaptedLayer):
+            continue
+        read, _ = _read_and_used(type(module), children, _FORWARD | _STEPS)  # type: ignore[arg-type]
+        for path in read:
+            part: nn.Module | None = module
+            for own in path.split("."):
+                part = None if part is None else part._modules.get(own)
+            if id(part) in names:
+                found.setdefault(names[id(part)], type(module).__name__)
+    return {name: found[name] for name in names.values() if name in found}
+
+
 @functools.cache
-def _read_and_used(cls: type, children: frozenset[str]) -> tuple[frozenset[str], frozenset[str]]:
-    """Those children of a class's modules of which the forward reads the weight, and those used in another way."""
+def _read_and_used(
+    cls: type, children: frozenset[str], entries: frozenset[str]
+) -> tuple[frozenset[str], frozenset[str]]:
+    """The parts of a class's modules whose weight is computed with, and the children that are used in another way.
+
+    Args:
+        cls: The class.
+        children: The names of the children that are asked about.
+        entries: The methods through which all computing goes.
+
+    Returns:
+        The paths of the parts (``"enc.0"`` for ``self.enc[0].weight``), which begin with a child; and the children.
+    """
     methods: dict[str, FunctionType] = {}
     for base in reversed(cls.__mro__):
-        if base.__module__.partition(".")[0] != "torch":
+        # Lightning's own steps compute nothing.
+        if base.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning"):
             own = {name: inspect.unwrap(f) for name, f in vars(base).items() if inspect.isfunction(f)}
             methods |= {name: f for name, f in own.items() if isinstance(f, FunctionType)}
     reached: set[str] = set()
-    waiting = {"forward"} & set(methods)
+    waiting = entries & set(methods)
     while waiting:
         reached |= waiting
-        waiting = {n for name in waiting for n in methods[name].__code__.co_names if n in methods} - reached
+        waiting = frozenset(n for name in waiting for n in methods[name].__code__.co_names if n in methods) - reached
     # Most classes are done with here, because reading and parsing sources takes long.
     if not any("weight" in f.__code__.co_names for name, f in methods.items() if name in reached):
         return frozenset(), frozenset()
@@ -67,21 +112,56 @@ def _read_and_used(cls: type, children: frozenset[str]) -> tuple[frozenset[str],
             of_weight, of_others = _uses(tree)
             used |= of_others
             read |= of_weight if name in reached else set()
-    return frozenset(read & children), frozenset(used & children)
+    return frozenset(path for path in read if path.partition(".")[0] in children), frozenset(used & children)
 
 
 def _uses(tree: ast.AST) -> tuple[set[str], set[str]]:
-    """The attributes of ``self`` whose weight is computed with, and those that are used in another way."""
+    """The parts of ``self`` whose weight is computed with, and its attributes that are used in another way."""
     nodes = list(ast.walk(tree))
-    around = {id(node.value): node for node in nodes if isinstance(node, ast.Attribute)}
+    parents = {id(child): node for node in nodes for child in ast.iter_child_nodes(node)}
     read: set[str] = set()
     used: set[str] = set()
     for node in nodes:
-        if not (isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self"):
+        if not isinstance(node, ast.Attribute):
             continue
-        outer = around.get(id(node))
-        if outer is None or outer.attr not in ("weight", "bias"):
-            used.add(node.attr)
-        elif outer.attr == "weight" and getattr(around.get(id(outer)), "attr", None) not in _FACTS:
-            read.add(node.attr)
+        outer = parents.get(id(node))
+        if isinstance(node.value, ast.Name) and node.value.id == "self":
+            if not (isinstance(outer, ast.Attribute) and outer.attr in ("weight", "bias")):
+                used.add(node.attr)
+        elif node.attr == "weight" and isinstance(node.ctx, ast.Load):
+            path = _path(node.value)
+            if path and not _is_asked(node, parents, nodes):
+                read.add(".".join(path))
     return read, used
+
+
+def _path(node: ast.AST) -> list[str] | None:
+    """``["enc", "0"]`` for ``self.enc[0]``; ``None`` for what is no part of ``self``."""
+    if isinstance(node, ast.Name):
+        return [] if node.id == "self" else None
+    if isinstance(node, ast.Attribute):
+        own = node.attr
+    elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+        own = str(node.slice.value)
+    else:
+        return None
+    before = _path(node.value)
+    return None if before is None else [*before, own]
+
+
+def _is_asked(node: ast.AST, parents: dict[int, ast.AST], nodes: list[ast.AST], depth: int = 0) -> bool:
+    """Whether a weight is asked for its dtype or the like, and not computed with."""
+    outer = parents.get(id(node))
+    if isinstance(outer, ast.Attribute):
+        return outer.attr in _FACTS or (outer.attr == "data" and _is_asked(outer, parents, nodes, depth))
+    if isinstance(outer, ast.Call):
+        function = outer.func
+        name = function.attr if isinstance(function, ast.Attribute) else getattr(function, "id", None)
+        return name in (_TAKE_THE_DTYPE if isinstance(function, ast.Attribute) else _ASK)
+    if isinstance(outer, ast.Compare):
+        return all(isinstance(operator, (ast.Is, ast.IsNot)) for operator in outer.ops)
+    if isinstance(outer, ast.Assign) and not depth and all(isinstance(target, ast.Name) for target in outer.targets):
+        given = {target.id for target in outer.targets if isinstance(target, ast.Name)}
+        loads = [n for n in nodes if isinstance(n, ast.Name) and n.id in given and isinstance(n.ctx, ast.Load)]
+        return all(_is_asked(load, parents, nodes, depth + 1) for load in loads)
+    return False

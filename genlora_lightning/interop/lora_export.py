@@ -25,6 +25,7 @@ from genlora_lightning.backbone.tasks import class_tasks, is_transformers_model,
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_configs, adapter_layers, require_adapters
 from genlora_lightning.injection.named import check_one_active
+from genlora_lightning.injection.names import plain_modules, plain_name
 from genlora_lightning.interop.lora_files import has_mark
 from genlora_lightning.interop.lora_sites import stack_to_peft, stack_wrapper, to_peft, unlike_peft
 from genlora_lightning.layers.adapted import AdaptedLayer
@@ -175,12 +176,12 @@ def export_lora(model: nn.Module, folder: str | os.PathLike[str], *, rank: int |
     for name, module in trained.items():
         for key, tensor in module.state_dict().items():
             stored = tensor.float() if tensor.is_floating_point() else tensor
-            state[f"{_PREFIX}{name}.{key}"] = stored
+            state[f"{_PREFIX}{plain_name(f'{name}.{key}')}"] = stored
     task = _task_type(base, list(layers), list(trained))
     # PEFT takes a name also as the end of a longer name; linears that it would adapt beside ours are excluded.
     others = [
         name
-        for name, module in base.named_modules()
+        for name, module in plain_modules(base)
         if matrix_shape(module) is not None
         and not name.endswith(".base_layer")
         and any(name.endswith(f".{own}") for own in layers)
@@ -311,7 +312,7 @@ def _ties_as_peft(base: Any, name: str) -> bool:
     """Whether PEFT gives what is tied to the embedding of a name the same rows."""
     if not getattr(getattr(base, "config", None), "tie_word_embeddings", False):
         return False
-    return base.get_input_embeddings() is base.get_submodule(name)
+    return base.get_input_embeddings() is dict(plain_modules(base)).get(name)
 
 
 def _write(folder: Path, state: dict[str, Tensor], config: dict[str, Any]) -> None:
@@ -383,7 +384,7 @@ def _task_type(base: nn.Module, adapted: list[str], trained: list[str]) -> str |
         if implied is None:
             return task
         # PEFT would miss the tensors of a head that we did not train, and leave the adapters in one that it trains.
-        heads = {name for name, _ in base.named_modules() if any(name == i or name.endswith(f".{i}") for i in implied)}
+        heads = {name for name, _ in plain_modules(base) if any(name == i or name.endswith(f".{i}") for i in implied)}
         if heads <= set(trained) and not any(a.startswith(f"{head}.") for a in adapted for head in heads):
             return task
     return None
@@ -397,7 +398,7 @@ def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
 
 def _check_places(base: nn.Module) -> None:
     first: dict[int, str] = {}
-    for name, module in base.named_modules(remove_duplicate=False):
+    for name, module in plain_modules(base, remove_duplicate=False):
         if not isinstance(module, AdaptedLayer):
             continue
         if id(module) in first:

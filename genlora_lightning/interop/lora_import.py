@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from genlora_lightning.adapters.config import AdapterConfig
 from genlora_lightning.adapters.lora import LoRAConfig
 from genlora_lightning.injection.inject import adapter_layers, inject_adapters, inject_layers
+from genlora_lightning.injection.names import plain_modules
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import load_adapter_state
@@ -55,7 +57,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
         try:
             if others:
                 trained = match_modules(model, config.modules_to_train, "modules_to_train")
-                modules = dict(model.named_modules())
+                modules = dict(plain_modules(model))
                 adapted = {id(modules[name]): "adapted, too" for name in configs if name in modules}
                 rows = {name: own for name, (_, own) in token_rows(model, config, adapted).items()}
                 report = inject_layers(model, configs | rows, trained)
@@ -70,7 +72,7 @@ def import_lora(model: nn.Module, folder: str | os.PathLike[str]) -> InjectionRe
 def _with_stacks(model: nn.Module, files: LoRAFiles, folder: str | os.PathLike[str]) -> LoRAFiles:
     """The same with the LoRA of each stack of matrices by its parameter's name, and not by that of PEFT's wrapper."""
     layers = dict(files.layers)
-    for module_name, module in model.named_modules() if files.target_parameters else ():
+    for module_name, module in plain_modules(model) if files.target_parameters else ():
         names = {own: f"{module_name}.{own}".removeprefix(".") for own in module._parameters}
         adapted = [own for own, name in names.items() if _is_named(name, files.target_parameters)]
         for own in adapted:
@@ -96,7 +98,7 @@ def _is_named(parameter: str, wanted: Iterable[str]) -> bool:
 
 
 def _check_sites(model: nn.Module, files: LoRAFiles, folder: str | os.PathLike[str]) -> None:
-    modules = dict(model.named_modules())
+    modules: dict[str, Any] = dict(plain_modules(model))
     for name, layer in files.layers.items():
         module = modules.get(name)
         site = None if module is None else site_of(module)

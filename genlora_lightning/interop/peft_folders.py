@@ -30,6 +30,7 @@ from genlora_lightning.fields import shown
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_configs, adapter_layers, inject_layers, require_adapters
 from genlora_lightning.injection.named import check_one_active
+from genlora_lightning.injection.names import plain_modules
 from genlora_lightning.injection.report import InjectionReport
 from genlora_lightning.injection.restoring import restored_after_error
 from genlora_lightning.injection.state import adapter_state_dict, load_adapter_state
@@ -179,7 +180,7 @@ def export_peft(model: nn.Module, folder: str | os.PathLike[str]) -> Path:
         for name, tensor in adapter_state_dict(base).items()
     }
     # PEFT takes a name also as the end of a longer one; a regular expression must match all of it.
-    others = [name for name, _ in base.named_modules() if name not in layers]
+    others = [name for name, _ in plain_modules(base) if name not in layers]
     is_ambiguous = any(name.endswith(f".{own}") for name in others for own in layers)
     description = {
         "peft_type": PEFT_TYPE,
@@ -280,7 +281,7 @@ def _task(base: nn.Module, trained: list[str]) -> str | None:
     if len(tasks) != 1:
         return None
     heads = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
-    implied = [name for name, _ in base.named_modules() if name.rpartition(".")[2] in heads.get(tasks[0], ())]
+    implied = [name for name, _ in plain_modules(base) if name.rpartition(".")[2] in heads.get(tasks[0], ())]
     return tasks[0] if set(implied) <= set(trained) else None
 
 

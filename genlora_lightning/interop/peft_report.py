@@ -20,6 +20,7 @@ from genlora_lightning.adapters.low_rank import effective_rank
 from genlora_lightning.artifacts.adapter_folder import CONFIG_FILE, WEIGHTS_FILE
 from genlora_lightning.artifacts.peft_folder import StoredPeft, read_peft_folder
 from genlora_lightning.backbone.identity import describe_base
+from genlora_lightning.injection.names import plain_modules
 from genlora_lightning.interop.lora_files import check_lora_settings, lora_scaling, unsupported_settings
 from genlora_lightning.interop.lora_sites import stack_from_peft
 from genlora_lightning.layers.sites import matrix_shape
@@ -291,7 +292,7 @@ def _misfits(
     parts: Mapping[str, Mapping[str, Tensor]], saved: Mapping[str, Mapping[str, Tensor]], base: nn.Module
 ) -> list[str]:
     """How the names and shapes differ from those of a base."""
-    modules = dict(base.named_modules())
+    modules = dict(plain_modules(base))
     names = [*parts, *(name for name, tensors in saved.items() if name not in tensors)]
     absent = [
         name

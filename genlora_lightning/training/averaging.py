@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,14 +10,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from genlora_lightning.artifacts.checkpoint import pack
-from genlora_lightning.distributed.shards import trained_tensors
+from genlora_lightning.distributed.shards import plain_name, plain_parameters, trained_tensors
 from genlora_lightning.overrides import put_on, take_off
 from genlora_lightning.training.lightning_internals import averaged_model, drop_averaged_model
 
 _GIVEN_THE_TRAINED = (
     "on_train_batch_end",
     "on_train_epoch_end",
-    "on_train_end",
     "on_validation_epoch_start",
     "on_validation_epoch_end",
 )
@@ -28,7 +28,7 @@ class _Trained(LightningModule):
 
     def __init__(self, module: LightningModule) -> None:
         super().__init__()
-        own = dict(module.named_parameters())
+        own = plain_parameters(module)
         self.names: list[str] = []
         for name, tensor in trained_tensors(module).items():
             number = str(len(self.names))
@@ -58,14 +58,17 @@ class AveragedTraining:
         self._callback = callback
         self._trained: _Trained | None = None
         self._waiting: dict[str, Any] | None = None
+        self._loop: Any = None
+        self._left = False  # whether the module has got the average
         self.end()  # left over if an earlier run failed; and it may have copied the whole module already
-        self._setup, self._save = callback.setup, callback.on_save_checkpoint
+        self._setup, self._save, self._leave = callback.setup, callback.on_save_checkpoint, callback.on_train_end
         hooks = {name: self._with_trained(getattr(callback, name)) for name in _GIVEN_THE_TRAINED}
         put_on(
             callback,
             setup=_nothing,
             on_save_checkpoint=self._on_save_checkpoint,
             on_load_checkpoint=self._on_load_checkpoint,
+            on_train_end=self._on_train_end,
             **hooks,
         )
 
@@ -75,13 +78,17 @@ class AveragedTraining:
         self._setup(trainer, self._trained, "fit")
         if self._waiting is not None:
             self._load_average(self._waiting)
+        self._loop = trainer.fit_loop
+        put_on(self._loop, run=self._leaving_average(trainer, self._loop.run))
 
     def end(self) -> None:
         """Leave the callback as it was."""
-        hooks = (*_GIVEN_THE_TRAINED, "setup", "on_save_checkpoint", "on_load_checkpoint")
+        hooks = (*_GIVEN_THE_TRAINED, "setup", "on_save_checkpoint", "on_load_checkpoint", "on_train_end")
         take_off(self._callback, *hooks)
+        if self._loop is not None:
+            take_off(self._loop, "run")
         drop_averaged_model(self._callback)
-        self._trained = self._waiting = None
+        self._trained = self._waiting = self._loop = None
 
     def _with_trained(self, hook: Any) -> Any:
         def with_trained(trainer: Trainer, module: LightningModule, *args: Any, **kwargs: Any) -> None:
@@ -90,12 +97,29 @@ class AveragedTraining:
 
         return with_trained
 
+    def _on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        if self._trained is not None:
+            self._leave(trainer, self._trained)
+            self._left = True
+
+    def _leaving_average(self, trainer: Trainer, run: Callable[[], None]) -> Callable[[], None]:
+        # Lightning leaves `on_train_end` out where nothing is left to train. The module would be left with the weights
+        # that the training would have gone on with, and the run's adapter folder be replaced by them. A finder's trial
+        # has other callbacks.
+        def run_and_leave_average() -> None:
+            self._left = False
+            run()
+            if not self._left and self._callback in trainer.callbacks:  # type: ignore[attr-defined]
+                self._on_train_end(trainer, trainer.lightning_module)
+
+        return run_and_leave_average
+
     def _on_save_checkpoint(self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._trained is None:
             return
         names = self._trained.names
         self._save(trainer, self._trained, checkpoint)
-        current: dict[str, Tensor] = checkpoint[_CURRENT]
+        current: dict[str, Tensor] = {plain_name(name): tensor for name, tensor in checkpoint[_CURRENT].items()}
         average = {names[int(number)]: tensor for number, tensor in checkpoint["state_dict"].items()}
         checkpoint["state_dict"] = {**current, **average}
         checkpoint[_CURRENT] = pack({name: current[name] for name in names})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -48,10 +49,13 @@ from genlora_lightning.training.averaging import AveragedTraining
 from genlora_lightning.training.checkpoint_io import install_atomic_checkpoints
 from genlora_lightning.training.checks import (
     GradientWatch,
+    check_adapters_act,
     check_optimizers_hold,
     prune_frozen,
     set_train_mode,
+    trained_outside,
     warn_of_low_rates,
+    warn_of_trained_outside,
 )
 from genlora_lightning.training.elastic import ElasticRanks
 from genlora_lightning.training.lightning_internals import STRICT_LOADING
@@ -271,7 +275,7 @@ class AdapterFinetuning(Callback):
         def configure_model() -> None:
             original_configure()
             self._inject(pl_module)
-            note_start(pl_module)
+            note_start(pl_module, anew=self._untrained)
             _load_waiting_weights(trainer, pl_module)
 
         def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
@@ -369,6 +373,8 @@ class AdapterFinetuning(Callback):
             self.reports = self._named.put_in(pl_module, {name: resolve(one) for name, one in self.adapters.items()})
         else:
             self.reports = {"": put_adapters(adapter_root(pl_module, config), config)}
+        outside = sum(parameter.numel() for parameter in trained_outside(pl_module).values())
+        self.reports = {name: replace(report, trained_outside=outside) for name, report in self.reports.items()}
         waiting = weight_source(pl_module)
         if waiting is not None:
             waiting.start_trained()
@@ -394,6 +400,7 @@ class AdapterFinetuning(Callback):
                 "The adapters were not injected before fitting started: `configure_model` of "
                 f"{type(pl_module).__name__} was not called. Do not replace `configure_model` on the instance."
             )
+        check_adapters_act(pl_module)
         for name, report in self.reports.items():
             _log.info(f"Adapter {name}: {report.summary()}" if name else report.summary())
         self._gradient_watch = GradientWatch()
@@ -403,6 +410,7 @@ class AdapterFinetuning(Callback):
             self._outcome_of_run.settle(pl_module)
         check_optimizers_hold(trainer.optimizers, pl_module)
         warn_of_low_rates(trainer.optimizers, pl_module)
+        warn_of_trained_outside(pl_module)
         self._sync_of_run.check_trainable(pl_module)
         if self._resume is not None:
             with naming_checkpoint(trainer):
@@ -498,6 +506,7 @@ class AdapterFinetuning(Callback):
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._gradient_watch.after_backward()
         if self._steps is not None:
             self._steps.after_backward()
         if not pl_module.automatic_optimization:  # it may clip before it steps
@@ -509,6 +518,8 @@ class AdapterFinetuning(Callback):
         if self._steps is not None:
             self._steps.after_backward()  # of a micro-batch that had none, because its `training_step` gave no loss
         self._sync_of_run.reduce(optimizer)
+        if not pl_module.automatic_optimization:  # it may call `loss.backward()`, which no hook sees
+            self._gradient_watch.after_backward()
         warning = self._gradient_watch.check(pl_module, optimizer, self._sync_of_run.any_rank)
         if warning is not None:
             rank_zero_warn(warning)

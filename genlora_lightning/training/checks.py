@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from itertools import compress
 from pathlib import Path
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -12,8 +13,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 from genlora_lightning.artifacts.adapter_folder import is_adapter_folder
+from genlora_lightning.artifacts.checkpoint import adapter_root
 from genlora_lightning.distributed.shards import local_part
 from genlora_lightning.injection.full_training import trained_modules
+from genlora_lightning.injection.inject import adapter_layers
 from genlora_lightning.injection.named import named_updates
 from genlora_lightning.injection.peft_adapters import present_config
 from genlora_lightning.injection.places import adapter_parameters, adapter_places, has_adapters
@@ -47,9 +50,13 @@ def prune_frozen(optimizers: list[Optimizer]) -> int:
     removed = 0
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            trainable = [p for p in group["params"] if p.requires_grad]
-            removed += len(group["params"]) - len(trainable)
-            group["params"] = trainable
+            is_trained = [p.requires_grad for p in group["params"]]
+            removed += is_trained.count(False)
+            for parameter in group["params"]:
+                if not parameter.requires_grad:
+                    optimizer.state.pop(parameter, None)  # Adagrad has it from the start
+            for name in {"params", "param_names"} & group.keys():
+                group[name][:] = compress(group[name], is_trained)  # in place: LBFGS keeps the list
     return removed
 
 
@@ -73,6 +80,59 @@ def check_optimizers_hold(optimizers: list[Optimizer], model: nn.Module) -> None
             f"The optimizer holds {len(foreign)} parameters that the module does not have (any more). "
             "`configure_optimizers` must collect the parameters when it is called."
         )
+
+
+def check_adapters_act(model: nn.Module) -> None:
+    """Check that a forward computes with all adapters, without which they have no gradient.
+
+    Raises:
+        ValueError: Some are merged or disabled; they are left as they are.
+    """
+    foreign = {name: place.module for name, place in adapter_places(model).items() if not place.is_ours}
+    layers: dict[str, nn.Module] = {**foreign, **adapter_layers(model)}
+    merged = [name for name, layer in layers.items() if getattr(layer, "merged", False) is True]
+    if merged:
+        raise ValueError(
+            f"{len(merged)} of {len(layers)} adapters are merged into the base's weights, {merged[0]} among them, and "
+            "would not be trained. Call `unmerge_adapters(model)` first; to train new adapters on the merged weights, "
+            "`remove_adapters(model, keep_merged=True)`."
+        )
+    disabled = [
+        name
+        for name, layer in layers.items()
+        if getattr(layer, "enabled", True) is False or getattr(layer, "disable_adapters", False) is True
+    ]
+    if disabled:
+        raise ValueError(
+            f"{len(disabled)} of {len(layers)} adapters are disabled, {disabled[0]} among them, and would not be "
+            "trained. Fit outside of `with adapters_disabled(model)`; leave layers out with `exclude_modules`."
+        )
+
+
+def trained_outside(module: nn.Module) -> dict[str, nn.Parameter]:
+    """What is trainable in a module outside of the part that the adapters were put into (``adapter_root()``)."""
+    inside = {id(p) for p in (*adapter_root(module).parameters(), *adapter_parameters(module).values())}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad and id(p) not in inside}
+
+
+def warn_of_trained_outside(module: nn.Module, *, at_the_end: bool = False) -> None:
+    """Warn of what is trained in full because nobody has frozen it, and is in no adapter folder."""
+    names = list(trained_outside(module))
+    if not names:
+        return
+    text = (
+        f"{len(names)} trainable parameters, {names[0]} among them, lie outside of the "
+        f"{type(adapter_root(module)).__name__} that the adapters are in. "
+    )
+    if at_the_end:
+        text += "The adapter folder does not hold what they have learned; checkpoints do: load it from one."
+    else:
+        text += (
+            "They are trained in full. Checkpoints hold them, the adapter folder does not. Freeze them; or put the "
+            "adapters into the whole module (no `adapter_root()`), with these in `modules_to_train`; or load what is "
+            "trained from a checkpoint."
+        )
+    rank_zero_warn(text)
 
 
 def warn_of_low_rates(optimizers: list[Optimizer], model: nn.Module) -> None:
@@ -113,6 +173,11 @@ class GradientWatch:
         self.patience = patience
         self._zero_steps = 0
         self._done = False
+        self._had_backward = False
+
+    def after_backward(self) -> None:
+        """Take note of a backward: without one, a step's gradients are missing because there was no loss."""
+        self._had_backward = True
 
     def check(self, model: nn.Module, optimizer: Optimizer, any_rank: _AnyRank = list) -> str | None:
         """Look at the gradients before an optimizer step; costs nothing once they have been seen.
@@ -130,6 +195,7 @@ class GradientWatch:
         """
         if self._done:
             return None
+        had_backward, self._had_backward = self._had_backward, False
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         layers = {
             name: [p.grad for p in place.adapter_parameters().values() if id(p) in held]
@@ -145,7 +211,8 @@ class GradientWatch:
         nonzero = [
             any(g is not None and bool((local_part(g) != 0).any()) for g in gradients) for gradients in layers.values()
         ]
-        reached, *nonzero = any_rank([any(g is not None for gs in layers.values() for g in gs), *nonzero])
+        reached = any(g is not None for gradients in layers.values() for g in gradients)
+        had_backward, reached, *nonzero = any_rank([had_backward, reached, *nonzero])
         without = [name for name, flag in zip(layers, nonzero, strict=True) if not flag]
         if len(without) < len(layers):
             self._done = True
@@ -156,6 +223,8 @@ class GradientWatch:
                 "right for modules that the batch did not use (experts). A linear whose weight is read without calling "
                 "it never gets one, and its adapter never acts: name it in `exclude_modules`."
             )
+        if not had_backward:  # `training_step` gave no loss, by which Lightning skips a batch
+            return None
         self._zero_steps += 1
         if not reached or self._zero_steps >= self.patience:
             found = "has a gradient" if not reached else f"had a gradient other than zero in {self._zero_steps} steps"

@@ -16,6 +16,8 @@ from lightning.pytorch.loops.fit_loop import _FitLoop
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
+from genlora_lightning.overrides import put_on, take_off
+
 __all__ = [
     "RESTORING",
     "STRICT_LOADING",
@@ -25,13 +27,16 @@ __all__ = [
     "drop_averaged_model",
     "end_restart",
     "fetch_anew",
+    "fetch_at_epoch_start",
     "find_unused_parameters",
+    "hooks_that_log",
     "is_local_file_protocol",
     "move_torchmetrics_to_device",
     "own_precision_plugin",
     "pending_resume",
     "set_up_activation_checkpointing",
     "should_accumulate",
+    "skip_step_end",
     "tensor_parallel_size",
     "trainer_or_none",
     "validation_is_due",
@@ -123,6 +128,32 @@ def find_unused_parameters(strategy: DDPStrategy) -> None:
             "`static_graph=True` of DDPStrategy says that all batches use the same parameters: leave it out."
         )
     strategy._ddp_kwargs["find_unused_parameters"] = True
+
+
+def hooks_that_log(trainer: Trainer, name: str) -> set[str]:
+    """The hooks in which a metric of the training has been logged, by its name or that of its values at each step."""
+    results = trainer.fit_loop.epoch_loop._results.values()
+    return {item.meta.fx for item in results if item.meta.name in (name, name.removesuffix("_step"))}
+
+
+def skip_step_end(loop: _FitLoop) -> None:
+    """Have a restarting loop count and tell schedulers nothing of the step before, beside a validation due then."""
+    epoch_loop: Any = loop.epoch_loop
+    original = epoch_loop.update_lr_schedulers
+
+    def update_lr_schedulers(interval: str, update_plateau_schedulers: bool) -> None:
+        take_off(epoch_loop, "update_lr_schedulers")
+        if not update_plateau_schedulers:  # that of another step
+            original(interval, update_plateau_schedulers)
+        elif not epoch_loop._should_accumulate():
+            epoch_loop._batches_that_stepped -= 1  # is counted next
+
+    put_on(epoch_loop, update_lr_schedulers=update_lr_schedulers)
+
+
+def fetch_at_epoch_start(loop: _FitLoop) -> None:
+    """Have a resumed loop fetch the first batch when its epoch begins, which others than the first one do."""
+    loop._resuming_from_checkpoint = False
 
 
 def fetch_anew(trainer: Trainer) -> None:

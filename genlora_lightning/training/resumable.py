@@ -12,6 +12,8 @@ from typing_extensions import override
 from genlora_lightning.training.random_state import random_state, set_random_state
 
 T = TypeVar("T")
+_NO_MORE = object()
+LATEST_FETCH = "latest fetch"  # in the state of a loader without a length
 
 
 class _Place:
@@ -27,14 +29,16 @@ class _Place:
     _waiting = False
     _skip = 0
     _indices: _Indices | None = None
+    _latest_fetch: dict[str, Any] | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """The place in the epoch, as tensors and plain values."""
-        return {
+        state = {
             "batches": self._consumed,
             "start": self._start,
             "generators": [generator.get_state() for generator in self._generators()],
         }
+        return state if has_length(self) else {**state, LATEST_FETCH: self._latest_fetch}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a place of :meth:`state_dict`, with the next batch that is asked for."""
@@ -47,7 +51,8 @@ class _Place:
             generator.set_state(value)
         self._consumed = int(state["batches"])
         self._start = state["start"]
-        self._pending = state if state["batches"] and state["start"] is not None else None
+        in_the_epoch = state["batches"] or self._fetched_ahead(state)
+        self._pending = state if in_the_epoch and state["start"] is not None else None
         self._pending_is_taken = self._waiting
 
     def __iter__(self) -> Iterator[Any]:
@@ -60,13 +65,14 @@ class _Place:
         # A generator, so that nothing is drawn and no worker is started before the first batch is asked for: until then
         # a state can be loaded, and an epoch be set.
         pending, self._pending, self._waiting = self._pending, None, False
+        randomness = None
         if pending is None:
             self._consumed, self._start, self._skip = 0, self._random_state(), 0
             if getattr(self, "_iterator", None) is not None:
                 # Persistent workers keep their seed. Draw as if they were new, which they are in a resumed run.
                 torch.empty((), dtype=torch.int64).random_(generator=getattr(self, "generator", None))
             iterator = iter(super().__iter__())  # type: ignore[misc]
-        elif pending["batches"] >= len(cast("DataLoader[Any]", self)):
+        elif has_length(self) and pending["batches"] >= len(cast("DataLoader[Any]", self)):
             self._consumed, self._start = int(pending["batches"]), pending["start"]
             return
         else:
@@ -77,9 +83,32 @@ class _Place:
                 iterator = self._fast_forward(self._consumed)
             finally:
                 self._set_random_state(now)
-        for batch in iterator:
+            randomness = self._fetched_ahead(pending)
+        while (batch := self._fetch(iterator, randomness)) is not _NO_MORE:
+            randomness = None
             self._consumed += 1
             yield batch
+
+    def _fetch(self, iterator: Iterator[Any], randomness: dict[str, Any] | None) -> Any:
+        # Lightning fetches one batch ahead of a loader without a length, before the step that is made before it. What
+        # the dataset draws for such a batch is drawn from the same random state when it is fetched again.
+        if randomness is None and has_length(self):
+            return next(iterator, _NO_MORE)
+        now = self._random_state()
+        self._latest_fetch = {"batches": self._consumed, "random": randomness or now}
+        if randomness is None:
+            return next(iterator, _NO_MORE)
+        self._set_random_state(randomness)
+        try:
+            return next(iterator, _NO_MORE)
+        finally:
+            self._set_random_state(now)
+
+    @staticmethod
+    def _fetched_ahead(state: dict[str, Any]) -> dict[str, Any] | None:
+        # The random state to fetch a state's next batch from, if it had been fetched already.
+        latest = state.get(LATEST_FETCH)
+        return latest["random"] if latest is not None and latest["batches"] == state["batches"] else None
 
     def _fast_forward(self, batches: int) -> Iterator[Any]:
         self._skip = batches
@@ -166,7 +195,8 @@ class ResumableDataLoader(_Place, DataLoader[T]):  # type: ignore[misc]
     The state holds the number of batches handed out (not those that workers have prefetched) and the random state at
     the epoch's start; the order is drawn again from that, and indices up to the place are skipped without reading the
     data. Any sampler will do that draws from torch's, numpy's or Python's global generator, or from a
-    ``torch.Generator`` in its attribute ``generator``. An ``IterableDataset`` has no indices to skip; use
+    ``torch.Generator`` in its attribute ``generator``; a ``batch_sampler`` need not have a length. An
+    ``IterableDataset`` has no indices to skip; use
     ``torchdata``'s ``StatefulDataLoader`` for one, which Lightning restores by itself.
 
     Note:
@@ -276,6 +306,15 @@ class EndlessLoader(_Place, DataLoader[Any]):
 
 def _as_it_is(batch: Any) -> Any:
     return batch
+
+
+def has_length(loader: Any) -> bool:
+    """Whether a loader says how many batches it has; Lightning fetches one ahead if not, to know the last one."""
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
 
 
 def is_resumable(loader: object) -> bool:

@@ -6,15 +6,19 @@ import dis
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
+from genlora_lightning.artifacts.adapter_folder import stored_facts
 from genlora_lightning.artifacts.checkpoint import CHECKPOINT_KEY, keep_adapters_only, numbered_state, pack
 from genlora_lightning.distributed.collectives import mean_gradients
 from genlora_lightning.distributed.shards import is_sharded, part_of, plain_parameters, whole_gradients
@@ -24,16 +28,28 @@ from genlora_lightning.injection.named import base_alone
 from genlora_lightning.injection.places import has_adapters
 from genlora_lightning.layers.accumulation import pass_gradients
 from genlora_lightning.overrides import note, noted, put_on, take_off
+from genlora_lightning.storage.paths import is_remote
 from genlora_lightning.training.lightning_internals import (
     RESTORING,
     checkpoint_connector,
     count_step,
     end_restart,
     fetch_anew,
+    fetch_at_epoch_start,
+    hooks_that_log,
+    should_accumulate,
+    skip_step_end,
     validation_is_due,
 )
 from genlora_lightning.training.random_state import random_state, set_random_state
-from genlora_lightning.training.resumable import EndlessLoader, is_resumable, make_resumable, make_unnoticed
+from genlora_lightning.training.resumable import (
+    LATEST_FETCH,
+    EndlessLoader,
+    has_length,
+    is_resumable,
+    make_resumable,
+    make_unnoticed,
+)
 from genlora_lightning.training.run_folder import run_name
 from genlora_lightning.training.strategies import shards_base
 
@@ -86,6 +102,9 @@ def add_resume_state(trainer: Trainer, module: LightningModule, checkpoint: dict
         "gradients": _gradients(trainer, module, progress),
         "window": _window(trainer, module),
         "plateau": _plateau_metrics(trainer, progress),
+        "monitors": _monitors(trainer, progress),
+        "step_is_over": _step_is_over(trainer, progress),
+        "optimizers": [type(optimizer).__name__ for optimizer in trainer.optimizers],
     }
     if loaders and len(loaders) == len(progress["state_dict"].get("combined_loader", [])):
         del progress["state_dict"]["combined_loader"]  # it is ours, and now among the ranks' states
@@ -138,21 +157,48 @@ def _window(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
 
 
 def _plateau_metrics(trainer: Trainer, progress: _Progress) -> list[list[Any]]:
-    """What ReduceLROnPlateau is about to be told: Lightning saves at an epoch's end before it tells it."""
+    """What ReduceLROnPlateau is about to be told: Lightning saves at the end of a step or epoch before it tells it."""
+    if not trainer.lightning_module.automatic_optimization:  # the module tells it
+        return []
     epoch = progress["epoch_progress"]["current"]
     batches = progress["epoch_loop.batch_progress"]
     before_the_end = epoch["processed"] == epoch["ready"] - 1 and batches["is_last_batch"] and _at_rest(batches)
     at_the_end = epoch["processed"] == epoch["ready"] == epoch["completed"] + 1 and batches["is_last_batch"]
-    if not (before_the_end or at_the_end):
-        return []
+    count = {}
+    if before_the_end or at_the_end:
+        count["epoch"] = trainer.current_epoch + 1
+    if not _step_is_over(trainer, progress) and not should_accumulate(trainer):
+        count["step"] = batches["current"]["ready"]
     return [
         [index, trainer.callback_metrics[config.monitor].detach().cpu().clone()]
         for index, config in enumerate(trainer.lr_scheduler_configs)
         if config.reduce_on_plateau
-        and config.interval == "epoch"
-        and (trainer.current_epoch + 1) % config.frequency == 0
+        and config.interval in count
+        and count[config.interval] % config.frequency == 0
         and config.monitor in trainer.callback_metrics
     ]
+
+
+def _monitors(trainer: Trainer, progress: _Progress) -> dict[str, Any]:
+    """The metrics that ReduceLROnPlateau monitors, as they are now: it may be told them long after they are logged.
+
+    Those that are logged in a hook that may come after the present one are ``"late"``: what they are is not known yet.
+    """
+    plateaus = [config for config in trainer.lr_scheduler_configs if config.reduce_on_plateau]
+    names = {config.monitor for config in plateaus if config.monitor is not None}
+    at_step_end = not _at_rest(progress["epoch_loop.batch_progress"])
+    late = [name for name in names if at_step_end and "on_train_batch_end" in hooks_that_log(trainer, name)]
+    metrics = trainer.callback_metrics
+    return {
+        "values": {name: metrics[name].detach().cpu().clone() for name in sorted(names & set(metrics))},
+        "late": sorted(late),
+    }
+
+
+def _step_is_over(trainer: Trainer, progress: _Progress) -> bool:
+    """Whether schedulers have been told of the latest step, and it is counted: after a validation, if there is one."""
+    in_validation = trainer.state.fn == "fit" and trainer.validating
+    return _at_rest(progress["epoch_loop.batch_progress"]) and not in_validation
 
 
 def _at_rest(batches: _Progress) -> bool:
@@ -216,13 +262,27 @@ def naming_checkpoint(trainer: Trainer) -> Iterator[None]:
     except MisconfigurationException:  # Lightning's words for the user
         raise
     except Exception as error:
-        if _is_meant(error):
+        if _is_adapter_folder(trainer.ckpt_path):
+            raise ValueError(
+                f"{trainer.ckpt_path}, given as `ckpt_path`, is an adapter folder and no checkpoint: it holds the "
+                "adapter, and nothing of the run. Load it into the module first (`load_module`, `load_adapter`), and "
+                "give no `ckpt_path`."
+            ) from error
+        if _is_meant(error) or isinstance(error, OSError):  # which says what file it could not read
             raise
+        going_on = trainer.state.fn == "fit"
+        others = "optimizers, schedulers, callbacks or data loaders" if going_on else "callbacks or another data module"
         raise ValueError(
-            f"{name_of_checkpoint(trainer)} cannot be gone on from ({type(error).__name__}: {error!s:.500}). It was "
-            "probably written with other optimizers, schedulers, callbacks or data loaders, or by another release of "
-            "Lightning; else it is damaged."
+            f"{name_of_checkpoint(trainer)} cannot be {'gone on from' if going_on else 'loaded'} "
+            f"({type(error).__name__}: {error!s:.500}). It was probably written with other {others}, or by another "
+            "release of Lightning; else it is damaged."
         ) from error
+
+
+def _is_adapter_folder(path: Any) -> bool:
+    return (
+        path is not None and not is_remote(str(path)) and Path(path).is_dir() and stored_facts(Path(path)) is not None
+    )
 
 
 def _is_meant(error: Exception) -> bool:
@@ -264,6 +324,20 @@ def _check_counts(source: str, value: Any, place: str) -> None:
             raise DamagedFileError(f"{source} is damaged: {here} must be a count, got {shown(inner)}.")
 
 
+def _check_kind(name: str, state: dict[str, Any], optimizer: Optimizer, source: str) -> None:
+    """Refuse the state of an optimizer of another kind, which would lack something in the first step."""
+    here = type(optimizer).__name__
+    settings = [
+        {key for group in groups for key in group} - {"params", "param_names"}
+        for groups in (state["param_groups"], optimizer.param_groups)
+    ]
+    if name != here and settings[0] != settings[1]:
+        raise ValueError(
+            f"{source} was written with the optimizer {name}, and this run has {here}, which cannot go on with its "
+            f"state. Use {name} to resume, or load the checkpoint into the module (`load_module`) and start a new run."
+        )
+
+
 class Resume:
     """What is left to do of a resume between the loading of a checkpoint and the first batch.
 
@@ -280,6 +354,7 @@ class Resume:
         _check_counts(source, checkpoint.get("loops"), "loops")
         _check_counts(source, checkpoint[CHECKPOINT_KEY].get(RESUME_KEY), RESUME_KEY)
         self.checkpoint = checkpoint
+        self.source = source
         self.state: dict[str, Any] = checkpoint[CHECKPOINT_KEY].get(RESUME_KEY, {})
         progress = checkpoint["loops"]["fit_loop"] if self.state and "loops" in checkpoint else {}
         self.before_the_first_batch = bool(progress) and not progress["epoch_loop.batch_progress"]["total"]["ready"]
@@ -289,6 +364,11 @@ class Resume:
 
     def prepare(self, trainer: Trainer, module: LightningModule) -> None:
         """Translate the optimizers' state and put the loops' counters right, before Lightning restores them."""
+        if "optimizer_states" not in self.checkpoint:
+            raise ValueError(
+                f"{self.source} holds weights only (`save_weights_only=True`), and nothing of the run, which therefore "
+                "cannot be gone on from there. Load it into the module first (`load_module`), and give no `ckpt_path`."
+            )
         self.translate(trainer, module)
         if "loops" in self.checkpoint and self.state:
             progress = self.checkpoint["loops"]["fit_loop"]
@@ -301,6 +381,9 @@ class Resume:
         stored = self.checkpoint.get("optimizer_states", [])
         if len(stored) not in (0, len(trainer.optimizers)):
             raise ValueError(f"The checkpoint has {len(stored)} optimizers, this run {len(trainer.optimizers)}.")
+        names = self.state.get("optimizers", [])
+        for name, state, optimizer in zip(names, stored, trainer.optimizers, strict=False):
+            _check_kind(name, state, optimizer, self.source)
         if stored:
             pairs = zip(stored, trainer.optimizers, strict=True)
             self.checkpoint["optimizer_states"] = [numbered_state(module, state, opt) for state, opt in pairs]
@@ -318,6 +401,8 @@ class Resume:
         unfinished = current["ready"] - seen  # written in the middle of a batch, because of an error
         for counters in (current, batches["total"]):
             counters["completed"] = counters["started"] = counters["ready"] = counters["processed"]
+        if unfinished:
+            batches["is_last_batch"] = False  # it is yet to be trained on
         if epoch["current"]["processed"] == epoch["current"]["ready"] and seen and not batches["is_last_batch"]:
             # The run's end stopped the epoch half-way, and Lightning has counted it as a whole one.
             for counters in (epoch["current"], epoch["total"]):
@@ -340,6 +425,8 @@ class Resume:
                 if self.new_epoch:
                     if "before" in loader:  # of a stream, which goes on
                         loader["before"] += loader["batches"]
+                    if epoch["current"]["processed"]:  # else the first batch of all is fetched before the first epoch
+                        loader.pop(LATEST_FETCH, None)
                     loader["batches"] = 0
                 elif len(rank["loaders"]) == 1:
                     loader["batches"] = seen  # what was trained on, if something was fetched ahead
@@ -361,9 +448,29 @@ class Resume:
             end_restart(loop)
         if not self.state:
             return
-        for index, metric in self.state["plateau"]:
-            module.lr_scheduler_step(trainer.lr_scheduler_configs[index].scheduler, metric)
+        self._tell_schedulers(trainer, module)
         self.restore_values(trainer, module)
+
+    def _tell_schedulers(self, trainer: Trainer, module: LightningModule) -> None:
+        """Do to ReduceLROnPlateau what the stopped run would have done next."""
+        monitors = self.state.get("monitors", {"values": {}, "late": []})
+        device = trainer.strategy.root_device
+        trainer.callback_metrics.update({name: value.to(device) for name, value in monitors["values"].items()})
+        # Beside a validation Lightning does again all that follows upon a step.
+        again = not self.new_epoch and validation_is_due(trainer.fit_loop)
+        if again and self.state.get("step_is_over"):
+            skip_step_end(trainer.fit_loop)
+        for index, metric in self.state["plateau"]:
+            config = trainer.lr_scheduler_configs[index]
+            if config.interval == "step" and config.monitor in monitors["late"]:
+                rank_zero_warn(
+                    f"ReduceLROnPlateau is told at each step of {config.monitor!r}, which was logged in "
+                    "`on_train_batch_end`, where the checkpoint was written, too. If it was logged afterwards, then "
+                    "the scheduler is told the value of the step before: the learning rates may differ from those of "
+                    "the run that was stopped. Log it in `training_step` to resume exactly."
+                )
+            if config.interval == "epoch" or not again:
+                module.lr_scheduler_step(config.scheduler, metric)
 
     def restore_values(self, trainer: Trainer, module: LightningModule) -> None:
         """Restore what the next batch depends on beside the loops: gradients, random states, the loaders' places."""
@@ -395,7 +502,17 @@ class Resume:
                 f"The checkpoint holds the places of {len(states)} resumable data loaders, and this run has "
                 f"{len(loaders)}. Use the same data loaders to resume."
             )
+        if len(states) > 1 and any(LATEST_FETCH in state for state in states):
+            raise ValueError(
+                f"The checkpoint was written in the middle of an epoch of {len(states)} data loaders, one of which had "
+                "no length: the others' places are not known. Go on from a checkpoint of an epoch's end, and give the "
+                "loader's `batch_sampler` a `__len__` to resume runs in the middle of epochs."
+            )
         for loader, state in zip(loaders, states, strict=True):
             loader.load_state_dict(state)
-        if any(isinstance(loader, EndlessLoader) for loader in loaders):
-            fetch_anew(trainer)  # of a loader without a length Lightning has fetched a batch already
+        # Of a loader without a length Lightning has fetched a batch already.
+        next_epoch = self.new_epoch and trainer.current_epoch
+        if any(isinstance(loader, EndlessLoader) or not (has_length(loader) or next_epoch) for loader in loaders):
+            fetch_anew(trainer)
+        elif not all(map(has_length, loaders)):
+            fetch_at_epoch_start(trainer.fit_loop)

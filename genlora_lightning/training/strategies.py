@@ -104,6 +104,11 @@ def averaging_callbacks(strategy: Strategy, callbacks: list[Callback]) -> list[C
                 f"GenLoRAFinetuning does not work with {name}: it copies the module before the adapters are in it. Use "
                 "Lightning's WeightAveraging or EMAWeightAveraging (2.6 and newer)."
             )
+        if isinstance(callback, lightning_callbacks.ModelPruning):
+            raise ValueError(
+                f"GenLoRAFinetuning does not work with {name}: it masks weights under other names (`weight_orig`), "
+                "which no adapter folder holds. Prune the base before (`genlora prune`), and set `keep_zeros`."
+            )
         if callback in found and (shards_base(strategy) or len(found) > 1):
             why = f"under {type(strategy).__name__}" if shards_base(strategy) else "together with another one"
             raise ValueError(

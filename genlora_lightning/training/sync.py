@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from genlora_lightning.adapters.base import adapter_modules
 from genlora_lightning.artifacts.adapter_io import AdapterRecord, adapter_record
 from genlora_lightning.artifacts.checkpoint import adapter_root, base_of, prefix_of
+from genlora_lightning.artifacts.other_state import warn_of_changed_buffers
 from genlora_lightning.artifacts.peft_folder import PeftRecord
 from genlora_lightning.distributed.collectives import (
     any_rank,
@@ -33,6 +34,7 @@ from genlora_lightning.distributed.shards import (
 from genlora_lightning.injection.places import adapter_parameters
 from genlora_lightning.overrides import note, noted
 from genlora_lightning.storage.digests import sha256
+from genlora_lightning.training.checks import warn_of_trained_outside
 from genlora_lightning.training.named_adapters import adapter_names, adapters_of
 from genlora_lightning.training.strategies import FSDP_NAME, GenLoRAFSDPStrategy, shards_base, use_whole_files
 
@@ -174,6 +176,9 @@ class AdapterSync:
         """What adapter folders are to hold, by the adapters' names; collective if the adapters are sharded."""
         root = adapter_root(module)
         names = adapter_names(module)
+        if self.trainer.is_global_zero:
+            warn_of_trained_outside(module, at_the_end=True)
+            warn_of_changed_buffers(module)
         if names != [""]:
             return {name: adapters_of(module).record(name) for name in names}
         if not self.base_is_sharded:

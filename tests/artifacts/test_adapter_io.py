@@ -24,6 +24,7 @@ from genlora_lightning.artifacts import adapter_folder, adapter_io
 from genlora_lightning.artifacts.adapter_folder import manifest_bytes, read_adapter, read_adapter_config
 from genlora_lightning.errors import DamagedFileError, WrongBaseError
 from genlora_lightning.injection.inject import adapter_configs, adapter_layers, adapter_parameters
+from genlora_lightning.injection.state import adapter_state_dict
 from genlora_lightning.storage import atomic
 from genlora_lightning.storage.atomic import find_folder
 from genlora_lightning.storage.digests import sha256
@@ -634,3 +635,30 @@ def test_loading_into_merged_adapters_is_an_error_that_says_what_to_do(tmp_path)
     merge_adapters(model)
     with pytest.raises(ValueError, match=r"14 adapters of this model are merged .* Call `unmerge_adapters"):
         load_adapter(model, folder)
+
+
+def test_float64_adapter_loads_exactly_into_a_float64_base(tmp_path):
+    model = trained(modules_to_train=["norm"]).double()  # as `precision="64-true"` makes it
+    perturb(model)
+    folder = save_adapter(model, tmp_path / "adapter")
+    fresh = tiny_llama().eval().double()
+    load_adapter(fresh, folder)
+    assert {p.dtype for p in adapter_parameters(fresh).values()} == {torch.float64}
+    for name, tensor in adapter_state_dict(model).items():
+        assert torch.equal(adapter_state_dict(fresh)[name], tensor), name
+    assert torch.equal(fresh(IDS).logits, model(IDS).logits)
+
+
+def test_float32_adapter_stays_float32_in_a_float64_base(tmp_path):
+    folder = save_adapter(trained(), tmp_path / "adapter")
+    fresh = tiny_llama().double()
+    load_adapter(fresh, folder)
+    assert {p.dtype for p in adapter_parameters(fresh).values()} == {torch.float32}
+
+
+def test_advice_of_the_error_for_a_float64_adapter_in_a_float32_base_helps(tmp_path):
+    folder = save_adapter(trained().double(), tmp_path / "adapter")
+    model = tiny_llama()
+    with pytest.raises(ValueError, match=r"cast the base to float64 before \(`model.double\(\)`\)"):
+        load_adapter(model, folder)
+    load_adapter(model.double(), folder)

@@ -88,6 +88,7 @@ class Beside(PlainMLP):
         return super().forward(x) * self.scale.sum()
 
 
+@pytest.mark.filterwarnings("ignore:1 trainable parameters, scale among them, lie outside of:UserWarning")
 def test_checkpoint_is_described_as_the_folder_of_the_same_run(tmp_path):
     config = small_config(modules_to_train=["4"])
     run = trainer(tmp_path, GenLoRAFinetuning(config), max_epochs=2)

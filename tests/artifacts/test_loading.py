@@ -81,6 +81,7 @@ def test_class_or_module_gets_the_trained_adapters(tmp_path, trained, source):
     ) or result["val_loss"] == pytest.approx(float(torch.stack([module.step(b) for b in mlp_loader()]).mean()))
 
 
+@pytest.mark.filterwarnings("ignore:1 trainable parameters, scale among them, lie outside of:UserWarning")
 def test_what_is_trained_beside_the_adapters_is_loaded_too(tmp_path, trained):
     module = trained(Rooted())
     assert module.scale != 1
@@ -247,3 +248,52 @@ def test_what_cannot_be_loaded_is_an_error_and_changes_nothing(tmp_path, trained
         load_module(Other, file)
     with pytest.raises(TypeError, match=r"Arguments \(lr\) are for a class"):
         load_module(PlainMLP(), file, lr=1)
+
+
+class BuiltInSetup(PlainMLP):
+    def __init__(self) -> None:
+        super().__init__("setup")
+
+    def setup(self, stage: str) -> None:
+        if self.net is None:
+            self.build()
+
+
+@pytest.mark.parametrize("source", ["x.ckpt", "adapter"])
+def test_module_that_has_no_layers_yet_is_an_error_that_says_what_to_call(tmp_path, trained, source):
+    module = trained(BuiltInSetup())
+    loaders = [lambda: load_module(BuiltInSetup, tmp_path / source)]
+    if source == "x.ckpt":
+        loaders.append(lambda: BuiltInSetup.load_from_checkpoint(tmp_path / source, weights_only=True))
+    for load in loaders:
+        with pytest.raises(ValueError, match=r"This BuiltInSetup has no parameters yet.*`module.setup\(\"fit\"\)`"):
+            load()
+    built = BuiltInSetup()
+    built.setup("fit")
+    assert torch.equal(load_module(built, tmp_path / source)(X), module(X))
+
+
+def test_error_of_another_base_names_the_checkpoint_once(tmp_path, trained):
+    trained(PlainMLP())
+    other = PlainMLP()
+    torch.nn.init.zeros_(other.net[0].weight)
+    with pytest.raises(ValueError, match=r"^The checkpoint \S*x.ckpt was trained on another base"):
+        load_module(other, tmp_path / "x.ckpt")
+
+    class Other(PlainMLP):
+        def build(self) -> None:
+            super().build()
+            torch.nn.init.zeros_(self.net[0].weight)
+
+    with pytest.raises(ValueError, match=r"^The checkpoint was trained on another base"):
+        Other.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+
+
+def test_float64_checkpoint_loads_exactly_into_a_float64_module(tmp_path):
+    module = PlainMLP()
+    made = trainer(tmp_path, GenLoRAFinetuning(small_config(exclude_modules=["4"])), precision="64-true", max_epochs=3)
+    made.fit(module, mlp_loader())  # batches are cast, too
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    for source in ("x.ckpt", "adapter"):
+        loaded = load_module(PlainMLP().double(), tmp_path / source)
+        assert torch.equal(loaded(X.double()), module.eval()(X.double()))

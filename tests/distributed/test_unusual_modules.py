@@ -124,6 +124,7 @@ class OwnParameter(PlainLlama):
         return super().step(batch) * self.temperature.squeeze()
 
 
+@pytest.mark.filterwarnings("ignore:1 trainable parameters, temperature among them, lie outside")
 def test_a_parameter_of_the_module_itself_is_trained_alike_or_refused(tmp_path):
     expected = fit("single", "replicate", tmp_path, OwnParameter(), adapter=adapter("replicate"), **SETTINGS).state
     assert expected["temperature"] != 1

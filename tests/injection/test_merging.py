@@ -21,7 +21,7 @@ from genlora_lightning import (
     save_merged,
     unmerge_adapters,
 )
-from genlora_lightning.errors import MergeRoundingWarning
+from genlora_lightning.errors import MergeReadWeightWarning, MergeRoundingWarning
 from genlora_lightning.injection.full_training import trained_modules
 from genlora_lightning.injection.inject import adapter_layers
 from tests.conftest import perturb, small_config
@@ -503,3 +503,99 @@ def test_tie_that_the_architecture_cannot_undo_is_an_error(tmp_path, monkeypatch
     assert not os.listdir(tmp_path)
     assert len(trained_modules(model)) == 1
     assert tiny_gpt2().config.tie_word_embeddings
+
+
+# --- weights that are read, too ---------------------------------------------------------------------------------------
+
+
+class TiedInForward(nn.Module):
+    """Logits by the embedding's weight, as in many GPTs, and a decoder by the encoder's, as in tied autoencoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.enc, self.mid = nn.Embedding(6, 8), nn.Sequential(nn.Linear(8, 4)), nn.Linear(8, 8)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        hidden = self.mid(nn.functional.linear(self.enc(self.emb(tokens)), self.enc[0].weight.t()))
+        return nn.functional.linear(hidden, self.emb.weight)
+
+
+class AsksOfWeights(nn.Module):
+    """Asks weights for facts, in the ways of transformers models, and computes with none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wo, self.wi = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = self.wi.weight
+        if isinstance(self.wo.weight, torch.Tensor) and self.wo.weight is not None and x.dtype != self.wo.weight.dtype:
+            x = x.to(self.wo.weight)
+        return self.wo(self.wi(x.to(weight.device, weight.data.dtype))) + self.wo.weight.new_zeros(4)
+
+
+class Step(nn.Module):
+    """As a LightningModule whose step does not go through ``forward``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enc = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.enc(x)
+
+    def training_step(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decode(self(x))
+
+    def decode(self, z: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(z, self.enc.weight.t())
+
+
+def test_merging_a_layer_that_is_called_and_read_warns_and_names_it():
+    model = TiedInForward()
+    report = inject_adapters(model, small_config(target_modules=["emb", "0", "mid"]))
+    assert report.read == {"emb": "TiedInForward", "enc.0": "TiedInForward"}
+    assert "TiedInForward reads the weight of emb, enc.0, too" in report.summary()
+    perturb(model)
+    tokens = torch.arange(6)
+    expected = model(tokens)
+    message = r"TiedInForward computes with the weight of emb beside calling it \(and so with 1 other layers\)"
+    with pytest.warns(MergeReadWeightWarning, match=message):
+        merge_adapters(model)
+    assert not torch.allclose(model(tokens), expected, atol=1e-3)  # what it warns of
+    merge_adapters(model)  # merged already: nothing changes, and nothing is said again
+    unmerge_adapters(model)
+    assert torch.equal(model(tokens), expected)
+    with pytest.warns(MergeReadWeightWarning), adapters_merged(model):
+        pass
+
+
+def test_warning_of_a_read_weight_that_is_made_an_error_leaves_the_model_unmerged():
+    model = TiedInForward()
+    inject_adapters(model, small_config(target_modules=["emb", "mid"]))
+    with pytest.raises(MergeReadWeightWarning):  # in the suite warnings are errors
+        merge_adapters(model)
+    assert not any(layer.merged for layer in adapter_layers(model).values())
+
+
+def test_weight_that_is_asked_for_facts_merges_without_a_warning():
+    model = AsksOfWeights()
+    assert not inject_adapters(model, small_config()).read
+    perturb(model)
+    x = torch.randn(3, 4)
+    expected = model(x)
+    merge_adapters(model)
+    torch.testing.assert_close(model(x), expected)
+
+
+def test_weight_that_a_step_of_a_module_reads_is_found():
+    assert inject_adapters(Step(), small_config()).read == {"enc": "Step"}
+
+
+def test_folder_of_a_merged_model_whose_weights_are_read_comes_with_a_warning(tmp_path, monkeypatch):
+    model = adapted("llama")
+    monkeypatch.setattr(
+        "genlora_lightning.injection.merging.read_layers", lambda model: {next(iter(adapter_layers(model))): "Reader"}
+    )
+    with pytest.warns(MergeReadWeightWarning, match="Reader computes with the weight of"):
+        save_merged(model, tmp_path / "merged")

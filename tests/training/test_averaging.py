@@ -93,6 +93,43 @@ def test_resumed_average_equals_one_that_was_never_stopped(tmp_path):
     assert resumed.losses == whole.losses[-len(resumed.losses) :]
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_finished_run_that_is_started_again_leaves_the_average_in_the_module_and_the_folder(tmp_path, first):
+    def script() -> PlainMLP:
+        callbacks = [averaging(), finetuning()] if first else [finetuning(), averaging()]
+        saver = lightning_callbacks.ModelCheckpoint(dirpath=tmp_path / "checkpoints", save_last=True)
+        settings = {"enable_checkpointing": True, "overwrite": False}
+        return fit(tmp_path, *callbacks, saver, ckpt_path="last", **settings)
+
+    with pytest.warns(UserWarning, match="there is no last checkpoint available"):
+        whole = script()
+    again = script()
+    assert not again.losses
+    assert equal(again, whole)
+    fresh = PlainMLP()
+    load_adapter(fresh, tmp_path / "adapter")
+    assert equal(fresh, whole)
+
+
+def test_average_of_a_part_that_is_compiled_is_that_without_compile(tmp_path):
+    class Compiled(PlainMLP):
+        def build(self) -> None:
+            super().build()
+            self.net = torch.compile(self.net, backend="eager")  # type: ignore[assignment]
+
+    class Save(Callback):
+        def on_train_epoch_end(self, trainer: Any, *_: Any) -> None:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/end.ckpt")
+
+    averages = []
+    for cls in (PlainMLP, Compiled):
+        torch.manual_seed(7)
+        folder = tmp_path / cls.__name__
+        trainer(folder, averaging(), finetuning(), Save(), max_epochs=1).fit(cls(), mlp_loader())
+        averages.append(load_module(PlainMLP(), folder / "end.ckpt"))
+    assert all_close(*map(adapter_state_dict, averages))
+
+
 def test_finder_beside_an_average_is_undone(tmp_path):
     finder = lightning_callbacks.LearningRateFinder(num_training_steps=4, min_lr=1e-4, update_attr=False)
     assert equal(fit(tmp_path, finetuning(), averaging()), fit(tmp_path, finder, finetuning(), averaging()))

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning, StochasticWeightAveraging
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 
@@ -224,6 +224,13 @@ def test_stochastic_weight_averaging_is_refused_before_any_work(tmp_path):
     module = PlainMLP()
     with pytest.raises(ValueError, match=r"does not work with StochasticWeightAveraging: .* Use .* EMAWeightAveraging"):
         trainer(tmp_path, finetuning(), StochasticWeightAveraging(0.1)).fit(module, mlp_loader())
+    assert not adapter_layers(module)
+
+
+def test_pruning_while_training_is_refused_before_any_work(tmp_path):
+    module = PlainMLP()
+    with pytest.raises(ValueError, match=r"does not work with ModelPruning: .*`genlora prune`"):
+        trainer(tmp_path, finetuning(), ModelPruning("l1_unstructured", amount=0.3)).fit(module, mlp_loader())
     assert not adapter_layers(module)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch import Callback
 from torch import nn
 
-from genlora_lightning import GenLoRAFinetuning, load_module
+from genlora_lightning import GenLoRAFinetuning, load_module, remove_adapters, save_adapter
 from genlora_lightning.artifacts.loading import read_checkpoint
 from genlora_lightning.storage.checkpoint_file import write_checkpoint
 from tests.conftest import small_config
@@ -146,3 +148,118 @@ def test_frozen_parameters_that_change_are_named(tmp_path):
     with pytest.warns(UserWarning, match=r"2 frozen parameters have changed .*, teacher\.weight among them") as caught:
         run.fit(Teacher(), mlp_loader())
     assert len([w for w in caught if "frozen parameters have changed" in str(w.message)]) == 1
+
+
+def warned_of_frozen(run: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(w.message) for w in caught if "frozen parameters have changed" in str(w.message)]
+
+
+def test_fixed_parameters_of_the_adapters_are_not_the_bases_in_a_run_that_was_made_with_another_seed(tmp_path):
+    def run(folder: str, **settings: Any) -> Any:
+        config = small_config(exclude_modules=["4"], learn_centers=False, learn_widths=False)
+        finetuning = GenLoRAFinetuning(config, save_adapter=False)
+        module = PlainMLP()
+        trainer(tmp_path / folder, finetuning, Save(), max_epochs=2).fit(module, mlp_loader(), **settings)
+        return module
+
+    torch.manual_seed(1)
+    run("first")
+    torch.manual_seed(2)
+    assert warned_of_frozen(lambda: run("second", ckpt_path=tmp_path / "first" / "0.ckpt")) == []
+
+
+def test_new_adapters_begin_with_the_base_as_it_is_by_then_and_a_new_run_warns_anew(tmp_path):
+    module = fit(tmp_path, PlainMLP())
+    remove_adapters(module)
+    with torch.no_grad():
+        module.net[0].weight.mul_(2)  # trained further in between, say
+    assert warned_of_frozen(lambda: fit(tmp_path, module)) == []
+    with torch.no_grad():
+        module.net[4].weight.mul_(2)  # beside adapters that were not trained with it
+    for _ in range(2):
+        assert len(warned_of_frozen(lambda: fit(tmp_path, module))) == 1
+
+
+class Normed(PlainMLP):
+    """Has statistics that move with each batch in train mode."""
+
+    def build(self) -> None:
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 4))
+
+    def on_train_epoch_start(self) -> None:
+        self.train()
+
+
+class Spectral(PlainMLP):
+    def build(self) -> None:
+        super().build()
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            self.net[2] = nn.utils.parametrizations.spectral_norm(self.net[2])
+
+
+class NormedPart(Normed):
+    def adapter_root(self) -> nn.Module:
+        return self.net
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+@pytest.mark.parametrize(
+    ("cls", "number", "first"),
+    [
+        (Normed, 3, r"net\.1\.running_mean"),
+        (NormedPart, 3, r"net\.1\.running_mean"),
+        (Spectral, 2, r"net\.2\.\S*_u"),
+    ],
+)
+def test_changed_buffers_of_the_base_are_named_once_when_the_adapter_is_saved(tmp_path, cls, number, first):
+    module = cls()
+    finetuning = GenLoRAFinetuning(small_config())
+    with pytest.warns(UserWarning, match=rf"{number} buffers of the frozen base have changed, {first} among"):
+        trainer(tmp_path, finetuning, Save()).fit(module, mlp_loader())
+    batch = mlp_loader().dataset.tensors[0]
+    loaded = load_module(cls(), tmp_path / "0.ckpt")
+    # Not equal, because whoever reads a spectral norm's weight in train mode moves its vectors a little.
+    torch.testing.assert_close(loaded.eval()(batch), module.eval()(batch), rtol=0, atol=1e-4)
+    save_adapter(module, tmp_path / "again")  # says no more
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_changed_buffers_are_named_where_the_user_saves_the_adapter(tmp_path):
+    module = Normed()
+    trainer(tmp_path, GenLoRAFinetuning(small_config(), save_adapter=False)).fit(module, mlp_loader())
+    with pytest.warns(UserWarning, match="3 buffers of the frozen base have changed"):
+        save_adapter(module, tmp_path / "mine")
+
+
+@pytest.mark.filterwarnings("ignore:Found .* in eval mode")
+def test_buffers_that_the_folder_holds_or_that_are_no_state_of_the_base_are_not_warned_of(tmp_path):
+    class Count(torchmetrics.Metric):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("steps", torch.zeros(()))
+
+        def update(self) -> None: ...
+
+        def compute(self) -> None: ...
+
+    class Sound(Normed):
+        def build(self) -> None:
+            super().build()
+            self.register_buffer("scratch", torch.zeros(()), persistent=False)
+            self.register_buffer("table", torch.full((3,), float("nan")))
+            self.metrics = torchmetrics.MetricCollection([Count()])
+
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            self.scratch += 1
+            self.metrics["Count"].steps += 1
+            return super().training_step(batch, batch_idx)
+
+    finetuning = GenLoRAFinetuning(small_config(modules_to_train=["1"]))
+    trainer(tmp_path, finetuning).fit(Sound(), mlp_loader())
+    assert (tmp_path / "adapter").is_dir()

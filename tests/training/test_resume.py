@@ -317,3 +317,48 @@ def test_checkpoint_that_cannot_be_gone_on_from_is_named(tmp_path, damage, messa
     again = trainer(tmp_path, GenLoRAFinetuning(small_config(), save_adapter=False), max_epochs=2)
     with pytest.raises(ValueError, match=message):
         again.fit(Noisy(), DataLoader(data()), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_adapter_folder_as_a_checkpoint_is_named_as_what_it_is(tmp_path):
+    trainer(tmp_path, GenLoRAFinetuning(small_config())).fit(PlainMLP(), DataLoader(data()))
+    message = r"adapter, given as `ckpt_path`, is an adapter folder and no checkpoint: .*`load_adapter`\), and give no"
+    for name in ("fit", "test"):
+        again = trainer(tmp_path, GenLoRAFinetuning(small_config()))
+        with pytest.raises(ValueError, match=message):
+            getattr(again, name)(PlainMLP(), DataLoader(data()), ckpt_path=tmp_path / "adapter")
+
+
+def test_checkpoint_of_weights_only_is_named_as_what_it_is(tmp_path):
+    first = trainer(tmp_path, GenLoRAFinetuning(small_config(), save_adapter=False))
+    first.fit(PlainMLP(), DataLoader(data()))
+    first.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    again = trainer(tmp_path, GenLoRAFinetuning(small_config(), save_adapter=False), max_epochs=2)
+    with pytest.raises(ValueError, match=r"x\.ckpt holds weights only \(`save_weights_only=True`\).*`ckpt_path`\.$"):
+        again.fit(PlainMLP(), DataLoader(data()), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_missing_checkpoint_and_one_that_cannot_be_tested_are_not_said_to_have_other_optimizers(tmp_path):
+    made = trainer(tmp_path, GenLoRAFinetuning(small_config(), save_adapter=False))
+    made.fit(PlainMLP(), DataLoader(data()))
+    made.save_checkpoint(tmp_path / "x.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"nothing\.ckpt"):
+        made.fit(PlainMLP(), DataLoader(data()), ckpt_path=tmp_path / "nothing.ckpt")
+    content = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    torch.save({**content, "pytorch-lightning_version": 3}, tmp_path / "x.ckpt")
+    with pytest.raises(
+        ValueError, match=r"x\.ckpt cannot be loaded .*with other callbacks or another data module, or by"
+    ):
+        made.test(PlainMLP(), DataLoader(data()), ckpt_path=tmp_path / "x.ckpt")
+
+
+def test_state_of_another_optimizer_is_refused_by_both_names(tmp_path):
+    class Descending(Noisy):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.02, momentum=0.9)
+
+    first = trainer(tmp_path, GenLoRAFinetuning(small_config(), save_adapter=False))
+    first.fit(Noisy(), DataLoader(data()))
+    first.save_checkpoint(tmp_path / "x.ckpt")
+    again = trainer(tmp_path, GenLoRAFinetuning(small_config(), save_adapter=False), max_epochs=2)
+    with pytest.raises(ValueError, match=r"x\.ckpt was written with the optimizer AdamW, and this run has SGD, which"):
+        again.fit(Descending(), DataLoader(data()), ckpt_path=tmp_path / "x.ckpt")
