@@ -239,12 +239,13 @@ _HEAD = """\
 What is tested for each [kind](kinds.md) at each [site](adapters.md#where), on CPUs: in one process, and in two with
 gloo. Tests execute every cell: these tables are written from what they declare (`tests/support_matrix.py`).
 
-- **One process, DDP, FSDP1, FSDP2**: losses and all that is trained equal those of one process to rounding; a run resumed
-  from a checkpoint of another strategy ends with the same tensors; the adapter folder loads. In one process a run
-  resumed from its own checkpoint is the same in every bit. *Sharded* is `adapter_sharding="shard"`; otherwise adapters are replicated.
-- **merge**: outputs are the same, and after unmerging every bit is. A warning says where a module also computes with the
-  weight of an adapted layer, beside calling it. **export-lora**: PEFT's outputs are the same. Both
-  are done in one process, with what a run under any strategy has saved.
+- **One process, DDP, FSDP1, FSDP2**: losses and all that is trained equal those of one process to rounding; a run
+  resumed from a checkpoint of another strategy ends with the same tensors; the adapter folder loads. In one process a
+  run resumed from its own checkpoint is the same in every bit. *Sharded* is `adapter_sharding="shard"`; otherwise
+  adapters are replicated.
+- **merge**: outputs are the same, and after unmerging every bit is. A warning says where a module also computes with
+  the weight of an adapted layer, beside calling it. **export-lora**: PEFT's outputs are the same. Both are done in one
+  process, with what a run under any strategy has saved.
 - **plan**: `genlora plan` counts what a run trains, in tiny models of {planned}.
 - *Refused* is an error before anything is done, whose message has the words below. A dash: there is nothing to
   try.

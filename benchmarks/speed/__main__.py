@@ -14,7 +14,7 @@ file when it is measured; the same command goes on where it was stopped. Keep th
 |---|---|
 | steps | both models, fp32 and bf16-mixed, ranks 16 and 64, 4 × 128 tokens |
 | ranks | 8, 16, 64, 256 |
-| size | GenLoRA of LoRA rank 2's and 8's size (rank 64, 32, 16) beside it; at rank 2's in blocks as wide as a 1B's, too |
+| size | GenLoRA of LoRA rank 2's and 8's size (rank 64, 32, 16) beside it; of rank 2's in blocks of a 1B's width |
 | tokens | 128 to 1,024 in one sequence (to 512 for MiniLM), rank 16 |
 | checkpointing | without and with gradient checkpointing, rank 16 |
 | accumulation | 1 and 8 micro-batches of 1 × 128 tokens, rank 16; also generated once per optimizer step |
