@@ -58,25 +58,24 @@ def fit(
     return made
 
 
-@pytest.mark.parametrize("kind", ["plain", "generator", "augmented", "workers", "persistent"])
+PLACES = [(3, "on_train_batch_end"), (5, "on_train_epoch_end")]
+MORE_PLACES = [
+    (1, "on_train_start"),
+    (1, "on_train_batch_end"),
+    (5, "on_train_batch_end"),
+    (8, "on_train_batch_end"),
+    (10, "on_train_epoch_end"),
+]
+
+
 @pytest.mark.parametrize(
-    ("batches", "hook"),
+    ("batches", "hook", "kind"),
     [
-        (1, "on_train_start"),
-        (1, "on_train_batch_end"),
-        (3, "on_train_batch_end"),
-        (5, "on_train_batch_end"),
-        (5, "on_train_epoch_end"),
-        (8, "on_train_batch_end"),
-        (10, "on_train_epoch_end"),
+        *((*place, kind) for kind in ("plain", "generator", "augmented") for place in PLACES + MORE_PLACES),
+        *((*place, kind) for kind in ("workers", "persistent") for place in PLACES),  # processes take long to start
     ],
 )
 def test_run_whose_batch_sampler_has_no_length_goes_on_exactly(tmp_path, batches, hook, kind):
-    if kind in ("workers", "persistent") and (batches, hook) not in [
-        (3, "on_train_batch_end"),
-        (5, "on_train_epoch_end"),
-    ]:
-        pytest.skip("processes take long to start")
     whole, first, second = Noisy(), Noisy(), Noisy()
     save = SaveAt(tmp_path / "x.ckpt", 0 if hook == "on_train_start" else batches, hook)
     seed(5)

@@ -57,26 +57,30 @@ def rest_of(tmp_path: Path, save: SaveAt, whole: Watched, second: Watched, **set
     return whole.losses[len(whole.losses) - len(second.losses) :]
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {},
-        {"validate": True},
-        {"validate": True, "val_check_interval": 2},
-        {"validate": True, "accumulate_grad_batches": 2},
-    ],
-    ids=["unvalidated", "validated", "validated often", "accumulating"],
-)
-@pytest.mark.parametrize(
-    "hook", ["on_train_batch_start", "on_train_batch_end", "on_validation_end", "on_train_epoch_end"]
-)
-@pytest.mark.parametrize("batches", [2, 3, 4, 5, 8, 10])
-def test_plateau_of_a_training_metric_at_each_step_goes_on_exactly(tmp_path, batches, hook, settings):
-    validated = [5, 10] if "val_check_interval" not in settings else [2, 4, 7, 9]
-    if (hook == "on_validation_end" and not (settings and batches in validated)) or (
-        hook == "on_train_epoch_end" and batches % 5
-    ):
-        pytest.skip("nothing is saved there")
+SETTINGS: dict[str, dict[str, Any]] = {
+    "unvalidated": {},
+    "validated": {"validate": True},
+    "validated often": {"validate": True, "val_check_interval": 2},
+    "accumulating": {"validate": True, "accumulate_grad_batches": 2},
+}
+EPOCH_ENDS = (5, 10)
+VALIDATED = {"unvalidated": (), "validated": EPOCH_ENDS, "validated often": (2, 4), "accumulating": EPOCH_ENDS}
+# Where each hook saves, in batches.
+PLACES = [
+    *(
+        (batches, hook, kind)
+        for kind in SETTINGS
+        for hook in ("on_train_batch_start", "on_train_batch_end")
+        for batches in (2, 3, 4, 5, 8, 10)
+    ),
+    *((batches, "on_validation_end", kind) for kind in SETTINGS for batches in VALIDATED[kind]),
+    *((batches, "on_train_epoch_end", kind) for kind in SETTINGS for batches in EPOCH_ENDS),
+]
+
+
+@pytest.mark.parametrize(("batches", "hook", "kind"), PLACES)
+def test_plateau_of_a_training_metric_at_each_step_goes_on_exactly(tmp_path, batches, hook, kind):
+    settings = SETTINGS[kind]
     whole, second = Watched(), Watched()
     rest = rest_of(tmp_path, SaveAt(tmp_path / "x.ckpt", batches, hook), whole, second, **settings)
     assert second.losses == rest
@@ -84,11 +88,14 @@ def test_plateau_of_a_training_metric_at_each_step_goes_on_exactly(tmp_path, bat
 
 
 @pytest.mark.filterwarnings("ignore:ReduceLROnPlateau conditioned on metric val_loss which is not available")
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_end"])
-@pytest.mark.parametrize("batches", [4, 5, 7, 10, 12])
+@pytest.mark.parametrize(
+    ("batches", "hook"),
+    [
+        *((batches, "on_train_batch_end") for batches in (4, 5, 7, 10, 12)),
+        *((batches, "on_validation_end") for batches in EPOCH_ENDS),
+    ],
+)
 def test_plateau_at_each_step_is_told_the_latest_validation(tmp_path, batches, hook):
-    if hook == "on_validation_end" and batches % 5:
-        pytest.skip("no validation there")
     schedule = {"monitor": "val_loss", "strict": False}
     whole, second = Watched(**schedule), Watched(**schedule)
     save = SaveAt(tmp_path / "x.ckpt", batches, hook)
