@@ -349,11 +349,11 @@ EXPERIMENTS: dict[str, Experiment] = {
     # The same of LoRA rank 8's size, in the form that `genlora budget` gives, on text that training does not repeat.
     "new-whole": Experiment(
         arms=(
-            replace(LORAS[3], lr=4e-3),
+            replace(LORAS[3], lr=2e-3),
             replace(genlora("GenLoRA b8, latents 7 and 7", 8.0, 64, (7, 7)), lr=4e-3),
         ),
         tasks=("new-french",),
-        trials=2,
+        trials=3,
         most_seeds=3,
         steps=100,
     ),
