@@ -78,8 +78,11 @@ def _with_stacks(model: nn.Module, files: LoRAFiles, folder: str | os.PathLike[s
         for own in adapted:
             stack = stack_of_matrices(module, own)
             if stack is None:
-                reason = "which is no stack of matrices here: as a parameter no other one is adapted"
-                raise ValueError(f"The LoRA in {folder} has `target_parameters` with {names[own]}, {reason}.")
+                raise ValueError(
+                    f"The LoRA in {folder} has `target_parameters` with {names[own]}, which is no stack of matrices: "
+                    "other parameters are not adapted here. Merge it with PEFT, or train it with the layer's name in "
+                    "`target_modules` instead."
+                )
             pair = layers.pop(stack_wrapper(module_name, own, adapted), None)
             number = stack.shape.num_matrices
             if pair is None or len(pair.A) % number or pair.site != "linear":
